@@ -1,0 +1,367 @@
+"""What every driver does the same: the protocol, the order of a boot, and stop, kill and state.
+
+A driver turns a `VmConfig` into a command line and speaks its VMM's control protocol. It never waits for the
+guest, and never chooses what is started.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from pytest_chvm.drivers.preflight import preflight
+from pytest_chvm.errors import (
+    InvalidConfigError,
+    StateFailedError,
+    StopFailedError,
+    VmError,
+    VmIOError,
+    VmNotFoundError,
+)
+from pytest_chvm.guest.ready import DEFAULT_MARKER, ReadyScanner
+from pytest_chvm.host import remains
+from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.networks import interface_exists, make_tap, remove_taps
+from pytest_chvm.host.processes import end_process, is_running, keeper
+from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
+from pytest_chvm.host.virtiofsd import find_virtiofsd, start_virtiofsd
+from pytest_chvm.model import ProcessIdentity, SocketPairFd, Tap, VmConfig, VmHandle, VmState, VmStatus, mac_for
+
+logger = logging.getLogger("pytest_chvm")
+
+STOP_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 2.0
+SIDECAR_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BootOptions:
+    """What a boot has beside the VM's config.
+
+    `lease`: where the caller has leased the VM's networks already. `console`: the guest is to have a virtio console, for the shell.
+    `nonce`: what the ready line must have after the IP.
+    """
+
+    lease: Lease | None = None
+    console: bool = False
+    ready_marker: str = DEFAULT_MARKER
+    nonce: str | None = None
+
+
+DEFAULT_OPTIONS = BootOptions()
+
+
+class VmDriver(Protocol):
+    """A VMM. Thread-safe; an operation that it does not have raises UnsupportedError."""
+
+    vmm: str
+
+    def why_not(self) -> str | None:
+        """Return why this VMM is no good choice on this machine, or None where it is one."""
+
+    def failure_hint(self) -> str | None:
+        """Return what a person should know of this machine when the VMM has failed on it."""
+
+    def boot(self, config: VmConfig, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
+        """Start a VM and return at once, STARTING; whatever fails leaves nothing behind."""
+
+    def stop(self, handle: VmHandle) -> None:
+        """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
+
+    def kill(self, handle: VmHandle) -> None:
+        """End the VMM with SIGKILL and remove all that the VM had."""
+
+    def state(self, handle: VmHandle) -> VmStatus:
+        """Return what has become of a VM; asking changes nothing."""
+
+    def open_console(self, handle: VmHandle) -> int:
+        """Return a descriptor of the guest's virtio console, for the shell."""
+
+    def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
+        """Return where on the host a port of a guest on the user-mode network can be reached."""
+
+    def pause(self, handle: VmHandle) -> None:
+        """Stop the guest's processors."""
+
+    def resume(self, handle: VmHandle) -> None:
+        """Let a paused guest go on."""
+
+    def power_button(self, handle: VmHandle) -> None:
+        """Press the power button; what that does is the guest's to decide."""
+
+    def allow_reboot(self, handle: VmHandle) -> None:
+        """Let the next reboot of the guest be one, where the VMM would otherwise end."""
+
+    def snapshot(self, handle: VmHandle, directory: Path) -> None:
+        """Save a paused VM's state to a directory."""
+
+    def restore(self, config: VmConfig, directory: Path) -> VmHandle:
+        """Start a VM from a saved state."""
+
+
+@dataclass
+class Plan:
+    """What a boot has ready when the command line is built; `fds` are given to the VMM and then closed."""
+
+    config: VmConfig
+    lease: Lease
+    serial_log: Path
+    console: bool
+    # Of each shared dir, in order.
+    share_sockets: list[Path] = field(default_factory=list)
+    fds: list[int] = field(default_factory=list)
+    taps_to_remove: list[str] = field(default_factory=list)
+    machine_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    def socket(self, name: str) -> Path:
+        """Return where a socket of this VM's lives, short enough for any address."""
+        return self.lease.directory / name
+
+    def add_fd(self, fd: int) -> str:
+        """Hand a descriptor over; returns the text that becomes its number in the VMM."""
+        self.fds.append(fd)
+        return f"{{fd{len(self.fds) - 1}}}"
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedTap:
+    """A TAP that is there, for the VM's NIC number `index`; `ours` is removed with the VM."""
+
+    index: int
+    name: str
+    mac: str
+    ours: bool
+
+
+@dataclass(frozen=True)
+class VmmCommand:
+    """A VMM's arguments: `machine` is what a person types to repeat it, `control` is for us to talk to it."""
+
+    machine: list[str]
+    control: list[str]
+    # What stands for a descriptor in a text for people: `fd={fd0}` -> `ifname=chvm1`.
+    shown: dict[str, str] = field(default_factory=dict)
+
+    def for_people(self) -> tuple[str, ...]:
+        """Return the arguments as a person would type them."""
+        words = self.machine
+        for fd, text in self.shown.items():
+            words = [word.replace(fd, text) for word in words]
+        return tuple(words)
+
+
+class _LiveNames:
+    """The names in use in this run: two VMs of one name and namespace at once are refused."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders: dict[tuple[str, str], ProcessIdentity | None] = {}
+
+    def claim(self, config: VmConfig) -> None:
+        key = (config.namespace, config.name)
+        with self._lock:
+            if key in self._holders:
+                holder = self._holders[key]
+                # Held without a process: it is being booted. One that is gone holds nothing.
+                if holder is None or remains.start_time_ticks(holder.pid) == holder.start_time_ticks:
+                    raise InvalidConfigError(
+                        f"a VM named {config.name!r} in namespace {config.namespace!r} is running already: "
+                        "give this one another name, or stop that one first",
+                        vm_name=config.name,
+                    )
+            self._holders[key] = None
+
+    def started(self, config: VmConfig, process: ProcessIdentity) -> None:
+        with self._lock:
+            self._holders[config.namespace, config.name] = process
+
+    def free(self, namespace: str, name: str, process: ProcessIdentity | None) -> None:
+        with self._lock:
+            if (namespace, name) in self._holders and self._holders[namespace, name] in (None, process):
+                del self._holders[namespace, name]
+
+
+_names = _LiveNames()
+
+
+@dataclass
+class VmmProcess:
+    """The life of a VMM's process, for the drivers to delegate to.
+
+    `programs` are the names one of which must be in the command line of a process before it is signalled.
+    """
+
+    vmm: str
+    programs: Sequence[str]
+    virtiofsd: Path | None
+
+    def __post_init__(self) -> None:
+        self._scanners: dict[str, ReadyScanner] = {}
+        self._paused: set[str] = set()
+        self._booted_here: set[str] = set()
+
+    def boot(
+        self,
+        config: VmConfig,
+        build: Callable[[Plan], VmmCommand],
+        options: BootOptions,
+    ) -> VmHandle:
+        """Start a VMM: checks first, then the sidecars, then it. Whatever fails leaves nothing behind."""
+        preflight(config)
+        _names.claim(config)
+        mine = None
+        try:
+            mine = options.lease or Lease()
+            return self._start(config, build, mine, options)
+        except BaseException as error:
+            _names.free(config.namespace, config.name, None)
+            failures = mine.release() if mine is not None else []
+            for failure in failures:
+                logger.error("%s: left behind by a failed boot: %s", config.name, failure)
+            if isinstance(error, VmError):
+                error.vm_name = error.vm_name or config.name
+            elif isinstance(error, OSError):
+                raise VmIOError(f"VM {config.name!r} could not be started: {error}", vm_name=config.name) from error
+            raise
+
+    def _start(self, config: VmConfig, build: Callable[[Plan], VmmCommand], lease: Lease, options: BootOptions) -> VmHandle:
+        serial_log = config.serial_log or lease.directory / "serial.log"
+        plan = Plan(config, lease, serial_log, options.console)
+        handle = VmHandle(
+            config.name, config.namespace, self.vmm, VmState.STARTING, None, serial_log, plan.machine_id,
+            lease.directory, options.ready_marker, options.nonce, netns=config.netns,
+        )  # fmt: skip
+        for log in (serial_log, handle.vmm_log):
+            _empty(log, config)
+        sidecars = []
+        program = find_virtiofsd(self.virtiofsd) if config.shared_dirs else None
+        for index, share in enumerate(config.shared_dirs):
+            assert program is not None
+            path = plan.socket(f"fs{index}.sock")
+            logger.debug("%s: starting virtiofsd for %s", config.name, share.tag)
+            sidecars.append(start_virtiofsd(program, share, path, lease.directory / f"fs{index}.log"))
+            plan.share_sockets.append(path)
+        try:
+            command = build(plan)
+            argv = [*command.machine, *command.control]
+            logger.info("%s: %s", config.name, shlex.join(argv))
+            process = keeper().spawn(argv, handle.vmm_log, plan.fds)
+        finally:
+            for fd in plan.fds:
+                os.close(fd)
+        _names.started(config, process)
+        self._booted_here.add(plan.machine_id)
+        return replace(
+            handle, process=process, taps=tuple(plan.taps_to_remove), sidecars=tuple(sidecars), command=command.for_people()
+        )
+
+    def stop(self, handle: VmHandle) -> None:
+        """SIGTERM, 10 s of patience, SIGKILL; then everything the VM had is removed, whatever became of the VMM."""
+        self._end(handle, term_timeout_s=STOP_TIMEOUT_S)
+
+    def kill(self, handle: VmHandle) -> None:
+        """SIGKILL; then everything the VM had is removed."""
+        self._end(handle, term_timeout_s=0)
+
+    def _end(self, handle: VmHandle, *, term_timeout_s: float) -> None:
+        if handle.process is None:
+            raise VmNotFoundError(f"VM {handle.name!r} has no process: it was never started", vm_name=handle.name)
+        logger.info("%s: ending pid %d", handle.name, handle.process.pid)
+        refused: StateFailedError | None = None
+        failures = []
+        try:
+            killed = end_process(handle.process, self.programs, term_timeout_s=term_timeout_s, kill_timeout_s=KILL_TIMEOUT_S)
+            # A handle of another process's is only told of a VMM that outlives SIGKILL.
+            if killed and term_timeout_s > 0 and handle.machine_id in self._booted_here:
+                failures.append(f"the VMM (pid {handle.process.pid}) ignored SIGTERM for {term_timeout_s:g} s and was killed")
+        except StateFailedError as error:
+            refused = error
+        except TimeoutError as error:
+            failures.append(f"the VMM: {error}")
+        failures += self._remove(handle)
+        if refused is not None:
+            refused.vm_name = handle.name
+            raise refused
+        if failures:
+            raise StopFailedError(f"VM {handle.name!r}: {'; '.join(failures)}", vm_name=handle.name)
+
+    def _remove(self, handle: VmHandle) -> list[str]:
+        failures = []
+        for sidecar in handle.sidecars:
+            try:
+                end_process(sidecar, SIDECAR_PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
+            except (StateFailedError, TimeoutError) as error:
+                failures.append(f"virtiofsd: {error}")
+        failures += remove_taps(handle.taps, handle.netns)
+        if handle.run_dir is not None:
+            failures += remains.remove_lease(handle.run_dir)
+        _names.free(handle.namespace, handle.name, handle.process)
+        self._scanners.pop(handle.machine_id, None)
+        self._paused.discard(handle.machine_id)
+        self._booted_here.discard(handle.machine_id)
+        return failures
+
+    def state(self, handle: VmHandle) -> VmStatus:
+        """STOPPED when the process is gone or another one; READY once the marker was seen; else RUNNING."""
+        if handle.process is None:
+            return VmStatus(VmState.STOPPED)
+        try:
+            if not is_running(handle.process, self.programs):
+                return VmStatus(VmState.STOPPED)
+        except StateFailedError:
+            return VmStatus(VmState.STOPPED)
+        ip = self.scanner(handle).scan()
+        if handle.machine_id in self._paused:
+            return VmStatus(VmState.PAUSED, ip)
+        return VmStatus(VmState.READY if ip else VmState.RUNNING, ip)
+
+    def scanner(self, handle: VmHandle) -> ReadyScanner:
+        """Return the scanner of a VM's serial log, which remembers how far it has read."""
+        fresh = ReadyScanner(handle.serial_log, handle.ready_marker, handle.nonce, nonce_required=handle.nonce is not None)
+        return self._scanners.setdefault(handle.machine_id, fresh)
+
+    def set_paused(self, handle: VmHandle, paused: bool) -> None:
+        """Remember whether a VM is paused."""
+        (self._paused.add if paused else self._paused.discard)(handle.machine_id)
+
+
+def _empty(log: Path, config: VmConfig) -> None:
+    # An old marker must never count; the VMM appends, or truncates again.
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(b"")
+    except OSError as error:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: the log {str(log)!r} cannot be written: {error.strerror}", vm_name=config.name
+        ) from error
+
+
+def taps_of(plan: Plan) -> list[AttachedTap]:
+    """Return the TAPs of a VM, in order; one that is not there yet is made, in the lease first.
+
+    Raises InvalidConfigError for a socket pair, which no VMM on Linux takes.
+    """
+    config = plan.config
+    taps = []
+    for index, network in enumerate(config.networks or ()):
+        if isinstance(network, SocketPairFd):
+            raise InvalidConfigError(
+                f"VM {config.name!r}: a socket-pair network works on macOS only, not on Linux: use a Tap", vm_name=config.name
+            )
+        if isinstance(network, Tap):
+            name, ours = network.name, network.take_over
+            if name is None or not interface_exists(name, config.netns):
+                name, ours = make_tap(plan.lease, name, None, config.netns), True
+            elif ours:
+                plan.lease.add_tap(name, config.netns)
+            if ours:
+                plan.taps_to_remove.append(name)
+            taps.append(AttachedTap(index, name, network.mac or mac_for(config.name, index), ours))
+    return taps

@@ -1,0 +1,193 @@
+"""Cloud Hypervisor, v52 or newer: booted by its command line, which a person can repeat, then asked over its API."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+from pytest_chvm.drivers import ch_api
+from pytest_chvm.drivers.base import DEFAULT_OPTIONS, BootOptions, Plan, VmmCommand, VmmProcess, logger, taps_of
+from pytest_chvm.drivers.disks import data_format, make_overlay
+from pytest_chvm.errors import HypervisorError, InvalidConfigError, MissingRequirementError, UnsupportedError, VmIOError
+from pytest_chvm.host.binaries import Binary, find_binary
+from pytest_chvm.host.kvm import why_no_kvm
+from pytest_chvm.model import Network, UserNetwork, VmConfig, VmHandle, VmStatus
+
+PLACES = ("/usr/bin", "/usr/local/bin")
+INSTALL = "install it from https://github.com/cloud-hypervisor/cloud-hypervisor/releases, or name one with --chvm-binary"
+# The first with on-demand restore, and with vsock and virtio-fs that survive a restore.
+OLDEST = (52, 0)
+
+
+class CloudHypervisorDriver:
+    """Runs VMs with Cloud Hypervisor, which needs KVM."""
+
+    vmm = "cloud-hypervisor"
+
+    def __init__(self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None) -> None:
+        if accel not in ("auto", "kvm"):
+            raise InvalidConfigError(f"accel={accel!r}: Cloud Hypervisor has KVM only; use --chvm-vmm=qemu for software")
+        self._binary = binary
+        self._process = VmmProcess(self.vmm, ("cloud-hypervisor",), virtiofsd)
+
+    def binary(self) -> Binary:
+        """Return the executable; raises InvalidConfigError where there is none, or only one older than v52."""
+        found = find_binary("cloud-hypervisor", PLACES, INSTALL, self._binary)
+        version = re.search(r"v(\d+)\.(\d+)", found.version)
+        if version is None:
+            logger.warning("%s says of itself %r, which names no version: v52 or newer is expected", found.path, found.version)
+        elif (int(version[1]), int(version[2])) < OLDEST:
+            raise MissingRequirementError(f"{found.path} is {found.version!r}: v52.0 or newer is needed; {INSTALL}")
+        return found
+
+    def why_not(self) -> str | None:
+        """Return why Cloud Hypervisor is no choice on this machine."""
+        reason = why_no_kvm()
+        if reason is not None:
+            return f"no usable KVM: {reason}"
+        try:
+            self.binary()
+        except InvalidConfigError as error:
+            return str(error)
+        return None
+
+    def failure_hint(self) -> str | None:
+        """Return why no guest runs here, where that is so."""
+        reason = why_no_kvm()
+        return f"No usable KVM here: {reason}. Use --chvm-vmm=qemu, or a machine with KVM." if reason else None
+
+    def boot(self, config: VmConfig, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
+        """Start a VM and return at once, STARTING."""
+        return self._process.boot(config, self._command, options)
+
+    def _command(self, plan: Plan) -> VmmCommand:
+        config = plan.config
+        for path in (config.kernel, config.initramfs, config.root_disk, config.seed_iso, config.data_disk, plan.serial_log):
+            _check_text(config, path)
+        machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), os.fspath(self.binary().path)]
+        cmdline = config.cmdline
+        if cmdline is None:
+            cmdline = "console=ttyS0 root=/dev/vda1 rw ds=nocloud" if config.root_disk else "console=ttyS0"
+        machine += ["--kernel", os.fspath(config.kernel or ""), "--cmdline", cmdline]
+        if config.initramfs is not None:
+            machine += ["--initramfs", os.fspath(config.initramfs)]
+        machine += ["--cpus", f"boot={config.cpus}"]
+        machine += ["--memory", f"size={config.memory_mb}M{',shared=on' if config.shared_dirs else ''}"]
+        machine += self._disks(plan)
+        taps = taps_of(plan)
+        if any(isinstance(network, UserNetwork | Network) for network in config.networks or ()):
+            raise UnsupportedError(
+                f"VM {config.name!r}: Cloud Hypervisor needs a TAP for each network: run as root, or use --chvm-vmm=qemu",
+                vm_name=config.name,
+            )
+        for tap in taps:
+            machine += ["--net", f"tap={tap.name},mac={tap.mac}"]
+        machine += ["--serial", f"file={_quoted(plan.serial_log)}", "--console", "pty" if plan.console else "off"]
+        for share, path in zip(config.shared_dirs, plan.share_sockets, strict=True):
+            machine += ["--fs", f"tag={share.tag},socket={_quoted(path)},num_queues=1,queue_size=512"]
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.fspath(plan.socket("api.sock")))
+        listener.listen()
+        control = ["--api-socket", f"fd={plan.add_fd(listener.detach())}"]
+        return VmmCommand(machine, control)
+
+    @staticmethod
+    def _disks(plan: Plan) -> list[str]:
+        config = plan.config
+        words = []
+        if config.root_disk is not None:
+            overlay = plan.socket("root.qcow2")
+            make_overlay(config.root_disk, overlay)
+            words += ["--disk", f"path={_quoted(overlay)},image_type=qcow2,backing_files=on"]
+        if config.seed_iso is not None:
+            words += ["--disk", f"path={_quoted(config.seed_iso)},readonly=on,image_type=raw"]
+        if config.data_disk is not None:
+            words += ["--disk", f"path={_quoted(config.data_disk)},image_type={data_format(config.data_disk)}"]
+        return words
+
+    def stop(self, handle: VmHandle) -> None:
+        """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
+        self._process.stop(handle)
+
+    def kill(self, handle: VmHandle) -> None:
+        """End the VMM with SIGKILL and remove all that the VM had."""
+        self._process.kill(handle)
+
+    def state(self, handle: VmHandle) -> VmStatus:
+        """Return what has become of a VM."""
+        return self._process.state(handle)
+
+    def open_console(self, handle: VmHandle) -> int:
+        """Return the PTY that is the guest's virtio console."""
+        import tty
+
+        config = self.info(handle).get("config")
+        console = config.get("console") if isinstance(config, dict) else None
+        path = console.get("file") if isinstance(console, dict) else None
+        if not isinstance(path, str) or not re.fullmatch(r"/dev/pts/\d+", path):
+            raise VmIOError(f"VM {handle.name!r} has no console: Cloud Hypervisor says {console!r}", vm_name=handle.name)
+        fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        tty.setraw(fd)
+        return fd
+
+    def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
+        """Cloud Hypervisor has no user-mode network."""
+        raise UnsupportedError(f"VM {handle.name!r}: Cloud Hypervisor has no user-mode network", vm_name=handle.name)
+
+    def info(self, handle: VmHandle) -> dict[str, object]:
+        """Return the VM's configuration and state, as `vm.info` has them."""
+        return self._call(handle, "vm.info", ask=True)
+
+    def pause(self, handle: VmHandle) -> None:
+        """Stop the guest's processors."""
+        self._call(handle, "vm.pause")
+        self._process.set_paused(handle, True)
+
+    def resume(self, handle: VmHandle) -> None:
+        """Let a paused guest go on."""
+        self._call(handle, "vm.resume")
+        self._process.set_paused(handle, False)
+
+    def power_button(self, handle: VmHandle) -> None:
+        """Press the ACPI power button."""
+        self._call(handle, "vm.power-button")
+
+    def allow_reboot(self, handle: VmHandle) -> None:
+        """Nothing to do: a reboot is one, in the same process."""
+
+    def snapshot(self, handle: VmHandle, directory: Path) -> None:
+        """Save a paused VM's state to a directory that is there and empty; disks are not saved."""
+        self._call(handle, "vm.snapshot", {"destination_url": f"file://{directory}"})
+
+    def restore(self, config: VmConfig, directory: Path) -> VmHandle:
+        """Not there yet."""
+        raise UnsupportedError(f"VM {config.name!r}: restoring Cloud Hypervisor VMs is not supported", vm_name=config.name)
+
+    def _call(
+        self, handle: VmHandle, endpoint: str, body: dict[str, object] | None = None, *, ask: bool = False
+    ) -> dict[str, object]:
+        if handle.run_dir is None:
+            raise HypervisorError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
+        return ch_api.call(handle.name, handle.run_dir / "api.sock", endpoint, body, ask=ask)
+
+
+def _check_text(config: VmConfig, path: Path | None) -> None:
+    # Its argument parser is Rust's, which takes UTF-8 only.
+    try:
+        os.fspath(path or "").encode()
+    except UnicodeEncodeError as error:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: the path {os.fsencode(path or '')!r} is not valid UTF-8, which Cloud Hypervisor cannot take: "
+            "rename it",
+            vm_name=config.name,
+        ) from error
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as an option's value: quoted where it has a character that would end it (option_parser/src/lib.rs)."""
+    text = os.fspath(path)
+    if not re.search(r'[,"\[\]]', text):
+        return text
+    return '"' + text.replace('"', '""') + '"'

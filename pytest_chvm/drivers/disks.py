@@ -1,0 +1,56 @@
+"""Disk images: their formats, and the throwaway overlay that keeps a root disk from being written."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIOError
+
+QCOW2_MAGIC = b"QFI\xfb"
+OVERLAY_TIMEOUT_S = 30.0
+
+
+def base_format(image: Path) -> str:
+    """Return "qcow2" or "raw" for an image that is never written, by how it begins."""
+    with image.open("rb") as file:
+        return "qcow2" if file.read(4) == QCOW2_MAGIC else "raw"
+
+
+def data_format(image: Path) -> str:
+    """Return "qcow2" or "raw" for an image that a guest writes, by its name alone.
+
+    By its content a guest could turn a raw disk into a qcow2 whose backing file is one of the host's. Raises
+    InvalidConfigError where name and content disagree.
+    """
+    named = "qcow2" if image.suffix == ".qcow2" else "raw"
+    found = base_format(image)
+    if named != found:
+        raise InvalidConfigError(
+            f"data_disk {str(image)!r} begins like a {found} image and is named like a {named} one: "
+            f"name it {'*.qcow2' if found == 'qcow2' else 'otherwise than *.qcow2'} if that is what it is"
+        )
+    return named
+
+
+def make_overlay(base: Path, overlay: Path) -> None:
+    """Make an empty qcow2 image on top of `base`, which takes all writes.
+
+    Raises InvalidConfigError where there is no qemu-img, VmIOError where it fails.
+    """
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise MissingRequirementError(
+            "root_disk needs qemu-img for its throwaway overlay: install qemu-utils (Debian, Ubuntu) or qemu-img (Fedora)"
+        )
+    done = subprocess.run(
+        [program, "create", "-q", "-f", "qcow2", "-F", base_format(base), "-b", base, overlay],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=OVERLAY_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise VmIOError(f"no overlay of root_disk {str(base)!r} can be made at {str(overlay)!r}: {done.stderr.strip()}")

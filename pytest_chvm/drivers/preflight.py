@@ -1,0 +1,66 @@
+"""Whether this host has what a VM asks for: looked at before anything is started."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.guest.kernel import check_kernel_image
+from pytest_chvm.host.networks import check_netns
+from pytest_chvm.host.virtiofsd import check_shared_dir
+from pytest_chvm.model import VmConfig
+
+
+def preflight(config: VmConfig) -> None:
+    """Raise InvalidConfigError, naming the VM, for the first thing that this host cannot give it."""
+    try:
+        if config.kernel is None:
+            raise InvalidConfigError("kernel=None: a driver needs one; launch() and chvm_vm() have a default")
+        _check_file("kernel", config.kernel)
+        check_kernel_image(config.kernel)
+        for key in ("initramfs", "root_disk", "seed_iso", "data_disk"):
+            path = getattr(config, key)
+            if path is not None:
+                _check_file(key, path)
+        if config.data_disk is not None and not os.access(config.data_disk, os.W_OK):
+            raise InvalidConfigError(
+                f"data_disk {str(config.data_disk)!r} cannot be written, and the guest's writes are to stay on it"
+            )
+        _check_size(config)
+        for share in config.shared_dirs:
+            check_shared_dir(share)
+        if config.netns is not None:
+            check_netns(config.netns)
+        if config.serial_log is not None:
+            _check_log(config.serial_log)
+    except InvalidConfigError as error:
+        raise InvalidConfigError(f"VM {config.name!r}: {error}", vm_name=config.name) from None
+
+
+def _check_file(key: str, path: Path) -> None:
+    if not path.exists():
+        raise InvalidConfigError(f"{key} {str(path)!r} does not exist")
+    if path.is_dir():
+        raise InvalidConfigError(f"{key} {str(path)!r} is a directory, expected a file")
+    if not os.access(path, os.R_OK):
+        raise InvalidConfigError(f"{key} {str(path)!r} cannot be read by you")
+
+
+def _check_size(config: VmConfig) -> None:
+    import psutil
+
+    cpus = os.cpu_count() or 1
+    if config.cpus > cpus:
+        raise InvalidConfigError(f"cpus={config.cpus}, and the host has {cpus}")
+    host_mb = psutil.virtual_memory().total >> 20
+    if config.memory_mb > host_mb:
+        raise InvalidConfigError(f"memory_mb={config.memory_mb}, and the host has {host_mb}")
+
+
+def _check_log(log: Path) -> None:
+    if log.is_dir():
+        raise InvalidConfigError(f"serial_log {str(log)!r} is a directory, expected a file")
+    place = next(parent for parent in log.parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InvalidConfigError(f"the log directory {str(log.parent)!r} cannot be written by you")

@@ -1,0 +1,209 @@
+"""QEMU: with KVM where it runs guests, in software elsewhere."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from pathlib import Path
+
+from pytest_chvm.drivers import qmp
+from pytest_chvm.drivers.base import DEFAULT_OPTIONS, BootOptions, Plan, VmmCommand, VmmProcess, taps_of
+from pytest_chvm.drivers.disks import data_format, make_overlay
+from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmIOError
+from pytest_chvm.host.binaries import Binary, find_binary
+from pytest_chvm.host.kvm import why_no_kvm
+from pytest_chvm.model import Network, UserNetwork, VmConfig, VmHandle, VmStatus, mac_for
+
+PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
+INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
+SYSTEM_CALLS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+class QemuDriver:
+    """Runs VMs with QEMU. `accel` is "auto", "kvm" or "tcg" (software)."""
+
+    vmm = "qemu"
+
+    def __init__(self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None) -> None:
+        if accel not in ("auto", "kvm", "tcg"):
+            raise InvalidConfigError(f"accel={accel!r}: expected auto, kvm or tcg")
+        self.accel = accel
+        self._binary = binary
+        self._process = VmmProcess(self.vmm, ("qemu-system", "qemu-kvm"), virtiofsd)
+
+    def binary(self) -> Binary:
+        """Return the QEMU of this machine's architecture; raises InvalidConfigError where there is none."""
+        return find_binary(f"qemu-system-{platform.machine()}", PLACES, INSTALL, self._binary)
+
+    def why_not(self) -> str | None:
+        """Return why QEMU cannot be used here."""
+        try:
+            self.binary()
+        except InvalidConfigError as error:
+            return str(error)
+        return None
+
+    def failure_hint(self) -> str | None:
+        """Return why KVM does not work here, where it was asked for."""
+        reason = why_no_kvm()
+        return f"KVM was asked for, and does not work here: {reason}" if self.accel == "kvm" and reason else None
+
+    def boot(self, config: VmConfig, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
+        """Start a VM and return at once, STARTING."""
+        return self._process.boot(config, self._command, options)
+
+    def _command(self, plan: Plan) -> VmmCommand:
+        config = plan.config
+        shown: dict[str, str] = {}
+        binary = os.fspath(self.binary().path)
+        machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), binary]
+        machine += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        machine += ["-name", config.name, "-uuid", plan.machine_id, "-sandbox", SYSTEM_CALLS]
+        kvm = self.accel == "kvm" or (self.accel == "auto" and why_no_kvm() is None)
+        shared = bool(config.shared_dirs)
+        machine += ["-machine", "q35,memory-backend=ram" if shared else "q35"]
+        machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", "host" if kvm else "max"]
+        machine += ["-smp", str(config.cpus), "-m", f"{config.memory_mb}M"]
+        if shared:
+            machine += ["-object", f"memory-backend-memfd,id=ram,size={config.memory_mb}M,share=on"]
+        machine += self._boot_source(config)
+        machine += ["-chardev", f"file,id=serial,path={_quoted(plan.serial_log)}", "-serial", "chardev:serial"]
+        machine += ["-device", "virtio-rng-pci"]
+        machine += self._disks(plan)
+        machine += self._nics(plan, shown)
+        for index, (share, path) in enumerate(zip(config.shared_dirs, plan.share_sockets, strict=True)):
+            machine += ["-chardev", f"socket,id=fs{index},path={_quoted(path)}"]
+            machine += ["-device", f"vhost-user-fs-pci,chardev=fs{index},tag={share.tag},queue-size=512"]
+        control = ["-chardev", f"socket,id=qmp,path={_quoted(plan.socket('qmp.sock'))},server=on,wait=off"]
+        control += ["-mon", "chardev=qmp,mode=control"]
+        if plan.console:
+            control += ["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console"]
+            control += ["-chardev", f"socket,id=console,path={_quoted(plan.socket('console.sock'))},server=on,wait=off"]
+        return VmmCommand(machine, control, shown)
+
+    @staticmethod
+    def _boot_source(config: VmConfig) -> list[str]:
+        cmdline = config.cmdline
+        if cmdline is None:
+            cmdline = "console=ttyS0 root=/dev/vda1 rw ds=nocloud" if config.root_disk else "console=ttyS0"
+        words = ["-kernel", os.fspath(config.kernel or ""), "-append", cmdline]
+        return words + (["-initrd", os.fspath(config.initramfs)] if config.initramfs else [])
+
+    @staticmethod
+    def _disks(plan: Plan) -> list[str]:
+        config = plan.config
+        words = []
+
+        def add(name: str, form: str, image: Path, *, read_only: bool) -> None:
+            nonlocal words
+            mode = "on" if read_only else "off"
+            words += [
+                "-blockdev",
+                f"node-name={name},driver={form},read-only={mode},file.driver=file,file.filename={_quoted(image)}",
+                "-device",
+                f"virtio-blk-pci,drive={name}",
+            ]
+
+        if config.root_disk is not None:
+            overlay = plan.socket("root.qcow2")
+            make_overlay(config.root_disk, overlay)
+            add("root", "qcow2", overlay, read_only=False)
+        if config.seed_iso is not None:
+            add("seed", "raw", config.seed_iso, read_only=True)
+        if config.data_disk is not None:
+            add("data", data_format(config.data_disk), config.data_disk, read_only=False)
+        return words
+
+    @staticmethod
+    def _nics(plan: Plan, shown: dict[str, str]) -> list[str]:
+        from pytest_chvm.host.networks import open_tap
+
+        config = plan.config
+        words = []
+        taps = {tap.index: tap for tap in taps_of(plan)}
+        for index, network in enumerate(config.networks or ()):
+            mac = mac_for(config.name, index)
+            if tap := taps.get(index):
+                mac = tap.mac
+                number = plan.add_fd(open_tap(tap.name, config.netns, ours=tap.ours))
+                words += ["-netdev", f"tap,id=net{index},fd={number}"]
+                shown[f"fd={number}"] = f"ifname={tap.name},script=no,downscript=no"
+            elif isinstance(network, UserNetwork):
+                mac = network.mac or mac
+                words += [
+                    "-netdev",
+                    f"user,id=net{index},net={network.subnet},host={network.host},dns={network.subnet[3]},dhcpstart={network.guest}",
+                ]
+            elif isinstance(network, Network):
+                words += ["-netdev", f"socket,id=net{index},mcast={network.multicast},localaddr=127.0.0.1"]
+            words += ["-device", f"virtio-net-pci,netdev=net{index},mac={mac},romfile="]
+        return words
+
+    def stop(self, handle: VmHandle) -> None:
+        """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
+        self._process.stop(handle)
+
+    def kill(self, handle: VmHandle) -> None:
+        """End the VMM with SIGKILL and remove all that the VM had."""
+        self._process.kill(handle)
+
+    def state(self, handle: VmHandle) -> VmStatus:
+        """Return what has become of a VM."""
+        return self._process.state(handle)
+
+    def open_console(self, handle: VmHandle) -> int:
+        """Return a connection to the socket behind the guest's virtio console."""
+        console = socket.socket(socket.AF_UNIX)
+        try:
+            console.connect(os.fspath(self._socket(handle, "console.sock")))
+        except OSError as error:
+            console.close()
+            raise VmIOError(f"VM {handle.name!r}: its console cannot be reached: {error.strerror}", vm_name=handle.name) from error
+        return console.detach()
+
+    def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
+        """Return a port on the host's loopback, chosen by the kernel, that leads to a port of the guest."""
+        answer = self._qmp(handle, ("human-monitor-command", {"command-line": f"hostfwd_add net0 tcp:127.0.0.1:0-:{port}"}))
+        listing = str(self._qmp(handle, ("human-monitor-command", {"command-line": "info usernet"})))
+        return qmp.forwarded_port(handle.name, str(answer), listing, port)
+
+    def pause(self, handle: VmHandle) -> None:
+        """Stop the guest's processors."""
+        self._qmp(handle, ("stop", {}))
+        self._process.set_paused(handle, True)
+
+    def resume(self, handle: VmHandle) -> None:
+        """Let a paused guest go on."""
+        self._qmp(handle, ("cont", {}))
+        self._process.set_paused(handle, False)
+
+    def power_button(self, handle: VmHandle) -> None:
+        """Press the ACPI power button."""
+        self._qmp(handle, ("system_powerdown", {}))
+
+    def allow_reboot(self, handle: VmHandle) -> None:
+        """Let the guest's next reboot be one; without it `-no-reboot` ends QEMU."""
+        self._qmp(handle, ("set-action", {"reboot": "reset"}))
+
+    def snapshot(self, handle: VmHandle, directory: Path) -> None:
+        """Not there yet."""
+        raise UnsupportedError(f"VM {handle.name!r}: snapshots of QEMU VMs are not supported", vm_name=handle.name)
+
+    def restore(self, config: VmConfig, directory: Path) -> VmHandle:
+        """Not there yet."""
+        raise UnsupportedError(f"VM {config.name!r}: restoring QEMU VMs is not supported", vm_name=config.name)
+
+    def _qmp(self, handle: VmHandle, command: tuple[str, dict[str, object]]) -> object:
+        return qmp.execute(handle.name, self._socket(handle, "qmp.sock"), *command)
+
+    @staticmethod
+    def _socket(handle: VmHandle, name: str) -> Path:
+        if handle.run_dir is None:
+            raise VmIOError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
+        return handle.run_dir / name
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as an option's value: QEMU's option parser takes a doubled comma as one."""
+    return os.fspath(path).replace(",", ",,")

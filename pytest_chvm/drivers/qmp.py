@@ -1,0 +1,56 @@
+"""QMP, QEMU's control protocol, through the library that QEMU's own developers keep."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pytest_chvm.errors import HypervisorError, VmIOError
+
+ANSWER_TIMEOUT_S = 10.0
+
+
+def execute(vm_name: str, socket_path: Path, command: str, arguments: dict[str, object]) -> object:
+    """Run one QMP command and return its answer.
+
+    Raises HypervisorError where QEMU refuses it or does not answer within 10 s, VmIOError where it is not there.
+    """
+    # In a thread of its own: the test's may have an event loop running.
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, _execute(vm_name, socket_path, command, arguments)).result()
+
+
+async def _execute(vm_name: str, socket_path: Path, command: str, arguments: dict[str, object]) -> object:
+    from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient
+
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+    client = QMPClient(vm_name)
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            await client.connect(str(socket_path))
+            return await client.execute(command, arguments or None)
+    except TimeoutError as error:
+        raise HypervisorError(
+            f"VM {vm_name!r}: QEMU did not answer {command!r} within {ANSWER_TIMEOUT_S:g} s", vm_name=vm_name
+        ) from error
+    except ExecuteError as error:
+        raise HypervisorError(f"VM {vm_name!r}: QEMU refused {command!r}: {error}", vm_name=vm_name) from error
+    except (ConnectError, ExecInterruptedError, EOFError, OSError) as error:
+        raise VmIOError(f"VM {vm_name!r}: QEMU cannot be reached for {command!r}: {error}", vm_name=vm_name) from error
+    finally:
+        try:
+            await client.disconnect()
+        except (EOFError, OSError) as error:
+            logging.getLogger("pytest_chvm").debug("%s: QMP ended with %s", vm_name, error)
+
+
+def forwarded_port(vm_name: str, answer: str, listing: str, port: int) -> tuple[str, int]:
+    """Return the host's end of a forwarding from the monitor's `info usernet`; raises HypervisorError where it has none."""
+    rows = re.findall(r"TCP\[HOST_FORWARD\]\s+\d+\s+(127\.0\.0\.1)\s+(\d+)\s+\S+\s+(\d+)\s", listing)
+    for host, host_port, guest_port in reversed(rows):
+        if int(guest_port) == port:
+            return host, int(host_port)
+    raise HypervisorError(f"VM {vm_name!r}: QEMU did not forward port {port}: {answer.strip() or listing.strip()}", vm_name=vm_name)

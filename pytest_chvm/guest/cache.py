@@ -1,0 +1,48 @@
+"""The cache of things built on the user's machine: each built once, under a file lock, written atomically."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pytest_chvm.errors import InvalidConfigError
+
+
+def default_cache_dir() -> Path:
+    """Return the user's cache directory (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "pytest-chvm"
+
+
+def built_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Return the directory `target`, filled by `build` if it is not there yet.
+
+    `build` gets an empty directory, which becomes `target` by one rename, so that nobody ever sees half of it;
+    others that want the same wait at a file lock. Raises InvalidConfigError where the cache cannot be written.
+    """
+    if target.is_dir():
+        return target
+    from filelock import FileLock
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if target.is_dir():
+                return target
+            unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            try:
+                build(unfinished)
+                unfinished.chmod(0o755)
+                unfinished.rename(target)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise InvalidConfigError(
+            f"the cache {str(target.parent)!r} cannot be written: {error}; free some space, "
+            "or set CHVM_CACHE_DIR to a directory of yours"
+        ) from error
+    return target

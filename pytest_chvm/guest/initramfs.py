@@ -1,0 +1,134 @@
+"""The built-in guest: an initramfs of BusyBox, the modules a VM needs and `init.sh`, put together here.
+
+It is cached by the content of all that goes into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from pytest_chvm.errors import MissingRequirementError
+from pytest_chvm.guest.cache import built_once
+from pytest_chvm.guest.kernel import Kernel, Module, PackageError, Progress, fetch_package, modules_in_order
+
+# Each for a device or file system the built-in guest is promised with; what they depend on is read from the tree.
+WANTED_MODULES = (
+    "virtio_pci",
+    "virtio_mmio",
+    "virtio_console",
+    "virtio_net",
+    "virtio_blk",
+    "virtiofs",
+    "virtio_rng",
+    "ext4",
+    "af_packet",
+)
+BUSYBOX_PLACES = (Path("/bin/busybox"), Path("/usr/bin/busybox"), Path("/usr/lib/busybox/busybox-static"))
+DIRECTORIES = (
+    "bin", "sbin", "usr", "usr/bin", "usr/sbin", "lib", "dev", "proc", "sys", "tmp", "run", "mnt", "root", "etc", "var", "var/tmp",
+)  # fmt: skip
+
+
+def build_initramfs(kernel: Kernel, cache: Path, progress: Progress) -> Path:
+    """Return the built-in guest's initramfs for a kernel, built at the first call.
+
+    Raises MissingRequirementError where BusyBox is not to be had or the cache cannot be written.
+    """
+    busybox = find_busybox(cache, progress)
+    init = resources.files("pytest_chvm.guest").joinpath("init.sh").read_bytes()
+    modules = _modules(kernel)
+    key = hashlib.sha256(b"recipe 1")
+    for part in (busybox.read_bytes(), init, *(module.data for module in modules)):
+        key.update(hashlib.sha256(part).digest())
+
+    def build(directory: Path) -> None:
+        progress(f"building the built-in guest for kernel {kernel.release or kernel.image.name}")
+        archive = write_cpio(_entries(busybox, init, modules))
+        (directory / "initramfs.cpio").write_bytes(archive)
+
+    return built_once(cache / "initramfs" / key.hexdigest()[:32], build) / "initramfs.cpio"
+
+
+def _modules(kernel: Kernel) -> list[Module]:
+    return modules_in_order(kernel.modules, WANTED_MODULES) if kernel.modules else []
+
+
+def find_busybox(cache: Path, progress: Progress) -> Path:
+    """Return a statically linked BusyBox: the host's, else one from the package busybox-static."""
+    for place in BUSYBOX_PLACES:
+        if is_static_executable(place):
+            return place
+    try:
+        tree = fetch_package("busybox-static", cache, progress)
+    except PackageError as error:
+        raise MissingRequirementError(
+            f"no statically linked BusyBox for the built-in guest: none at "
+            f"{', '.join(map(str, BUSYBOX_PLACES))}, and the package cannot be fetched ({error}); "
+            "install busybox-static (Debian, Ubuntu) or busybox (Fedora, Arch)"
+        ) from error
+    for place in sorted(tree.glob("**/busybox")):
+        if is_static_executable(place):
+            return place
+    raise MissingRequirementError(f"the package busybox-static has no static busybox: looked in {str(tree)!r}")
+
+
+def is_static_executable(path: Path) -> bool:
+    """Tell whether a file is an ELF executable that names no dynamic linker in its first page."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return False
+    return head[:4] == b"\x7fELF" and b"/ld-" not in head
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file of the archive: `mode` with the file type, `device` as (major, minor)."""
+
+    name: str
+    mode: int
+    data: bytes = b""
+    device: tuple[int, int] = (0, 0)
+
+
+def _entries(busybox: Path, init: bytes, modules: list[Module]) -> Iterator[Entry]:
+    for directory in DIRECTORIES:
+        yield Entry(directory, stat.S_IFDIR | (0o1777 if directory.endswith("tmp") else 0o755))
+    # The kernel opens it before the first process can mount anything.
+    yield Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
+    yield Entry("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
+    listed = subprocess.run([busybox, "--list-full"], capture_output=True, text=True, check=True, timeout=10)
+    for applet in listed.stdout.split():
+        if applet != "bin/busybox":
+            name = applet if "/" in applet else f"bin/{applet}"
+            yield Entry(name, stat.S_IFLNK | 0o777, b"/bin/busybox")
+    yield Entry("etc/passwd", stat.S_IFREG | 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
+    yield Entry("etc/group", stat.S_IFREG | 0o644, b"root:x:0:\nnogroup:x:65534:\n")
+    yield Entry("etc/hosts", stat.S_IFREG | 0o644, b"127.0.0.1 localhost\n")
+    yield Entry("lib/modules", stat.S_IFDIR | 0o755)
+    for module in modules:
+        yield Entry(f"lib/modules/{module.name}.ko", stat.S_IFREG | 0o644, module.data)
+    names = "".join(f"/lib/modules/{module.name}.ko\n" for module in modules)
+    yield Entry("lib/chvm-modules", stat.S_IFREG | 0o644, names.encode())
+    yield Entry("init", stat.S_IFREG | 0o755, init)
+
+
+def write_cpio(entries: Iterator[Entry]) -> bytes:
+    """Return entries as a "newc" archive (Documentation/driver-api/early-userspace/buffer-format.rst)."""
+    archive = bytearray()
+    trailer = Entry("TRAILER!!!", 0)
+    for inode, entry in enumerate((*entries, trailer), start=1):
+        name = entry.name.encode() + b"\0"
+        links = 2 if stat.S_ISDIR(entry.mode) else 1
+        header = (inode, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, *entry.device, len(name), 0)
+        archive += b"070701" + b"".join(b"%08X" % value for value in header) + name
+        archive += bytes(-len(archive) % 4) + entry.data
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)

@@ -1,0 +1,165 @@
+"""The serial log, read as it grows: the ready marker, a kernel panic, and text fit for a person.
+
+Whatever is in the log comes from the guest and is not trusted: it is parsed strictly, every read is bounded,
+and nothing of it is shown before `clean`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEFAULT_MARKER = "CHVM_READY"
+# A marker line is the marker and at most this many bytes: an address, a nonce and spaces.
+LONGEST_REST = 64
+CHUNK = 1 << 20
+
+# printk's time stamp may be before it (Documentation/admin-guide/kernel-parameters, printk.time).
+PANIC = re.compile(rb"(?:^|[\r\n])(?:\[ *\d+\.\d+\] )?(Kernel panic - not syncing: [^\r\n]{0,200})")
+# ECMA-48: CSI, OSC and the like, then two-byte sequences.
+ESCAPE = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]{0,4096}(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass
+class LogReader:
+    """Yields what a growing file has new, in bounded pieces, each with the last `overlap` bytes before it.
+
+    A file that shrank is read from its start again: a guest's reboot truncates it.
+    """
+
+    path: Path
+    overlap: int
+    offset: int = 0
+    floor: int = 0
+
+    def forget(self) -> None:
+        """Never look again at what is there now."""
+        try:
+            self.offset = self.floor = self.path.stat().st_size
+        except FileNotFoundError:
+            self.offset = self.floor = 0
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the new pieces; none while the file is not there."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            if os.fstat(fd).st_size < self.offset:
+                self.offset = self.floor = 0
+            while True:
+                start = max(self.floor, self.offset - self.overlap)
+                piece = os.pread(fd, CHUNK + self.offset - start, start)
+                if start + len(piece) <= self.offset:
+                    return
+                self.offset = start + len(piece)
+                yield piece
+        finally:
+            os.close(fd)
+
+
+@dataclass
+class ReadyScanner:
+    """Looks for the line `MARKER IP [nonce=NONCE]` in a serial log; `scan` remembers what it found.
+
+    `ip` is the guest's address once it was there; `refused` says what was wrong with the last line that had the
+    marker and did not count. With `nonce_required` a line without the nonce does not count, and one with another
+    never does.
+    """
+
+    log: Path
+    marker: str = DEFAULT_MARKER
+    nonce: str | None = None
+    nonce_required: bool = False
+    ip: str | None = None
+    refused: str | None = None
+    _reader: LogReader = field(init=False)
+    _pattern: re.Pattern[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        marker = self.marker.encode()
+        self._reader = LogReader(self.log, len(marker) + LONGEST_REST)
+        # Not at the start of a line only: a login prompt or half a kernel message may stand before it.
+        self._pattern = re.compile(rb"(?<![A-Za-z0-9_])" + re.escape(marker) + rb"(?![A-Za-z0-9_])([^\r\n]*)\r*\n")
+
+    def scan(self) -> str | None:
+        """Read what is new and return the IP if the marker was there, now or before."""
+        if self.ip is None:
+            for piece in self._reader.pieces():
+                for match in self._pattern.finditer(piece):
+                    self.ip = self._checked(match[1])
+                    if self.ip is not None:
+                        return self.ip
+        return self.ip
+
+    def expect_again(self) -> None:
+        """Forget what was found: the guest is about to start anew."""
+        self.ip = self.refused = None
+        self._reader.forget()
+
+    def _checked(self, rest: bytes) -> str | None:
+        words = rest.split()
+        if not words or len(rest) > LONGEST_REST:
+            self.refused = "a ready line had no IP" if not words else "a ready line was too long"
+            return None
+        text = words[0].decode("ascii", errors="replace")
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:
+            self.refused = f"a ready line had {text[:45]!r} where an IP was expected"
+            return None
+        nonces = [word[6:].decode("ascii", errors="replace") for word in words[1:] if word.startswith(b"nonce=")]
+        if self.nonce is not None and (nonces or self.nonce_required) and nonces != [self.nonce]:
+            self.refused = "a ready line had the nonce of another VM" if nonces else "a ready line had no nonce"
+            return None
+        return str(address)
+
+
+@dataclass
+class PanicScanner:
+    """Looks for a kernel panic in a serial log, as it grows."""
+
+    log: Path
+    panic: str | None = None
+    _reader: LogReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reader = LogReader(self.log, 300)
+
+    def scan(self) -> str | None:
+        """Read what is new and return the panic's message if there was one, now or before."""
+        if self.panic is None:
+            for piece in self._reader.pieces():
+                if match := PANIC.search(piece):
+                    self.panic = clean(match[1])
+                    break
+        return self.panic
+
+
+def read_tail(path: Path, limit: int) -> bytes:
+    """Return the last `limit` bytes of a file; none where it is not there."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - limit))
+            return file.read(limit)
+    except FileNotFoundError:
+        return b""
+
+
+def clean(raw: bytes) -> str:
+    """Return guest output as text that can be shown: no escape sequences, no control characters."""
+    text = ESCAPE.sub(b"", raw).replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode(errors="replace")
+    return CONTROL.sub("\ufffd", text)
+
+
+def last_lines(path: Path, count: int = 20, limit: int = 16384) -> str:
+    """Return the last lines of a log, cleaned and bounded, each cut at 200 characters."""
+    lines = [line for line in clean(read_tail(path, limit)).split("\n") if line.strip()]
+    return "\n".join(line[:200] for line in lines[-count:])

@@ -1,0 +1,274 @@
+"""Commands in a guest over its virtio console: no agent, no network, any guest that has a `sh` on hvc0.
+
+The host types `shell.sh` once; from then on it sends one line a command and gets its outputs between delimiters
+that are random for each command, so that no answer can pass for another's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from pytest_chvm.deadline import Deadline, wait_readable
+from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmIOError
+from pytest_chvm.model import CommandResult
+
+# An answer larger than this is not the guest's memory any more, but somebody's trick.
+LARGEST_ANSWER = 256 << 20
+CONNECT_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 5.0
+NO_SHELL = (
+    "no shell answers on the guest's virtio console (hvc0). The built-in guest has one; an image of your own needs a "
+    "service that runs 'sh </dev/hvc0 >/dev/hvc0 2>&1'"
+)
+
+
+@dataclass
+class GuestShell:
+    """The console of one guest. `open_console` returns a descriptor of it, readable and writable.
+
+    `wake_fds` are watched while an answer is awaited; when one is readable, `check_alive` is called, which raises what
+    has become of the guest.
+    """
+
+    vm_name: str
+    open_console: Callable[[], int]
+    wake_fds: Callable[[], list[int]]
+    check_alive: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fd: int | None = None
+        self._pending = bytearray()
+
+    def run(self, command: str | Sequence[str], *, timeout: float, input: bytes | None) -> CommandResult:
+        """Run a command in the guest and return what it did; one at a time, others wait for their turn.
+
+        Raises CommandTimeoutError after `timeout` seconds, when the command and all it started are killed; VmIOError
+        where no shell answers; what `check_alive` raises when the guest dies meanwhile.
+        """
+        script = _script(command)
+        started = time.monotonic()
+        deadline = Deadline.after(timeout)
+        shown = command if isinstance(command, str) else tuple(os.fsdecode(word) for word in command)
+        with self._lock:
+            try:
+                self._connect(deadline)
+                if input:
+                    self._send_input(input, deadline)
+                token = secrets.token_hex(16)
+                self._write(f"run {token} ".encode() + _escaped(script) + b"\n", deadline)
+                try:
+                    answer = self._answer(token, deadline)
+                except TimeoutError:
+                    raise self._killed(shown, token, timeout) from None
+            except BaseException as error:
+                if not (isinstance(error, CommandTimeoutError) and self._fd is not None):
+                    self.close()
+                raise
+        stdout, stderr, status = answer
+        return CommandResult(shown, status, stdout, stderr, time.monotonic() - started)
+
+    def tell(self, script: str) -> None:
+        """Run a command without waiting for its end: one that ends the guest. Raises VmIOError where no shell answers."""
+        deadline = Deadline.after(CONNECT_TIMEOUT_S)
+        with self._lock:
+            try:
+                self._connect(deadline)
+                self._write(f"run {secrets.token_hex(16)} ".encode() + _escaped(script.encode()) + b"\n", deadline)
+            except TimeoutError as error:
+                raise VmIOError(f"VM {self.vm_name!r}: {NO_SHELL}", vm_name=self.vm_name) from error
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Let go of the console; the next command connects again."""
+        self._pending.clear()
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def _connect(self, deadline: Deadline) -> None:
+        if self._fd is not None:
+            return
+        self._fd = self.open_console()
+        os.set_blocking(self._fd, False)
+        patience = Deadline.after(min(CONNECT_TIMEOUT_S, deadline.remaining_s))
+        token = secrets.token_hex(16)
+        # The quotes keep a terminal's echo of the line from looking like its answer; the loop ignores the first line.
+        half = len(token) // 2
+        hello = f"\nstty raw -echo 2>/dev/null\neval {token} 2>/dev/null; echo; echo '{token[:half]}''{token[half:]}' sh\n"
+        try:
+            self._write(b"kill\n" + hello.encode(), patience)
+            found = self._read_until(re.compile(rb"\n%s (sh|loop)\r?\n" % token.encode()), patience)
+            if found[1] == b"sh":
+                text = resources.files("pytest_chvm.guest").joinpath("shell.sh").read_text()
+                # One line starts the loop, so that the shell has read nothing beyond it when the loop answers.
+                self._write(text.encode() + f"chvm_loop {token}\n".encode(), patience)
+                self._read_until(re.compile(rb"\n%s loop\r?\n" % token.encode()), patience)
+        except TimeoutError as error:
+            if deadline.expired:
+                raise CommandTimeoutError(
+                    f"VM {self.vm_name!r}: {NO_SHELL}: nothing within {deadline.total_s:g} s", vm_name=self.vm_name
+                ) from error
+            raise VmIOError(
+                f"VM {self.vm_name!r}: {NO_SHELL}: nothing within {patience.total_s:.0f} s", vm_name=self.vm_name
+            ) from error
+
+    def _send_input(self, data: bytes, deadline: Deadline) -> None:
+        token = secrets.token_hex(16)
+        self._write(f"input {token} {len(data)}\n".encode(), deadline)
+        self._write(data, deadline)
+        try:
+            self._read_until(re.compile(rb"\n%s input\n" % token.encode()), deadline)
+        except TimeoutError as error:
+            raise CommandTimeoutError(
+                f"VM {self.vm_name!r}: the guest did not take {len(data)} bytes of input within {deadline.total_s:g} s",
+                vm_name=self.vm_name,
+            ) from error
+
+    def _answer(self, token: str, deadline: Deadline) -> tuple[bytes, bytes, int]:
+        mark = token.encode()
+        self._read_until(re.compile(rb"\n%s out\n" % mark), deadline)
+        stdout = self._before(b"\n%s err\n" % mark, deadline)
+        stderr = self._before(b"\n%s end " % mark, deadline)
+        status = self._before(b"\n", deadline)
+        if not re.fullmatch(rb"\d{1,3}", status):
+            raise VmIOError(f"VM {self.vm_name!r}: the guest's shell gave {status[:40]!r} as an exit status", vm_name=self.vm_name)
+        return stdout, stderr, int(status)
+
+    def _killed(self, command: str | tuple[str, ...], token: str, timeout: float) -> CommandTimeoutError:
+        patience = Deadline.after(KILL_TIMEOUT_S)
+        try:
+            self._write(b"kill\n", patience)
+            stdout, stderr, _status = self._answer(token, patience)
+            after = "it was killed"
+        except TimeoutError:
+            self.close()
+            stdout = stderr = b""
+            after = "the guest did not answer the order to kill it either"
+        out, err = (part.decode(errors="surrogateescape") for part in (stdout, stderr))
+        return CommandTimeoutError(
+            f"VM {self.vm_name!r}: the command {command!r} did not end within {timeout:g} s; {after}.\n" + shown_outputs(out, err),
+            vm_name=self.vm_name,
+            stdout=out,
+            stderr=err,
+        )
+
+    def _read_until(self, pattern: re.Pattern[bytes], deadline: Deadline) -> re.Match[bytes]:
+        """Drop what comes before the pattern, and it; its lines are short and stand alone."""
+        while True:
+            # Of a copy: a match of the buffer itself would change with it.
+            if match := pattern.search(bytes(self._pending)):
+                del self._pending[: match.end()]
+                return match
+            del self._pending[:-200]
+            self._fill(deadline)
+
+    def _before(self, delimiter: bytes, deadline: Deadline) -> bytes:
+        """Return what comes before a delimiter, and drop both; looks at each byte once."""
+        searched = 0
+        while (end := self._pending.find(delimiter, searched)) < 0:
+            searched = max(0, len(self._pending) - len(delimiter))
+            if len(self._pending) > LARGEST_ANSWER:
+                raise VmIOError(
+                    f"VM {self.vm_name!r}: the guest sent more than {LARGEST_ANSWER >> 20} MiB as one answer; "
+                    "write large results to a file in a shared dir",
+                    vm_name=self.vm_name,
+                )
+            self._fill(deadline)
+        data = bytes(self._pending[:end])
+        del self._pending[: end + len(delimiter)]
+        return data
+
+    def _fill(self, deadline: Deadline) -> None:
+        assert self._fd is not None
+        ready = self._wait(self._fd, deadline)
+        if not ready:
+            raise TimeoutError
+        try:
+            data = os.read(self._fd, 1 << 18)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            data = b""
+            self._gone(error)
+        if not data:
+            self._gone(None)
+        self._pending += data
+
+    def _gone(self, error: OSError | None) -> None:
+        self.check_alive()
+        raise VmIOError(
+            f"VM {self.vm_name!r}: the VMM closed the guest's console{f' ({error.strerror})' if error else ''}",
+            vm_name=self.vm_name,
+        )
+
+    def _wait(self, fd: int, deadline: Deadline) -> bool:
+        while True:
+            ready = wait_readable([fd, *self.wake_fds()], deadline)
+            if fd in ready:
+                return True
+            if ready:
+                self.check_alive()
+            elif deadline.expired:
+                return False
+
+    def _write(self, data: bytes, deadline: Deadline) -> None:
+        import select
+
+        assert self._fd is not None
+        view = memoryview(data)
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        for wake in self.wake_fds():
+            poll.register(wake, select.POLLIN)
+        while view:
+            events = dict(poll.poll(int(deadline.remaining_s * 1000) + 1))
+            if self._fd in events:
+                try:
+                    view = view[os.write(self._fd, view) :]
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    self._gone(error)
+            elif events:
+                self.check_alive()
+            elif deadline.expired:
+                raise TimeoutError
+
+
+def _script(command: str | Sequence[str]) -> bytes:
+    if isinstance(command, str):
+        script = os.fsencode(command)
+    elif isinstance(command, Sequence) and command and not isinstance(command, bytes):
+        script = b"exec " + os.fsencode(shlex.join(os.fsdecode(word) for word in command))
+    else:
+        raise InvalidConfigError(f"command {command!r}: expected a string for sh, or a list of one program's arguments")
+    if b"\0" in script:
+        raise InvalidConfigError("a command cannot have a NUL")
+    return script
+
+
+def _escaped(script: bytes) -> bytes:
+    # printf's %b takes \0NNN; everything that a line-wise read or the terminal could take amiss goes that way.
+    return b"".join(bytes([byte]) if 0x20 < byte < 0x7F and byte != 0x5C else b"\\0%03o" % byte for byte in script)
+
+
+def shown_outputs(stdout: str, stderr: str, limit: int = 4000) -> str:
+    """Return both outputs of a command for a message, the last `limit` characters of each, cleaned."""
+    from pytest_chvm.guest.ready import clean
+
+    parts = []
+    for name, text in (("stdout", stdout), ("stderr", stderr)):
+        cleaned = clean(text.encode(errors="surrogateescape"))
+        cut = f"... (the last {limit} of {len(cleaned)} characters)\n" if len(cleaned) > limit else ""
+        parts.append(f"{name}: {cut}{cleaned[-limit:] or '(nothing)'}")
+    return "\n".join(parts)

@@ -1,0 +1,55 @@
+# Typed into any sh on a guest's virtio console: a loop that runs one command at a time for the host.
+# Commands run in the background, so that the loop can always be told to kill; each in a cgroup of its own
+# (cgroup v2 with cgroup.kill, Linux 5.14), else in a session of its own.
+chvm_tmp=$(mktemp -d /run/chvm.XXXXXX 2>/dev/null || mktemp -d)
+chvm_cgroup=/sys/fs/cgroup/chvm chvm_number=0 chvm_input=/dev/null
+mkdir -p $chvm_cgroup 2>/dev/null
+[ -w $chvm_cgroup/cgroup.kill ] || chvm_cgroup=
+chvm_supervise() {
+    files=$chvm_tmp/$chvm_number group=
+    [ "$chvm_cgroup" ] && mkdir $chvm_cgroup/$chvm_number && group=$chvm_cgroup/$chvm_number
+    : >$files.out; : >$files.err
+    (
+        [ "$group" ] && echo 0 >$group/cgroup.procs
+        unset chvm_tmp chvm_cgroup chvm_number chvm_input chvm_token
+        exec setsid sh -c "$2"
+    ) <$chvm_input >$files.out 2>$files.err &
+    echo $! >$files.pid
+    wait $!
+    status=$?
+    printf '\n%s out\n' $1
+    [ -s $files.out ] && cat $files.out
+    printf '\n%s err\n' $1
+    [ -s $files.err ] && cat $files.err
+    printf '\n%s end %d\n' $1 $status
+    rm -f $files.*
+    [ "$group" ] && rmdir $group 2>/dev/null
+}
+chvm_loop() {
+    printf '\n%s loop\n' $1
+    while IFS=' ' read -r chvm_op chvm_token chvm_rest; do
+        case $chvm_op in
+        run)
+            chvm_number=$((chvm_number + 1))
+            chvm_command=$(printf '%b.' "$chvm_rest")
+            chvm_supervise $chvm_token "${chvm_command%.}" &
+            chvm_job=$! chvm_input=/dev/null
+            ;;
+        input)
+            chvm_input=$chvm_tmp/$((chvm_number + 1)).in
+            head -c $chvm_rest >$chvm_input
+            printf '\n%s input\n' $chvm_token
+            ;;
+        kill)
+            if [ "$chvm_cgroup" ]; then
+                echo 1 >$chvm_cgroup/$chvm_number/cgroup.kill
+            else
+                kill -KILL -$(cat $chvm_tmp/$chvm_number.pid)
+            fi 2>/dev/null
+            wait $chvm_job
+            chvm_input=/dev/null
+            ;;
+        eval) printf '\n%s loop\n' $chvm_token ;;
+        esac
+    done
+}

@@ -1,0 +1,73 @@
+"""Where things live on the host: run directories (sockets, leases) and the locks common to all users."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import stat
+import tempfile
+from pathlib import Path
+
+from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.host import remains
+
+# sun_path is 108 bytes with its NUL (unix(7)); the longest name below a VM's directory is well below 40.
+LONGEST_RUNTIME_DIR = 60
+
+
+def runtime_dir() -> Path:
+    """Return the private directory (0700) that holds the run directories of this user's processes.
+
+    Short whatever the test's own directories are, so that socket paths below it fit. Raises
+    InvalidConfigError where somebody else owns it.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR") or ("/run" if os.geteuid() == 0 else "")
+    if base and len(base) <= LONGEST_RUNTIME_DIR and os.access(base, os.W_OK | os.X_OK):
+        directory = Path(base, "pytest-chvm")
+    else:
+        temporary = tempfile.gettempdir()
+        if len(temporary) > LONGEST_RUNTIME_DIR:
+            temporary = "/tmp"
+        directory = Path(temporary, f"pytest-chvm-{os.geteuid()}")
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.lstat()
+    except OSError as error:
+        raise InvalidConfigError(f"the run directory {str(directory)!r} cannot be made: {error}; set XDG_RUNTIME_DIR") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise InvalidConfigError(
+            f"the run directory {str(directory)!r} is not a directory of yours alone (0700); remove it, or set XDG_RUNTIME_DIR"
+        )
+    return directory
+
+
+def make_owner_dir() -> Path:
+    """Make the directory of this process's VMs, with who owns it in `owner.json`."""
+    while True:
+        directory = runtime_dir() / secrets.token_hex(4)
+        try:
+            directory.mkdir(mode=0o700)
+            break
+        except (FileExistsError, FileNotFoundError):
+            # Taken, or the last worker of another run has just removed the directory above.
+            continue
+    owner = {"boot_id": remains.boot_id(), "pid": os.getpid(), "start_time_ticks": remains.start_time_ticks(os.getpid())}
+    (directory / "owner.json").write_text(json.dumps(owner))
+    return directory
+
+
+def common_lock_dir() -> Path:
+    """Return the directory of locks that all users of the machine share; it is as open as /tmp."""
+    for base in ("/run/lock", "/tmp"):
+        if os.access(base, os.W_OK | os.X_OK):
+            directory = Path(base, "pytest-chvm")
+            try:
+                directory.mkdir()
+                # Not by mkdir's mode, which the umask would narrow.
+                directory.chmod(0o1777)
+            except FileExistsError:
+                if directory.is_symlink() or not os.access(directory, os.W_OK | os.X_OK):
+                    continue
+            return directory
+    raise InvalidConfigError("no directory for locks: neither /run/lock nor /tmp can be written")

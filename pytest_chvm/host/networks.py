@@ -1,0 +1,323 @@
+"""TAPs, subnets and bridges of the host: lent to one VM or network at a time, machine-wide.
+
+A subnet is taken by locking a file in a directory common to all users; the lock ends with the process that
+holds it. What is already routed on the host is never taken.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import os
+import random
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIOError
+from pytest_chvm.host import remains
+from pytest_chvm.host.directories import common_lock_dir
+from pytest_chvm.host.leases import Lease
+from pytest_chvm.model import Network, NicAddress, Tap, UserNetwork
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+    from pyroute2 import IPRoute
+
+IPv4Net = ipaddress.IPv4Network
+
+# For benchmarks of network devices (RFC 2544, RFC 6890): no site has it, so no route is hidden by it.
+DEFAULT_POOL = "198.18.0.0/15"
+POINT_TO_POINT_PREFIX = 30
+NETWORK_PREFIX = 24
+# linux/if_tun.h
+TUNSETIFF = 0x400454CA
+TUNSETPERSIST = 0x400454CB
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+CAP_NET_ADMIN = 12
+
+
+def parse_pool(text: str) -> IPv4Net:
+    """Return the pool that VM subnets are cut from; raises InvalidConfigError where it is no usable network."""
+    try:
+        pool = ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise InvalidConfigError(f"subnet pool {text!r}: {error}; expected a network like {DEFAULT_POOL}") from error
+    if pool.prefixlen > NETWORK_PREFIX - 2:
+        raise InvalidConfigError(f"subnet pool {text!r} is too small: expected /{NETWORK_PREFIX - 2} or larger")
+    return pool
+
+
+def why_no_taps() -> str | None:
+    """Return why this process cannot make TAPs, or None where it can."""
+    if not os.path.exists("/dev/net/tun"):
+        return "/dev/net/tun is not there"
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "/dev/net/tun may not be opened"
+    effective = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    if not int(effective.split()[1], 16) >> CAP_NET_ADMIN & 1:
+        return "there is no CAP_NET_ADMIN"
+    return None
+
+
+@dataclass
+class Subnet:
+    """A subnet of the pool, held by a lock until `release`."""
+
+    network: IPv4Net
+    _lock: BaseFileLock
+
+    @property
+    def host(self) -> ipaddress.IPv4Address:
+        """The host's address in it: the first."""
+        return self.network[1]
+
+    @property
+    def guest(self) -> ipaddress.IPv4Address:
+        """The guest's address in a point-to-point subnet: the second."""
+        return self.network[2]
+
+    def release(self) -> None:
+        """Give it back; its lock file goes too."""
+        path = Path(self._lock.lock_file)
+        # Unlinked while it is held: whoever waits for it sees that its file is gone, and makes a new one.
+        path.unlink(missing_ok=True)
+        self._lock.release()
+        try:
+            path.parent.rmdir()
+        except OSError:
+            # Other locks are in it.
+            return
+
+
+def take_subnet(pool: IPv4Net, prefix: int, lease: Lease, netns: str | None = None) -> Subnet:
+    """Return a free subnet of the pool: locked by nobody and overlapping no route of the host (or of `netns`).
+
+    Point-to-point subnets are cut from the lower half of the pool, those of networks from the upper one. Raises
+    InvalidConfigError where none is free.
+    """
+    from filelock import FileLock, Timeout
+
+    lower, upper = pool.subnets(prefixlen_diff=1)
+    half = lower if prefix == POINT_TO_POINT_PREFIX else upper
+    count = 2 ** (prefix - half.prefixlen)
+    routed = list(_routed(netns))
+    # Not from the first on: that one's lock is the one every other process tries at this moment.
+    first = random.randrange(count)
+    for slot in range(count):
+        base = int(half.network_address) + (first + slot) % count * 2 ** (32 - prefix)
+        network = ipaddress.IPv4Network((base, prefix))
+        if any(network.overlaps(route) for route in routed):
+            continue
+        path = common_lock_dir() / f"subnet-{network.network_address}-{prefix}.lock"
+        lock = FileLock(path, timeout=0, mode=0o666, is_singleton=False, thread_local=False)
+        lease.add_lock(path)
+        try:
+            lock.acquire()
+        except (Timeout, FileNotFoundError, PermissionError):
+            continue
+        return Subnet(network, lock)
+    raise InvalidConfigError(
+        f"no /{prefix} subnet is free in the pool {pool}: {count} were looked at; name another with CHVM_SUBNET_POOL"
+    )
+
+
+def _routed(netns: str | None) -> Iterator[IPv4Net]:
+    with route_socket(netns) as route:
+        for entry in route.get_routes(family=2):
+            destination = entry.get_attr("RTA_DST")
+            # The default route overlaps everything and claims nothing.
+            if destination and entry["dst_len"]:
+                yield ipaddress.IPv4Network((destination, entry["dst_len"]), strict=False)
+
+
+def route_socket(netns: str | None) -> IPRoute:
+    """Return a netlink socket in the host's or a named network namespace; raises InvalidConfigError where there is none."""
+    from pyroute2 import IPRoute
+
+    if netns is None:
+        return IPRoute()
+    check_netns(netns)
+    return IPRoute(netns=netns)
+
+
+def check_netns(netns: str) -> None:
+    """Raise InvalidConfigError where there is no such named network namespace."""
+    if not Path("/run/netns", netns).exists():
+        raise InvalidConfigError(f"network namespace {netns!r} does not exist: make it with 'ip netns add {netns}'")
+
+
+def interface_exists(name: str, netns: str | None) -> bool:
+    """Tell whether an interface is there, in the host's or a named network namespace."""
+    if netns is None:
+        return Path("/sys/class/net", name).exists()
+    with route_socket(netns) as route:
+        return bool(route.link_lookup(ifname=name))
+
+
+def make_tap(
+    lease: Lease, name: str | None, address: ipaddress.IPv4Interface | None, netns: str | None, bridge: str | None = None
+) -> str:
+    """Make a persistent TAP, up, with an address of the host's or in a bridge; returns its name.
+
+    It is in the lease before it is made. Raises VmIOError where the kernel refuses.
+    """
+    reason = why_no_taps()
+    if reason:
+        raise MissingRequirementError(f"no TAP can be made: {reason}; run as root, or use --chvm-network=user (QEMU) or none")
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    for attempt in itertools.count():
+        chosen = name or f"chvm{random.getrandbits(32):08x}"
+        lease.add_tap(chosen, netns)
+        try:
+            with route_socket(netns) as route:
+                route.link("add", ifname=chosen, kind="tuntap", mode="tap")
+                index = route.link_lookup(ifname=chosen)[0]
+                if address is not None:
+                    route.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
+                if bridge is not None:
+                    route.link("set", index=index, master=route.link_lookup(ifname=bridge)[0])
+                route.link("set", index=index, state="up")
+            return chosen
+        except NetlinkError as error:
+            if name is None and error.code == 17 and attempt < 5:  # EEXIST
+                continue
+            raise VmIOError(f"the TAP {chosen!r} cannot be made: {error}") from error
+        except OSError as error:
+            raise VmIOError(f"the TAP {chosen!r} cannot be made: {error}") from error
+    raise AssertionError("unreachable")
+
+
+def open_tap(name: str, netns: str | None, *, ours: bool) -> int:
+    """Return a file descriptor attached to a TAP, made if it is not there.
+
+    A TAP that is ours is no longer persistent from then on: the kernel removes it with the last process that holds the
+    descriptor, however that ends. Raises VmIOError where it is busy or cannot be opened.
+    """
+    if netns is not None:
+        from pyroute2 import netns as namespaces
+
+        namespaces.pushns(netns)
+        try:
+            return open_tap(name, None, ours=ours)
+        finally:
+            namespaces.popns()
+    import fcntl
+
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+        if ours:
+            fcntl.ioctl(fd, TUNSETPERSIST, 0)
+    except OSError as error:
+        os.close(fd)
+        raise VmIOError(f"the TAP {name!r} cannot be attached to: {error.strerror}; another VM may use it") from error
+    return fd
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """One NIC of a VM: what the driver attaches it to, and the address the guest is told (None: not ours to say)."""
+
+    attachment: Tap | UserNetwork | Network
+    address: NicAddress | None
+
+
+def lease_tap_nic(lease: Lease, wanted: Tap, pool: IPv4Net, netns: str | None) -> tuple[Nic, Subnet | None]:
+    """Return a NIC on a TAP, point to point with the host; an existing TAP that is named is used as it is."""
+    if wanted.name is not None and interface_exists(wanted.name, netns):
+        return Nic(wanted, None), None
+    subnet = take_subnet(pool, POINT_TO_POINT_PREFIX, lease, netns)
+    try:
+        address = ipaddress.IPv4Interface((subnet.host, POINT_TO_POINT_PREFIX))
+        name = make_tap(lease, wanted.name, address, netns)
+    except BaseException:
+        subnet.release()
+        raise
+    guest = NicAddress(ipaddress.IPv4Interface((subnet.guest, POINT_TO_POINT_PREFIX)), subnet.host)
+    return Nic(Tap(name, wanted.mac, take_over=True), guest), subnet
+
+
+def lease_user_nic(lease: Lease, pool: IPv4Net) -> tuple[Nic, Subnet]:
+    """Return a NIC on QEMU's user-mode network, with a subnet that no other VM of the machine has."""
+    subnet = take_subnet(pool, POINT_TO_POINT_PREFIX, lease)
+    guest = NicAddress(ipaddress.IPv4Interface((subnet.guest, POINT_TO_POINT_PREFIX)), subnet.host)
+    return Nic(UserNetwork(subnet.network, subnet.host, subnet.guest), guest), subnet
+
+
+_next_hosts: dict[str, Iterator[ipaddress.IPv4Address]] = {}
+
+
+def lease_network_nic(lease: Lease, network: Network) -> Nic:
+    """Return a NIC on a network of several VMs, with the next address that none of them has had."""
+    hosts = _next_hosts.setdefault(network.name, iter(list(network.subnet.hosts())[1:]))
+    address = next(hosts, None)
+    if address is None:
+        raise InvalidConfigError(f"network {network.name!r} has no address left in {network.subnet}")
+    guest = NicAddress(ipaddress.IPv4Interface((address, network.subnet.prefixlen)), network.subnet[1] if network.bridge else None)
+    if network.bridge is None:
+        return Nic(network, guest)
+    return Nic(Tap(make_tap(lease, None, None, None, bridge=network.bridge), None, take_over=True), guest)
+
+
+@dataclass
+class LeasedNetwork:
+    """A network of several VMs and what it holds of the host; `close` gives it back, after its VMs."""
+
+    network: Network
+    _lease: Lease
+    _subnet: Subnet
+
+    def close(self) -> list[str]:
+        """Remove it; returns what could not be removed, in words."""
+        _next_hosts.pop(self.network.name, None)
+        failures = self._lease.release()
+        self._subnet.release()
+        return failures
+
+
+def lease_network(pool: IPv4Net, name: str | None = None) -> LeasedNetwork:
+    """Make an isolated network: a bridge of the host's where one can be made, else multicast on loopback (QEMU only).
+
+    Raises VmIOError where the kernel refuses.
+    """
+    lease = Lease()
+    try:
+        subnet = take_subnet(pool, NETWORK_PREFIX, lease)
+        try:
+            bridge = multicast = None
+            if why_no_taps() is None:
+                bridge = make_bridge(lease, ipaddress.IPv4Interface((subnet.host, NETWORK_PREFIX)))
+            else:
+                # A group of its own for each: the subnet is.
+                multicast = f"239.{'.'.join(str(subnet.network.network_address).split('.')[1:])}:4700"
+        except BaseException:
+            subnet.release()
+            raise
+    except BaseException:
+        lease.release()
+        raise
+    return LeasedNetwork(Network(name or f"net-{subnet.network.network_address}", subnet.network, bridge, multicast), lease, subnet)
+
+
+def make_bridge(lease: Lease, address: ipaddress.IPv4Interface) -> str:
+    """Make a bridge that is up and has an address of the host's; returns its name."""
+    reason = why_no_taps()
+    if reason:
+        raise MissingRequirementError(f"no bridge can be made: {reason}")
+    name = f"chvmbr{random.getrandbits(32):08x}"
+    lease.add_bridge(name)
+    with route_socket(None) as route:
+        route.link("add", ifname=name, kind="bridge")
+        index = route.link_lookup(ifname=name)[0]
+        route.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
+        route.link("set", index=index, state="up")
+    return name
+
+
+def remove_taps(names: tuple[str, ...], netns: str | None) -> list[str]:
+    """Remove TAPs; returns what could not be removed, in words."""
+    return [failure for name in names for failure in remains.remove_tap(name, netns)]

@@ -1,0 +1,120 @@
+"""virtiofsd, which serves a directory of the host to a guest: finding it, its two dialects, starting it.
+
+The Rust one (gitlab.com/virtio-fs/virtiofsd) and the C one that QEMU shipped until 7.2 (bookworm) take different
+options for the same things.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_chvm.deadline import Deadline
+from pytest_chvm.errors import BootFailedError, InvalidConfigError, MissingRequirementError, VmIOError
+from pytest_chvm.host.binaries import find_binary
+from pytest_chvm.host.processes import keeper
+from pytest_chvm.host.watch import FileWatch
+from pytest_chvm.model import ProcessIdentity, SharedDir
+
+PROGRAMS = ("virtiofsd",)
+PLACES = ("/usr/libexec", "/usr/lib/virtiofsd", "/usr/lib/qemu", "/usr/lib", "/usr/local/bin", "/usr/local/libexec")
+INSTALL = (
+    "install it with 'apt install virtiofsd' (Debian 13, Ubuntu 24.04 and newer), 'apt install qemu-system-common' (Debian 12, "
+    "Ubuntu 22.04), 'dnf install virtiofsd', 'cargo install virtiofsd', or name one with --chvm-virtiofsd"
+)
+SOCKET_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Virtiofsd:
+    """A virtiofsd on this host, and which of the two it is."""
+
+    path: Path
+    is_rust: bool
+
+    def command(self, share: SharedDir, socket_path: Path) -> list[str]:
+        """Return the arguments that serve one directory, in the strictest sandbox this user can have."""
+        sandbox = "chroot" if os.geteuid() == 0 else "namespace"
+        host_path = os.fspath(share.host_path)
+        if self.is_rust:
+            read_only = ["--readonly"] if share.read_only else []
+            return [
+                os.fspath(self.path),
+                f"--socket-path={socket_path}",
+                f"--shared-dir={host_path}",
+                "--cache=never",
+                f"--sandbox={sandbox}",
+                *read_only,
+            ]
+        # Its option parser is libfuse's: a backslash takes the special meaning from a comma, and from itself.
+        source = host_path.replace("\\", "\\\\").replace(",", "\\,")
+        command = [os.fspath(self.path), f"--socket-path={socket_path}", "-o", f"source={source},cache=none,sandbox={sandbox}"]
+        if share.read_only:
+            return [*_read_only_mount(host_path), *command]
+        return command
+
+
+def _read_only_mount(host_path: str) -> list[str]:
+    # The C one cannot serve read-only, so it is given a mount that is: in a mount namespace of its own.
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        raise MissingRequirementError(
+            f"shared dir {host_path!r} cannot be read-only with this virtiofsd, the C one, unless you are root and have "
+            "unshare(1): install the Rust virtiofsd"
+        )
+    script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, host_path]
+
+
+def find_virtiofsd(override: Path | None = None) -> Virtiofsd:
+    """Return this host's virtiofsd; raises InvalidConfigError with the package to install where there is none."""
+    binary = find_binary("virtiofsd", PLACES, INSTALL, override)
+    # The C one: "virtiofsd version 7.2.0 (Debian ...)", and before it a line about the FUSE kernel interface.
+    is_c = "FUSE" in binary.version or " version " in binary.version
+    return Virtiofsd(binary.path, is_rust=not is_c)
+
+
+def check_shared_dir(share: SharedDir) -> None:
+    """Raise InvalidConfigError where the directory is missing, none, or has no valid text for a name."""
+    path = share.host_path
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidConfigError(
+            f"shared dir {share.tag!r}: the path {os.fsencode(path)!r} is not valid UTF-8, which virtiofsd cannot take; rename it"
+        ) from error
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise InvalidConfigError(f"shared dir {share.tag!r}: {str(path)!r} {what}")
+
+
+def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log: Path) -> ProcessIdentity:
+    """Start a virtiofsd and wait until its socket is there, for at most 5 s.
+
+    Raises BootFailedError naming tag and path; the process is then already gone.
+    """
+    socket_path.unlink(missing_ok=True)
+    with FileWatch(socket_path.parent) as watch:
+        process = keeper().spawn(program.command(share, socket_path), log)
+        deadline = Deadline.after(SOCKET_TIMEOUT_S)
+        while not socket_path.exists():
+            ended = watch.wait(deadline, process.pid)
+            if socket_path.exists():
+                break
+            if ended or deadline.expired:
+                raise BootFailedError(_why(share, process, ended, log))
+    return process
+
+
+def _why(share: SharedDir, process: ProcessIdentity, ended: bool, log: Path) -> str:
+    if ended:
+        what = f"ended with status {keeper().returncode(process)}"
+    else:
+        what = f"did not make its socket within {SOCKET_TIMEOUT_S:g} s"
+        os.kill(process.pid, 9)
+    try:
+        said = log.read_text(errors="replace")[-2000:]
+    except OSError as error:
+        raise VmIOError(f"the log {log} of virtiofsd cannot be read: {error}") from error
+    return f"virtiofsd for shared dir {share.tag!r} ({share.host_path}) {what}; its log {log} ends with:\n{said or '(nothing)'}"

@@ -1,0 +1,264 @@
+"""Options, marker, hooks and fixtures: wiring only.
+
+Loaded by every pytest run of everyone who has this package, so anything heavy is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_chvm.settings import OPTIONS, Settings
+
+if TYPE_CHECKING:
+    from pytest_chvm.drivers.base import VmDriver
+    from pytest_chvm.launcher import VmFactory
+    from pytest_chvm.vm import Vm
+
+VM_FIXTURES = {"chvm_vm", "chvm_vm_factory", "chvm_network"}
+
+_settings_key = pytest.StashKey[Settings]()
+_factories_key = pytest.StashKey[list[Any]]()
+_failed_key = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add every option, on the command line and as ini key."""
+    group = parser.getgroup("chvm", "virtual machines (pytest-chvm)")
+    for option in OPTIONS:
+        group.addoption(
+            option.flag,
+            dest=option.ini_key,
+            action="append" if option.many else "store",
+            default=None,
+            metavar=option.metavar,
+            choices=option.choices or None,
+            help=f"{option.help} [{option.variable}]".replace("%", "%%"),
+        )
+        parser.addini(option.ini_key, option.help, type="linelist" if option.many else "string", default=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker and resolve the options."""
+    config.addinivalue_line(
+        "markers", "chvm(**config): arguments of chvm_vm for this test; every test that uses a VM has this marker"
+    )
+    config.stash[_factories_key] = []
+    command_line = {option.name: config.getoption(option.ini_key) for option in OPTIONS}
+    try:
+        config.stash[_settings_key] = Settings.resolve(command_line, ini=_ini_values(config))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _ini_values(config: pytest.Config) -> dict[str, Any]:
+    """Return the ini keys that are set; relative paths are relative to the configuration file."""
+    base = config.inipath.parent if config.inipath else config.rootpath
+    values: dict[str, Any] = {}
+    for option in OPTIONS:
+        value = config.getini(option.ini_key)
+        if value and option.metavar in ("PATH", "DIR"):
+            value = [str(base / Path(text).expanduser()) for text in value] if option.many else str(base / Path(value).expanduser())
+        values[option.ini_key] = value
+    return values
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test that uses a VM, before -m selects."""
+    for item in items:
+        if VM_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("chvm")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a VM test once per kernel, unless its marker names one."""
+    if "chvm_kernel" not in metafunc.fixturenames:
+        return
+    kernels = metafunc.config.stash[_settings_key].kernel
+    named = any("kernel" in mark.kwargs for mark in metafunc.definition.iter_markers("chvm"))
+    if len(kernels) > 1 and not named:
+        ids = [kernel.name for kernel in kernels]
+        if len(set(ids)) < len(ids):
+            ids = [str(kernel).strip("/").replace("/", "-") for kernel in kernels]
+        metafunc.parametrize("chvm_kernel", kernels, ids=ids, indirect=True, scope="session")
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
+    """Say which VMM and network the VM tests get, and why; nothing in a run without them."""
+    if not any(item.get_closest_marker("chvm") for item in items):
+        return None
+    return _choices(config.stash[_settings_key])
+
+
+def _choices(settings: Settings) -> str:
+    from pytest_chvm.drivers import choose_vmm
+    from pytest_chvm.errors import VmError
+    from pytest_chvm.launcher import driver_for, network_mode
+
+    try:
+        why_vmm = "asked for" if settings.vmm != "auto" else choose_vmm(accel=settings.accel, binary=settings.binary)[1]
+        driver = driver_for(settings)
+        mode, why_mode = network_mode(settings, driver)
+    except VmError as error:
+        return f"chvm: {error}"
+    return f"chvm: VMM {driver.vmm} ({why_vmm})\nchvm: network {mode} ({why_mode})"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Under xdist, where the controller collects nothing, say at the end what the VM tests got."""
+    used = any(
+        "chvm" in report.keywords
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if hasattr(report, "keywords")
+    )
+    if used and config.pluginmanager.hasplugin("dsession"):
+        for line in _choices(config.stash[_settings_key]).splitlines():
+            terminalreporter.write_line(line)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Put the consoles of a failed test's VMs into its report, and keep logs where that was asked for."""
+    report = yield
+    factories = item.config.stash[_factories_key]
+    if report.failed:
+        item.stash[_failed_key] = True
+    if factories and (report.failed or report.when == "teardown"):
+        _report_vms(item, report, factories)
+    return report
+
+
+def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[VmFactory]) -> None:
+    from pytest_chvm.report.sections import VmRecord, keep_logs, sections_of
+
+    settings = item.config.stash[_settings_key]
+    records = [VmRecord(vm.name, vm.serial_log, vm.vmm_log) for factory in factories for vm in factory.vms]
+    if report.failed:
+        report.sections.extend(sections_of(records))
+    if report.when == "teardown":
+        failed = item.stash.get(_failed_key, False)
+        if settings.artifacts and (settings.keep == "always" or (settings.keep == "failed" and failed)):
+            keep_logs(records, item.nodeid, settings.artifacts)
+        # Those of the session's go on.
+        factories[:] = [factory for factory in factories if not factory.closed]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the keeper process, if a VM was started, so that nothing outlives the run."""
+    processes = sys.modules.get("pytest_chvm.host.processes")
+    if processes is not None:
+        processes.close_keeper()
+
+
+@pytest.fixture(scope="session")
+def chvm_settings(pytestconfig: pytest.Config) -> Settings:
+    """What the options resolved to."""
+    return pytestconfig.stash[_settings_key]
+
+
+@pytest.fixture(scope="session")
+def chvm_driver(chvm_settings: Settings) -> VmDriver:
+    """The driver in use."""
+    from pytest_chvm.launcher import driver_for
+
+    with _skipping(chvm_settings):
+        return driver_for(chvm_settings)
+
+
+@pytest.fixture(scope="session")
+def chvm_kernel(request: pytest.FixtureRequest, chvm_settings: Settings) -> Path | None:
+    """The kernel of --chvm-kernel that this run of the test is for; None for the built-in guest's."""
+    if hasattr(request, "param"):
+        kernel: Path = request.param
+        return kernel
+    return chvm_settings.kernel[0] if chvm_settings.kernel else None
+
+
+@pytest.fixture
+def chvm_vm(
+    request: pytest.FixtureRequest, chvm_settings: Settings, chvm_kernel: Path | None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VmFactory]:
+    """Factory of VMs that end with the test: `vm = chvm_vm(kernel=..., shared_dirs=...)` boots one and blocks until it is ready."""
+    marks = [mark.kwargs for mark in request.node.iter_markers("chvm")]
+    defaults = {key: value for kwargs in reversed(marks) for key, value in kwargs.items()}
+    yield from _factory(request, _for_item(chvm_settings, request.node), chvm_kernel, tmp_path_factory, request.node.name, defaults)
+
+
+@pytest.fixture(scope="session")
+def chvm_vm_factory(
+    request: pytest.FixtureRequest, chvm_settings: Settings, chvm_kernel: Path | None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VmFactory]:
+    """`chvm_vm` for fixtures of any other scope; its VMs end with the session."""
+    yield from _factory(request, chvm_settings, chvm_kernel, tmp_path_factory, "session", {})
+
+
+@pytest.fixture
+def chvm_network(chvm_vm: VmFactory) -> Any:
+    """Factory of isolated networks for several VMs of the test: `chvm_vm(networks=[net])`."""
+    return chvm_vm.network
+
+
+def _factory(
+    request: pytest.FixtureRequest,
+    settings: Settings,
+    kernel: Path | None,
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    defaults: dict[str, Any],
+) -> Iterator[VmFactory]:
+    from functools import cache
+
+    from pytest_chvm.launcher import VmFactory
+
+    class SkippingFactory(VmFactory):
+        def __call__(self, *args: Any, **arguments: Any) -> Vm:
+            with _skipping(settings):
+                return super().__call__(*args, **arguments)
+
+    if kernel is not None:
+        defaults = {"kernel": kernel, **defaults}
+    worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
+    log_dir = cache(lambda: tmp_path_factory.mktemp("chvm"))
+    factory = SkippingFactory(settings, name=name, namespace=worker, log_dir=log_dir, defaults=defaults)
+    request.config.stash[_factories_key].append(factory)
+    try:
+        yield factory
+    finally:
+        factory.close()
+
+
+class _skipping:  # noqa: N801 - reads like the statement it is
+    """Turns what the machine lacks into a skip, where --chvm-missing=skip asks for that."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        from pytest_chvm.errors import MissingRequirementError
+
+        if isinstance(error, MissingRequirementError) and self.settings.missing == "skip":
+            pytest.skip(f"no VM here: {error}")
+
+
+def _for_item(settings: Settings, item: pytest.Item) -> Settings:
+    """Keep the boot's deadline below pytest-timeout's, so that a boot that hangs ends in its own report."""
+    mark = item.get_closest_marker("timeout")
+    limit = (mark.args[0] if mark.args else mark.kwargs.get("timeout")) if mark else None
+    if limit is None:
+        limit = item.config.getoption("timeout", None) or (
+            item.config.getini("timeout") if item.config.pluginmanager.hasplugin("timeout") else None
+        )
+    if not limit or float(limit) * 0.8 >= settings.boot_timeout:
+        return settings
+    return settings.with_arguments({"boot_timeout": float(limit) * 0.8})

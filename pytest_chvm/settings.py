@@ -1,0 +1,189 @@
+"""The options: their names, types and defaults, resolved once into a frozen `Settings`.
+
+Read by every pytest run on the machine, so nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: `--chvm-NAME`, `CHVM_NAME` and the ini key `chvm_name`.
+
+    `convert` takes the text and raises ValueError with what was expected. `many`: it may be given several times.
+    """
+
+    name: str
+    convert: Callable[[str], object]
+    default: object
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    many: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The command line's spelling."""
+        return f"--chvm-{self.name.replace('_', '-')}"
+
+    @property
+    def variable(self) -> str:
+        """The environment's spelling."""
+        return f"CHVM_{self.name.upper()}"
+
+    @property
+    def ini_key(self) -> str:
+        """The configuration file's spelling."""
+        return f"chvm_{self.name}"
+
+    def parse(self, text: str, source: str) -> object:
+        """Return the value of a text; raises InvalidConfigError naming where it is from."""
+        from pytest_chvm.errors import InvalidConfigError
+
+        try:
+            return self.convert(text)
+        except ValueError as error:
+            raise InvalidConfigError(f"{source}={text!r}: {error}") from error
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("expected a path")
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def _count(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        raise ValueError("expected a whole number of 1 or more")
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise ValueError("expected a number of seconds above 0")
+    return number
+
+
+def _marker(text: str) -> str:
+    if not text.isascii() or not text.isprintable() or not text or " " in text or len(text) > 64:
+        raise ValueError("expected one word of at most 64 printable ASCII characters")
+    return text
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return text
+
+    return convert
+
+
+def _choice(name: str, choices: tuple[str, ...], help: str) -> Option:
+    return Option(name, _one_of(*choices), choices[0], help, choices=choices)
+
+
+OPTIONS = (
+    Option("kernel", _path, (), "guest kernel; repeat it to run every VM test once per kernel", "PATH", many=True),
+    Option("initramfs", _path, None, "guest initramfs (default: the built-in guest)", "PATH"),
+    Option("root_disk", _path, None, "guest root disk, never written", "PATH"),
+    Option("cmdline", str, None, "guest kernel command line", "TEXT"),
+    Option("cpus", _count, 1, "processors of a VM (default: 1)", "N"),
+    Option("memory_mb", _count, 256, "memory of a VM in MiB (default: 256)", "N"),
+    Option("boot_timeout", _seconds, 60.0, "seconds from the start of the VMM to ready (default: 60)", "SECONDS"),
+    Option("ready_marker", _marker, "CHVM_READY", "word before the guest's IP on its serial console", "WORD"),
+    _choice("vmm", ("auto", "cloud-hypervisor", "qemu"), "VMM (default: auto: Cloud Hypervisor where it and KVM are, else QEMU)"),
+    _choice("accel", ("auto", "kvm", "tcg"), "how QEMU runs guests (default: auto: KVM where it works, else in software)"),
+    _choice("network", ("auto", "tap", "user", "none"), "network of a VM (default: auto: a TAP where one can be made)"),
+    _choice("boot", ("auto", "cold", "clone"), "whether a VM may be a copy of a booted one (default: auto)"),
+    _choice("missing", ("fail", "skip"), "what a test does when a VM cannot be had on this machine (default: fail)"),
+    _choice("keep", ("never", "failed", "always"), "whose logs to keep below --chvm-artifacts (default: never)"),
+    Option("artifacts", _path, None, "directory for the logs that --chvm-keep keeps", "DIR"),
+    Option("binary", _path, None, "the VMM's executable", "PATH"),
+    Option("virtiofsd", _path, None, "the executable that serves shared dirs", "PATH"),
+    Option("subnet_pool", str, "198.18.0.0/15", "network that VM subnets are cut from (default: 198.18.0.0/15)", "CIDR"),
+    Option("cache_dir", _path, None, "where built guests and fetched kernels are kept", "DIR"),
+)
+OPTIONS_BY_NAME = {option.name: option for option in OPTIONS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the options resolved to. `boot_timeout` is seconds, `memory_mb` MiB; `kernel` may be several."""
+
+    kernel: tuple[Path, ...]
+    initramfs: Path | None
+    root_disk: Path | None
+    cmdline: str | None
+    cpus: int
+    memory_mb: int
+    boot_timeout: float
+    ready_marker: str
+    vmm: str
+    accel: str
+    network: str
+    boot: str
+    missing: str
+    keep: str
+    artifacts: Path | None
+    binary: Path | None
+    virtiofsd: Path | None
+    subnet_pool: str
+    cache_dir: Path | None
+
+    @classmethod
+    def resolve(
+        cls,
+        command_line: Mapping[str, object] | None = None,
+        environment: Mapping[str, str] | None = None,
+        ini: Mapping[str, str | Sequence[str]] | None = None,
+    ) -> Settings:
+        """Return the settings: command line, else environment (default: the process's own), else ini, else default.
+
+        An empty environment variable or ini value is one that is not set. Raises InvalidConfigError for a value that cannot be.
+        """
+        given = os.environ if environment is None else environment
+        values: dict[str, Any] = {}
+        for option in OPTIONS:
+            value = (command_line or {}).get(option.name)
+            source = option.flag
+            if value is None and given.get(option.variable):
+                text = given[option.variable]
+                value = text.split(os.pathsep) if option.many else text
+                source = option.variable
+            if value is None and (ini or {}).get(option.ini_key):
+                value = (ini or {})[option.ini_key]
+                source = option.ini_key
+            values[option.name] = option.default if value is None else _parsed(option, value, source)
+        return cls(**values)
+
+    def with_arguments(self, arguments: Mapping[str, object]) -> Settings:
+        """Return the settings with those launch arguments (`vmm`, `boot_timeout`...) that are not None in their places.
+
+        Raises InvalidConfigError for a value that cannot be.
+        """
+        known = {field.name for field in fields(self)}
+        changes: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if value is not None and name in known:
+                option = OPTIONS_BY_NAME[name]
+                changes[name] = _parsed(option, value if isinstance(value, list | tuple) else str(value), name)
+        return replace(self, **changes)
+
+
+def _parsed(option: Option, value: object, source: str) -> object:
+    if not option.many:
+        return option.parse(str(value), source)
+    texts = value if isinstance(value, list | tuple) else str(value).split(os.pathsep)
+    return tuple(option.parse(str(text), source) for text in texts if text)

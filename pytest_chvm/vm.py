@@ -1,0 +1,354 @@
+"""`Vm`: what a test holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from pytest_chvm.deadline import Deadline
+from pytest_chvm.drivers.base import VmDriver
+from pytest_chvm.errors import (
+    BootFailedError,
+    GuestCommandError,
+    GuestPanicError,
+    HypervisorError,
+    StopFailedError,
+    UnsupportedError,
+    VmError,
+    VmIOError,
+)
+from pytest_chvm.guest import files
+from pytest_chvm.guest.ready import PanicScanner, ReadyScanner, last_lines, read_tail
+from pytest_chvm.guest.shell import GuestShell, shown_outputs
+from pytest_chvm.host.processes import keeper
+from pytest_chvm.host.relay import NamespaceRelay
+from pytest_chvm.host.watch import FileWatch
+from pytest_chvm.model import CommandResult, UserNetwork, VmConfig, VmHandle, VmState, VmStatus
+
+RUN_TIMEOUT_S = 60.0
+SHUTDOWN_TIMEOUT_S = 30.0
+# What `console` returns at most, from the end.
+CONSOLE_LIMIT = 16 << 20
+
+Found = TypeVar("Found")
+
+
+class Vm:
+    """A virtual machine of a test's. Made by `launch` and `chvm_vm`; a context manager that ends it."""
+
+    def __init__(
+        self,
+        config: VmConfig,
+        handle: VmHandle,
+        driver: VmDriver,
+        *,
+        boot_deadline: Deadline,
+        nonce_required: bool,
+        release: Callable[[], list[str]],
+    ) -> None:
+        self.config = config
+        self.handle = handle
+        self._driver = driver
+        self._boot_deadline = boot_deadline
+        self._release = release
+        self._ready = ReadyScanner(handle.serial_log, handle.ready_marker, handle.nonce, nonce_required)
+        self._panic = PanicScanner(handle.serial_log)
+        self._closed = False
+        self._ended = False
+        self._last_console: str | None = None
+        self._relays: dict[int, NamespaceRelay] = {}
+        self._forwarded: dict[int, tuple[str, int]] = {}
+        assert handle.process is not None
+        self._process = handle.process
+        self._pidfd: int | None = None
+        self._watch = FileWatch(handle.serial_log)
+        self._shell = GuestShell(self.name, lambda: driver.open_console(handle), self._wake_fds, self.check_alive)
+
+    def __repr__(self) -> str:
+        return f"<Vm {self.name!r} {self.handle.vmm} pid {self.pid}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def name(self) -> str:
+        """The VM's name."""
+        return self.config.name
+
+    @property
+    def pid(self) -> int:
+        """The VMM's process id."""
+        return self._process.pid
+
+    @property
+    def ip(self) -> str:
+        """The guest's address, as its ready line said; raises VmIOError before that."""
+        if self._ready.ip is None and self._ready.scan() is None:
+            raise VmIOError(f"VM {self.name!r} has no IP yet: it is not ready; call wait_ready() first", vm_name=self.name)
+        assert self._ready.ip is not None
+        return self._ready.ip
+
+    @property
+    def status(self) -> VmStatus:
+        """The VM's state and IP, looked up now."""
+        if self._ended:
+            return VmStatus(VmState.STOPPED)
+        return self._driver.state(self.handle)
+
+    @property
+    def serial_log(self) -> Path:
+        """The file with what the guest wrote to its serial console."""
+        return self.handle.serial_log
+
+    @property
+    def vmm_log(self) -> Path:
+        """The file with the VMM's own output."""
+        return self.handle.vmm_log
+
+    @property
+    def console(self) -> str:
+        """What the guest has written to its serial console so far, undecodable bytes replaced (the last 16 MiB)."""
+        if self._last_console is not None:
+            return self._last_console
+        return read_tail(self.serial_log, CONSOLE_LIMIT).decode(errors="replace")
+
+    def wait_ready(self, timeout: float | None = None) -> Self:
+        """Block until the guest has printed its ready marker; returns the VM.
+
+        `timeout` is seconds from now; without it the boot's own deadline counts. Raises BootFailedError (GuestPanicError for a
+        panic) as soon as the VMM ends or the guest's kernel gives up, and at the deadline.
+        """
+        deadline = self._boot_deadline if timeout is None else Deadline.after(timeout)
+
+        def not_ready() -> BootFailedError:
+            said = self._ready.refused
+            return BootFailedError(
+                f"VM {self.name!r} was not ready within {deadline.total_s:g} s: expected a line '{self.handle.ready_marker} IP' on "
+                f"its serial console{f'; {said}' if said else ''}. Its console {self.serial_log} {_ends_with(self.serial_log)}\n"
+                "What to do: raise --chvm-boot-timeout, look at the console, or have the guest print the line when it is up.",
+                vm_name=self.name,
+            )
+
+        self._wait_for_serial(self._ready.scan, deadline, not_ready)
+        return self
+
+    def wait_for_console(self, pattern: str | re.Pattern[str], timeout: float = RUN_TIMEOUT_S) -> re.Match[str]:
+        """Block until the serial console has text that matches, since the VM's start; returns the match.
+
+        Raises VmIOError after `timeout` seconds, and at once when the VMM ends or the guest panics without a match.
+        """
+        compiled = re.compile(pattern)
+
+        def no_match() -> VmIOError:
+            return VmIOError(
+                f"VM {self.name!r}: {compiled.pattern!r} did not appear on the console within {timeout:g} s; it "
+                f"{_ends_with(self.serial_log)}",
+                vm_name=self.name,
+            )
+
+        return self._wait_for_serial(lambda: compiled.search(self.console), Deadline.after(timeout), no_match)
+
+    def _wait_for_serial(self, look: Callable[[], Found | None], deadline: Deadline, gave_up: Callable[[], VmError]) -> Found:
+        while (found := look()) is None:
+            if self._has_ended() and (found := look()) is not None:
+                return found
+            self.check_alive()
+            if deadline.expired:
+                raise gave_up()
+            self._watch.wait(deadline, self.pid)
+        return found
+
+    def check_alive(self) -> None:
+        """Raise what has become of the guest if it is not alive: GuestPanicError, BootFailedError, HypervisorError."""
+        if self._pidfd is not None:
+            self._watch.clear()
+        if self._ended:
+            raise VmIOError(f"VM {self.name!r} was ended by the test", vm_name=self.name)
+        if panic := self._panic.scan():
+            raise GuestPanicError(
+                f"VM {self.name!r}: the guest's kernel gave up: {panic}. Its console {self.serial_log} "
+                + _ends_with(self.serial_log),
+                vm_name=self.name,
+            )
+        if self._has_ended():
+            kind = HypervisorError if self._ready.scan() else BootFailedError
+            raise kind(self._why_ended(), vm_name=self.name)
+
+    def _has_ended(self) -> bool:
+        from pytest_chvm.host.remains import start_time_ticks
+
+        return start_time_ticks(self.pid) != self._process.start_time_ticks
+
+    def _why_ended(self) -> str:
+        try:
+            code = keeper().returncode(self._process)
+        except VmIOError as error:
+            code, gone = None, f" ({error})"
+        else:
+            gone = ""
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+        when = "after it was ready" if self._ready.ip else "before it was ready"
+        hint = self._driver.failure_hint()
+        return (
+            f"VM {self.name!r}: its VMM (pid {self.pid}) {how}{gone}, {when}. "
+            f"Its log {self.vmm_log} {_ends_with(self.vmm_log)}\nThe guest's console {_ends_with(self.serial_log)}\n"
+            f"To repeat it: {shlex.join(self.handle.command)}{f'{chr(10)}{hint}' if hint else ''}"
+        )
+
+    def _wake_fds(self) -> list[int]:
+        if self._pidfd is None:
+            try:
+                self._pidfd = os.pidfd_open(self.pid)
+            except ProcessLookupError:
+                self.check_alive()
+                raise
+        return [self._pidfd, self._watch.fileno()]
+
+    def run(
+        self, command: str | Sequence[str], *, timeout: float = RUN_TIMEOUT_S, input: str | bytes | None = None
+    ) -> CommandResult:
+        """Run a command in the guest and return what it did: a `str` goes to `sh`, a sequence is one program's arguments.
+
+        `timeout` is seconds; CommandTimeoutError after it, when the command and all that it started in the guest are killed.
+        Raises GuestPanicError, HypervisorError at once when the guest dies meanwhile, VmIOError where no shell answers.
+        """
+        data = input.encode(errors="surrogateescape") if isinstance(input, str) else input
+        self.check_alive()
+        return self._shell.run(command, timeout=timeout, input=data)
+
+    def check_output(
+        self, command: str | Sequence[str], *, timeout: float = RUN_TIMEOUT_S, input: str | bytes | None = None
+    ) -> str:
+        """Run a command that must succeed and return its standard output; raises GuestCommandError with both outputs."""
+        done = self.run(command, timeout=timeout, input=input)
+        if done.returncode != 0:
+            raise GuestCommandError(
+                f"VM {self.name!r}: {done.command!r} returned {done.returncode}.\n{shown_outputs(done.stdout, done.stderr)}",
+                vm_name=self.name,
+            )
+        return done.stdout
+
+    def put(self, src: str | os.PathLike[str], dst: str) -> None:
+        """Copy a file or directory of the host's into the guest; see `pytest_chvm.guest.files.put`."""
+        files.put(self._run_for_files, Path(src), os.fspath(dst))
+
+    def get(self, src: str, dst: str | os.PathLike[str]) -> Path:
+        """Copy a file or directory of the guest's to the host and return its path there; see `pytest_chvm.guest.files.get`."""
+        return files.get(self._run_for_files, os.fspath(src), Path(dst))
+
+    def _run_for_files(self, script: str, data: bytes | None) -> CommandResult:
+        return self.run(script, input=data, timeout=RUN_TIMEOUT_S)
+
+    def address(self, port: int) -> tuple[str, int]:
+        """Return a host and port reachable from the test that lead to a TCP port of the guest's.
+
+        On a TAP that is the guest's own address; in user mode QEMU forwards a port of the host's loopback; in a network namespace a
+        relay of ours does. Raises UnsupportedError for a VM without a network.
+        """
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
+            raise VmIOError(f"port={port!r}: expected 1 to 65535", vm_name=self.name)
+        networks = self.config.networks or ()
+        if not networks:
+            raise UnsupportedError(
+                f"VM {self.name!r} has no network: boot it with network='tap' or network='user'", vm_name=self.name
+            )
+        if isinstance(networks[0], UserNetwork):
+            if port not in self._forwarded:
+                self._forwarded[port] = self._driver.forward_port(self.handle, port)
+            return self._forwarded[port]
+        if self.config.netns is not None:
+            if port not in self._relays:
+                self._relays[port] = NamespaceRelay(self.config.netns, (self.ip, port))
+            return self._relays[port].address
+        return self.ip, port
+
+    def pause(self) -> None:
+        """Stop the guest's processors; raises UnsupportedError where the VMM cannot."""
+        self._driver.pause(self.handle)
+
+    def resume(self) -> None:
+        """Let a paused guest go on."""
+        self._driver.resume(self.handle)
+
+    def reboot(self, timeout: float = RUN_TIMEOUT_S) -> Self:
+        """Have the guest reboot and block until it is ready again; returns the VM."""
+        self._driver.allow_reboot(self.handle)
+        self._ready.expect_again()
+        self._shell.tell("sync; reboot -f")
+        return self.wait_ready(timeout)
+
+    def shutdown(self, timeout: float = SHUTDOWN_TIMEOUT_S) -> None:
+        """Ask the guest to power off and block until its VMM has ended.
+
+        Asked over its shell where it has one, else with the power button. Raises StopFailedError where it does not within `timeout`
+        seconds; the VM then still runs.
+        """
+        deadline = Deadline.after(timeout)
+        self.check_alive()
+        try:
+            self._shell.tell("sync; poweroff -f || poweroff")
+        except VmIOError:
+            self._driver.power_button(self.handle)
+        while not self._has_ended():
+            if deadline.expired:
+                raise StopFailedError(
+                    f"VM {self.name!r} did not power off within {timeout:g} s; its console {_ends_with(self.serial_log)}\n"
+                    "stop() ends the VMM without asking the guest.",
+                    vm_name=self.name,
+                )
+            self._watch.wait(deadline, self.pid)
+        self._finish(self._driver.kill)
+
+    def stop(self) -> None:
+        """End the VMM with SIGTERM, without asking the guest; raises StopFailedError where it needed SIGKILL."""
+        self._finish(self._driver.stop)
+
+    def kill(self) -> None:
+        """End the VMM with SIGKILL."""
+        self._finish(self._driver.kill)
+
+    def _finish(self, end: Callable[[VmHandle], None]) -> None:
+        if self._ended:
+            return
+        # The log may go with the run directory.
+        self._last_console = self.console
+        self._ended = True
+        try:
+            self._shell.close()
+            end(self.handle)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the VM if it still runs and give back all it had; called by the fixture. Raises StopFailedError for what is left."""
+        if self._closed:
+            return
+        self._closed = True
+        failures = []
+        try:
+            self.kill()
+        except VmError as error:
+            failures.append(str(error))
+        finally:
+            for relay in self._relays.values():
+                relay.close()
+            self._watch.__exit__(None, None, None)
+            if self._pidfd is not None:
+                os.close(self._pidfd)
+                self._pidfd = None
+            failures += self._release()
+        if failures:
+            raise StopFailedError("; ".join(failures), vm_name=self.name)
+
+
+def _ends_with(log: Path) -> str:
+    lines = last_lines(log)
+    return f"ends with:\n{lines}" if lines else "is empty."
