@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -39,7 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             choices=option.choices or None,
             help=f"{option.help} [{option.variable}]".replace("%", "%%"),
         )
-        parser.addini(option.ini_key, option.help, type="linelist" if option.many else "string", default=None)
+        kind: Literal["linelist", "string"] = "linelist" if option.many else "string"
+        parser.addini(option.ini_key, option.help, type=kind, default=None)
 
 
 def pytest_configure(config: pytest.Config) -> None:

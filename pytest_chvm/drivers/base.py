@@ -301,7 +301,7 @@ class VmmProcess:
                 failures.append(f"virtiofsd: {error}")
         failures += remove_taps(handle.taps, handle.netns)
         if handle.run_dir is not None:
-            failures += remains.remove_lease(handle.run_dir)
+            failures += remains.remove_lease(handle.run_dir, search=False)
         _names.free(handle.namespace, handle.name, handle.process)
         self._scanners.pop(handle.machine_id, None)
         self._paused.discard(handle.machine_id)

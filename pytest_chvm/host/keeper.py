@@ -8,26 +8,29 @@ Standard library only: it starts once per worker, within milliseconds, and stays
 children should it be killed itself (PR_SET_PDEATHSIG), and its lock on DIRECTORY/lock is then free: whoever
 finds that lock free, and the owner gone, may remove the rest.
 
-Requests are one JSON object per packet, with file descriptors beside it; each gets one JSON object back:
+Requests are one marshalled dict per packet (importing json would take a third of the start-up), with file descriptors
+beside it; each gets one marshalled dict back:
 
     {"spawn": [ARGV...], "environment": {...}, "log": PATH}   -> {"pid": N, "start_time_ticks": N}
         "{fd0}", "{fd1}" in an argument become the numbers of the descriptors sent along
-    {"status": PID}                                           -> {"returncode": N or null}
-    any that failed                                           -> {"error": TEXT, "errno": N}
+    {"status": PID}                                           -> {"returncode": N or None}
+    any that failed                                           -> {"error": TEXT}
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
-import json
+import marshal
 import os
 import select
 import signal
 import socket
-import subprocess
 import sys
-from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 if __name__ == "__main__":
     # Run by path, isolated (-I -S): the sibling it shares with the package is beside it.
@@ -41,6 +44,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 LARGEST_REQUEST = 1 << 20
 GRACE_S = 1.5
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -90,17 +94,17 @@ class Keeper:
         if not packet:
             return False
         try:
-            request = json.loads(packet)
+            request = marshal.loads(packet)  # noqa: S302 - from our own owner only
             reply = self.spawn(request, fds) if "spawn" in request else self.status(request["status"])
         except OSError as error:
-            reply = {"error": error.strerror or str(error), "errno": error.errno}
+            reply = {"error": error.strerror or str(error)}
         except Exception as error:  # an answer is owed for every request, or the owner waits for ever
-            reply = {"error": f"{type(error).__name__}: {error}", "errno": None}
+            reply = {"error": f"{type(error).__name__}: {error}"}
         finally:
             for fd in fds:
                 os.close(fd)
         try:
-            self.control.send(json.dumps(reply).encode())
+            self.control.send(marshal.dumps(reply))
         except ConnectionError:
             return False
         return True
@@ -110,22 +114,18 @@ class Keeper:
         argv = list(request["spawn"])
         for index, fd in enumerate(fds):
             argv = [word.replace(f"{{fd{index}}}", str(fd)) for word in argv]
-        with open(request["log"], "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
-            child = subprocess.Popen(
-                [os.fsencode(word) for word in argv],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=request["environment"],
-                cwd="/",
-                pass_fds=fds,
-                start_new_session=True,
-                preexec_fn=prepare_child,
-            )
-        # Reaped by reap(), whatever Popen's own destructor thinks of it.
-        child.returncode = 0
-        self.spawned.add(child.pid)
-        return {"pid": child.pid, "start_time_ticks": remains.start_time_ticks(child.pid)}
+        failure, its_end = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+        if pid == 0:
+            run_child(argv, request["environment"], request["log"], fds, its_end)
+        os.close(its_end)
+        with open(failure, "rb") as pipe:
+            reason = pipe.read()
+        if reason:
+            os.waitpid(pid, 0)
+            return {"error": reason.decode(errors="replace")}
+        self.spawned.add(pid)
+        return {"pid": pid, "start_time_ticks": remains.start_time_ticks(pid)}
 
     def status(self, pid: int) -> dict:  # type: ignore[type-arg]
         """Return how a child ended, or that it has not."""
@@ -133,44 +133,63 @@ class Keeper:
         return {"returncode": self.returncodes.get(pid)}
 
 
-def prepare_child() -> None:
-    """Run in the child before exec: die with the keeper, with default signals."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+def run_child(argv: list[str], environment: dict[str, str], log: str, fds: list[int], failure: int) -> NoReturn:
+    """Become the program, in the forked child: in its own session, dying with the keeper, with default signals.
+
+    What keeps it from that is written to `failure`, which exec closes.
+    """
+    try:
+        os.setsid()
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_DFL)
+        os.chdir("/")
+        output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        for fd in fds:
+            os.set_inheritable(fd, True)
+        os.execvpe(argv[0], [os.fsencode(word) for word in argv], environment)
+    except BaseException as error:
+        os.write(failure, str(getattr(error, "strerror", None) or error).encode())
+    os._exit(127)
 
 
 def children() -> list[int]:
     """Return this process's living children."""
     pid = os.getpid()
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        listed = file.read().split()
     return [int(child) for child in listed if remains.start_time_ticks(int(child)) is not None]
 
 
-def end_everything(directory: Path) -> None:
+def end_everything(directory: str) -> None:
     """Kill all children and the children they leave behind, then remove what the leases name."""
     for _generation in range(8):
         living = children()
         if not living:
             break
         remains.kill_and_wait(living, GRACE_S)
-    for lease in sorted(directory.glob("*/")):
-        for failure in remains.remove_lease(lease):
-            sys.stderr.write(f"pytest-chvm keeper: {failure}\n")
+    for entry in sorted(os.listdir(directory)):
+        lease = os.path.join(directory, entry)
+        if os.path.isdir(lease):
+            for failure in remains.remove_lease(lease):
+                sys.stderr.write(f"pytest-chvm keeper: {failure}\n")
     remains.remove_tree(directory)
     try:
-        directory.parent.rmdir()
+        os.rmdir(os.path.dirname(directory))
     except OSError:
         # Another worker's directory is in it.
         return
 
 
-def main(owner_pid: int, directory: Path, control_fd: int) -> None:
+def main(owner_pid: int, directory: str, control_fd: int) -> None:
     """Keep until the owner is gone, then clean up."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
-    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     child_ended, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakeup)
@@ -179,11 +198,11 @@ def main(owner_pid: int, directory: Path, control_fd: int) -> None:
     try:
         owner = os.pidfd_open(owner_pid)
         # It may have died before the pidfd was open; the socket's end then says so.
-        control.send(b'{"ready": true}')
+        control.send(marshal.dumps({"ready": True}))
         Keeper(control).serve(owner, child_ended)
     finally:
         end_everything(directory)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -52,4 +52,4 @@ class Lease:
 
     def release(self) -> list[str]:
         """End and remove all that is left of it; returns what could not be removed, in words."""
-        return remains.remove_lease(self.directory)
+        return remains.remove_lease(self.directory, search=False)

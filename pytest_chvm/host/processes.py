@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import json
+import logging
+import marshal
 import os
 import signal
 import socket
@@ -17,8 +18,10 @@ from pytest_chvm.deadline import Deadline, wait_readable
 from pytest_chvm.errors import BootFailedError, StateFailedError, VmIOError
 from pytest_chvm.host import keeper as keeper_script
 from pytest_chvm.host import remains
-from pytest_chvm.host.directories import make_owner_dir
+from pytest_chvm.host.directories import make_owner_dir, runtime_dir
 from pytest_chvm.model import ProcessIdentity
+
+logger = logging.getLogger("pytest_chvm")
 
 KEEPER_START_TIMEOUT_S = 10.0
 KEEPER_END_TIMEOUT_S = 4.0
@@ -98,6 +101,10 @@ class Keeper:
 
     def __init__(self) -> None:
         self.owner_pid = os.getpid()
+        # Before anything is started: what a run left that was killed together with its keeper.
+        _removed, failures = remains.remove_abandoned(runtime_dir())
+        for failure in failures:
+            logger.warning("left by an earlier run: %s", failure)
         self.directory = make_owner_dir()
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -122,13 +129,13 @@ class Keeper:
                 f"the keeper process (pid {self._process.pid}) is gone: something killed it, and with it its VMs; "
                 "start the run again"
             )
-        reply: dict[str, object] = json.loads(packet)
+        reply: dict[str, object] = marshal.loads(packet)  # noqa: S302 - from our own keeper
         return reply
 
     def _ask(self, request: Mapping[str, object], fds: Sequence[int] = ()) -> dict[str, object]:
         with self._lock:
             try:
-                socket.send_fds(self._socket, [json.dumps(request).encode()], list(fds))
+                socket.send_fds(self._socket, [marshal.dumps(dict(request))], list(fds))
             except BrokenPipeError as error:
                 raise VmIOError(f"the keeper process (pid {self._process.pid}) is gone: start the run again") from error
             return self._receive(KEEPER_START_TIMEOUT_S, next(iter(request)))

@@ -1,7 +1,7 @@
 """What a VM leaves on the host, and how to remove it, for those who outlive it.
 
-Standard library only, and imports nothing of this package: the keeper, which must start in milliseconds
-and stay small, runs it as well as the process that owns the VM.
+Standard library only, as little of it as possible, and nothing of this package: the keeper, which must start in
+milliseconds and stay small, runs it as well as the process that owns the VM.
 
 Each VM has a *lease*: a directory of its own below the directory of the process that owns it, with a file
 `lease.json` that names what lives elsewhere. It is written before anything of that is made:
@@ -12,13 +12,10 @@ Each VM has a *lease*: a directory of its own below the directory of the process
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import shutil
+import select
 import signal
-import subprocess
 import time
-from pathlib import Path
 
 LEASE_FILE = "lease.json"
 COMMAND_TIMEOUT_S = 2.0
@@ -26,13 +23,13 @@ COMMAND_TIMEOUT_S = 2.0
 
 def boot_id() -> str:
     """Return the host's boot id (random(4)): pids and start times mean something within one boot only."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return _read("/proc/sys/kernel/random/boot_id").decode().strip()
 
 
 def start_time_ticks(pid: int) -> int | None:
     """Return field 22 of `/proc/PID/stat` (proc(5)); None where there is no such process, or only a zombie."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        stat = _read(f"/proc/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The command name, field 2, is in parentheses and may contain spaces and parentheses itself.
@@ -43,13 +40,18 @@ def start_time_ticks(pid: int) -> int | None:
 def command_line(pid: int) -> tuple[str, ...]:
     """Return a process's arguments; empty where it is gone."""
     try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+        raw = _read(f"/proc/{pid}/cmdline")
     except (FileNotFoundError, ProcessLookupError):
         return ()
     return tuple(os.fsdecode(word) for word in raw.rstrip(b"\0").split(b"\0"))
 
 
-def processes_naming(directory: Path) -> list[int]:
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def processes_naming(directory: str | os.PathLike[str]) -> list[int]:
     """Return the pids of this user's processes that have a path below `directory` in an argument."""
     needle = os.fspath(directory) + "/"
     found = []
@@ -81,52 +83,68 @@ def kill_and_wait(pids: list[int], timeout_s: float) -> list[int]:
 
 def pidfd_ended(pidfd: int, timeout_s: float) -> bool:
     """Wait for a process to end (a zombie has ended); tells whether it did within the time."""
-    import select
-
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(max(0, timeout_s * 1000)))
 
 
-def remove_lease(directory: Path) -> list[str]:
+def remove_lease(directory: str | os.PathLike[str], *, search: bool = True) -> list[str]:
     """End and remove all that a lease names, and its directory; returns what could not be removed, in words.
 
-    Each step is tried whatever became of those before it. What is already gone is no failure.
+    With `search` the processes that name the directory are ended too. Each step is tried whatever became of those before
+    it. What is already gone is no failure.
     """
-    failures = [f"process {pid} outlived SIGKILL" for pid in kill_and_wait(processes_naming(directory), COMMAND_TIMEOUT_S)]
+    place = os.fspath(directory)
+    failures = []
+    if search:
+        failures += [f"process {pid} outlived SIGKILL" for pid in kill_and_wait(processes_naming(place), COMMAND_TIMEOUT_S)]
     try:
-        lease = json.loads((directory / LEASE_FILE).read_bytes())
-        if not isinstance(lease, dict):
-            raise ValueError("not an object")
-    except FileNotFoundError:
-        lease = {}
-    except (OSError, ValueError) as error:
-        failures.append(f"{directory / LEASE_FILE} cannot be read ({error}): what it named is left")
+        lease = _read_lease(os.path.join(place, LEASE_FILE))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        failures.append(f"{place}/{LEASE_FILE} cannot be read ({error}): what it named is left")
         lease = {}
     for tap in lease.get("taps", ()):
         failures += remove_tap(tap["name"], tap.get("netns"))
     for bridge in lease.get("bridges", ()):
         failures += _run_ip(None, "link", "del", "dev", bridge, absent="Cannot find device")
     for path in lease.get("paths", ()):
-        failures += remove_tree(Path(path))
-    for lock in lease.get("locks", ()):
-        failures += remove_free_lock(Path(lock))
-    return failures + remove_tree(directory)
+        failures += remove_tree(path)
+    for path in lease.get("locks", ()):
+        failures += remove_free_lock(path)
+    return failures + remove_tree(place)
+
+
+def _read_lease(path: str) -> dict[str, list]:  # type: ignore[type-arg]
+    import json
+
+    try:
+        lease = json.loads(_read(path))
+    except FileNotFoundError:
+        return {}
+    for name in [tap["name"] for tap in lease.get("taps", ())] + lease.get("bridges", []):
+        # Read from a file, and given to ip(8).
+        if not isinstance(name, str) or not name or name.startswith("-") or "/" in name or len(name) > 15:
+            raise ValueError(f"{name!r} is no interface")
+    for entry in lease.get("paths", []) + lease.get("locks", []):
+        if not isinstance(entry, str) or not os.path.isabs(entry):
+            raise ValueError(f"{entry!r} is no absolute path")
+    return lease  # type: ignore[no-any-return]
 
 
 def remove_tap(name: str, netns: str | None) -> list[str]:
     """Remove a persistent TAP, in a named network namespace if one is given; returns failures in words."""
-    root = Path("/sys/class/net")
-    if netns is None and not (root / name).exists():
-        return []
-    if netns is not None and not Path("/run/netns", netns).exists():
-        return []
     if netns is None:
+        if not os.path.exists(f"/sys/class/net/{name}"):
+            return []
         return _run_ip(None, "tuntap", "del", "dev", name, "mode", "tap", absent="No such device")
+    if not os.path.exists(f"/run/netns/{netns}"):
+        return []
     return _run_ip(netns, "link", "del", "dev", name, absent="Cannot find device")
 
 
 def _run_ip(netns: str | None, *arguments: str, absent: str) -> list[str]:
+    import subprocess
+
     command = ["ip", *(("-n", netns) if netns else ()), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
@@ -137,7 +155,7 @@ def _run_ip(netns: str | None, *arguments: str, absent: str) -> list[str]:
     return [f"{' '.join(command)}: {done.stderr.strip()}"]
 
 
-def remove_free_lock(path: Path) -> list[str]:
+def remove_free_lock(path: str) -> list[str]:
     """Remove a lock file that nobody holds, and its directory if that leaves it empty; returns failures in words."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -147,8 +165,8 @@ def remove_free_lock(path: Path) -> list[str]:
         return [f"{path}: {error}"]
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
-        path.parent.rmdir()
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))
     except OSError:
         # Somebody holds it now, or another lock is beside it: theirs to remove.
         return []
@@ -157,21 +175,67 @@ def remove_free_lock(path: Path) -> list[str]:
     return []
 
 
-def remove_tree(path: Path) -> list[str]:
+def remove_tree(path: str | os.PathLike[str]) -> list[str]:
     """Remove a file or directory tree; returns failures in words. One that is not there is no failure."""
-    failures: list[str] = []
-
-    def failed(_function: object, where: str, error: tuple[type[BaseException], BaseException, object]) -> None:
-        if not isinstance(error[1], FileNotFoundError):
-            failures.append(f"{where}: {error[1]}")
-
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=failed)
-    else:
-        try:
-            path.unlink()
-        except FileNotFoundError:
+    place = os.fspath(path)
+    try:
+        if not os.path.isdir(place) or os.path.islink(place):
+            os.unlink(place)
             return []
-        except OSError as error:
-            failures.append(f"{path}: {error}")
+        failures = [failure for entry in os.listdir(place) for failure in remove_tree(os.path.join(place, entry))]
+        if not failures:
+            os.rmdir(place)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [f"{place}: {error.strerror}"]
     return failures
+
+
+def remove_abandoned(runtime_dir: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[list[str], list[str]]:
+    """Remove what runs left whose keeper and owner are both gone; returns what was removed and what could not be, in words.
+
+    A directory whose lock is held, or whose owner lives, is somebody's and is left alone.
+    """
+    removed: list[str] = []
+    failures: list[str] = []
+    try:
+        names = os.listdir(runtime_dir)
+    except FileNotFoundError:
+        return removed, failures
+    for name in sorted(names):
+        directory = os.path.join(os.fspath(runtime_dir), name)
+        try:
+            if not os.path.isdir(directory) or not _is_abandoned(directory):
+                continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            failures.append(f"{directory} is not understood ({type(error).__name__}: {error}): left as it is")
+            continue
+        removed.append(directory)
+        if not dry_run:
+            for entry in sorted(os.listdir(directory)):
+                lease = os.path.join(directory, entry)
+                if os.path.isdir(lease):
+                    failures += remove_lease(lease)
+            failures += remove_tree(directory)
+    return removed, failures
+
+
+def _is_abandoned(directory: str) -> bool:
+    import json
+
+    owner = json.loads(_read(os.path.join(directory, "owner.json")))
+    if owner["boot_id"] == boot_id() and start_time_ticks(int(owner["pid"])) == owner["start_time_ticks"]:
+        return False
+    try:
+        fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        # Its owner died before its keeper was there.
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
