@@ -107,7 +107,7 @@ def _choices(settings: Settings) -> str:
         mode, why_mode = network_mode(settings, driver)
     except VmError as error:
         return f"chvm: {error}"
-    return f"chvm: VMM {driver.vmm} ({why_vmm})\nchvm: network {mode} ({why_mode})"
+    return f"chvm: VMM {driver.vmm}: {why_vmm}\nchvm: network {mode}: {why_mode}"
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -23,6 +23,8 @@ from pytest_chvm.model import CommandResult
 # An answer larger than this is not the guest's memory any more, but somebody's trick.
 LARGEST_ANSWER = 256 << 20
 CONNECT_TIMEOUT_S = 10.0
+# Sent at once; what is left of a piece when a command is given up is sent as padding before the next one.
+INPUT_PIECE = 1 << 18
 KILL_TIMEOUT_S = 5.0
 NO_SHELL = (
     "no shell answers on the guest's virtio console (hvc0). The built-in guest has one; an image of your own needs a "
@@ -47,6 +49,12 @@ class GuestShell:
         self._lock = threading.Lock()
         self._fd: int | None = None
         self._pending = bytearray()
+        # An input that the guest has not acknowledged, and the bytes of it that were not sent: a command was given up meanwhile.
+        self._input_token: str | None = None
+        self._owed = 0
+        self._unsent = 0
+        # Whether the guest's side is known to be waiting for a command.
+        self._in_step = False
 
     def run(self, command: str | Sequence[str], *, timeout: float, input: bytes | None) -> CommandResult:
         """Run a command in the guest and return what it did; one at a time, others wait for their turn.
@@ -59,21 +67,23 @@ class GuestShell:
         deadline = Deadline.after(timeout)
         shown = command if isinstance(command, str) else tuple(os.fsdecode(word) for word in command)
         with self._lock:
+            late = None
             try:
                 self._connect(deadline)
                 if input:
                     self._send_input(input, deadline)
                 token = secrets.token_hex(16)
-                self._write(f"run {token} ".encode() + _escaped(script) + b"\n", deadline)
                 try:
-                    answer = self._answer(token, deadline)
+                    self._write(f"run {token} ".encode() + _escaped(script) + b"\n", deadline)
+                    stdout, stderr, status = self._answer(token, deadline)
                 except TimeoutError:
-                    raise self._killed(shown, token, timeout) from None
-            except BaseException as error:
-                if not (isinstance(error, CommandTimeoutError) and self._fd is not None):
-                    self.close()
+                    late = self._killed(shown, token, timeout)
+            except BaseException:
+                # The connection is kept: what is still on its way to the guest would be lost with it, and miscounted.
+                self._in_step = False
                 raise
-        stdout, stderr, status = answer
+        if late is not None:
+            raise late
         return CommandResult(shown, status, stdout, stderr, time.monotonic() - started)
 
     def tell(self, script: str) -> None:
@@ -91,28 +101,33 @@ class GuestShell:
     def close(self) -> None:
         """Let go of the console; the next command connects again."""
         self._pending.clear()
+        self._in_step = False
+        self._input_token = None
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
 
     def _connect(self, deadline: Deadline) -> None:
-        if self._fd is not None:
+        if self._in_step:
             return
-        self._fd = self.open_console()
-        os.set_blocking(self._fd, False)
+        if self._fd is None:
+            self._fd = self.open_console()
+            os.set_blocking(self._fd, False)
         patience = Deadline.after(min(CONNECT_TIMEOUT_S, deadline.remaining_s))
         token = secrets.token_hex(16)
         # The quotes keep a terminal's echo of the line from looking like its answer; the loop ignores the first line.
         half = len(token) // 2
         hello = f"\nstty raw -echo 2>/dev/null\neval {token} 2>/dev/null; echo; echo '{token[:half]}''{token[half:]}' sh\n"
         try:
-            self._write(b"kill\n" + hello.encode(), patience)
+            self._finish_input(patience)
+            self._write(b"\nkill\n" + hello.encode(), patience)
             found = self._read_until(re.compile(rb"\n%s (sh|loop)\r?\n" % token.encode()), patience)
             if found[1] == b"sh":
                 text = resources.files("pytest_chvm.guest").joinpath("shell.sh").read_text()
                 # One line starts the loop, so that the shell has read nothing beyond it when the loop answers.
                 self._write(text.encode() + f"chvm_loop {token}\n".encode(), patience)
                 self._read_until(re.compile(rb"\n%s loop\r?\n" % token.encode()), patience)
+            self._in_step = True
         except TimeoutError as error:
             if deadline.expired:
                 raise CommandTimeoutError(
@@ -123,16 +138,31 @@ class GuestShell:
             ) from error
 
     def _send_input(self, data: bytes, deadline: Deadline) -> None:
-        token = secrets.token_hex(16)
-        self._write(f"input {token} {len(data)}\n".encode(), deadline)
-        self._write(data, deadline)
         try:
-            self._read_until(re.compile(rb"\n%s input\n" % token.encode()), deadline)
+            for start in range(0, len(data), INPUT_PIECE):
+                piece = data[start : start + INPUT_PIECE]
+                token = secrets.token_hex(16)
+                self._write(f"input {token} {len(piece)}\n".encode(), deadline)
+                self._input_token, self._owed = token, len(piece)
+                try:
+                    self._write(piece, deadline)
+                finally:
+                    self._owed = self._unsent
+                self._finish_input(deadline)
         except TimeoutError as error:
             raise CommandTimeoutError(
                 f"VM {self.vm_name!r}: the guest did not take {len(data)} bytes of input within {deadline.total_s:g} s",
                 vm_name=self.vm_name,
             ) from error
+
+    def _finish_input(self, deadline: Deadline) -> None:
+        """Send what the guest still waits for and read that it has it: it may read ahead, so nothing else goes before that."""
+        if self._input_token is None:
+            return
+        self._write(bytes(self._owed), deadline)
+        self._owed = 0
+        self._read_until(re.compile(rb"\n%s input\n" % self._input_token.encode()), deadline)
+        self._input_token = None
 
     def _answer(self, token: str, deadline: Deadline) -> tuple[bytes, bytes, int]:
         mark = token.encode()
@@ -151,7 +181,7 @@ class GuestShell:
             stdout, stderr, _status = self._answer(token, patience)
             after = "it was killed"
         except TimeoutError:
-            self.close()
+            self._in_step = False
             stdout = stderr = b""
             after = "the guest did not answer the order to kill it either"
         out, err = (part.decode(errors="surrogateescape") for part in (stdout, stderr))
@@ -205,6 +235,7 @@ class GuestShell:
         self._pending += data
 
     def _gone(self, error: OSError | None) -> None:
+        self.close()
         self.check_alive()
         raise VmIOError(
             f"VM {self.vm_name!r}: the VMM closed the guest's console{f' ({error.strerror})' if error else ''}",
@@ -226,6 +257,7 @@ class GuestShell:
 
         assert self._fd is not None
         view = memoryview(data)
+        self._unsent = len(view)
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
         for wake in self.wake_fds():
@@ -235,6 +267,7 @@ class GuestShell:
             if self._fd in events:
                 try:
                     view = view[os.write(self._fd, view) :]
+                    self._unsent = len(view)
                 except BlockingIOError:
                     continue
                 except OSError as error:

@@ -37,7 +37,7 @@ chvm_loop() {
             ;;
         input)
             chvm_input=$chvm_tmp/$((chvm_number + 1)).in
-            head -c $chvm_rest >$chvm_input
+            head -c $chvm_rest >>$chvm_input
             printf '\n%s input\n' $chvm_token
             ;;
         kill)

@@ -20,5 +20,5 @@ def why_no_kvm() -> str | None:
         return "/dev/kvm may not be opened by you: join the group kvm"
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     if not {"vmx", "svm"} & set(flags.split()):
-        return "/dev/kvm opens, but the processor has neither vmx nor svm, so that it cannot run an ordinary guest"
+        return "/dev/kvm opens, but the CPU has neither vmx nor svm"
     return None
