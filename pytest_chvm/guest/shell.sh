@@ -36,7 +36,10 @@ chvm_loop() {
             chvm_job=$! chvm_input=/dev/null
             ;;
         input)
-            chvm_input=$chvm_tmp/$((chvm_number + 1)).in
+            if [ $chvm_input = /dev/null ]; then
+                chvm_input=$chvm_tmp/$((chvm_number + 1)).in
+                : >$chvm_input
+            fi
             head -c $chvm_rest >>$chvm_input
             printf '\n%s input\n' $chvm_token
             ;;
