@@ -28,6 +28,9 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 TAG_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,35}")
 # IFNAMSIZ is 16 with the final NUL; the kernel refuses "/", ":" and white space.
 INTERFACE_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+CPU_MODEL_PATTERN = re.compile(r"[A-Za-z0-9._-]+(,[+-]?[A-Za-z0-9._=-]+)*")
+CHANNEL_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CACHE_POLICIES = ("never", "auto", "always")
 MAC_PATTERN = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 
@@ -51,11 +54,18 @@ class VmStatus:
 
 @dataclass(frozen=True, slots=True)
 class SharedDir:
-    """A host directory the guest sees over virtio-fs; the built-in guest mounts it at `/mnt/<tag>`."""
+    """A host directory the guest sees over virtio-fs; the built-in guest mounts it at `/mnt/<tag>`.
+
+    `cache`: how long the guest may keep what it has read: "never" sees the host's changes at once, "auto" within a
+    second, "always" maybe never. `announce_submounts`: the guest sees what is mounted below as mounts of its own; overlayfs cannot
+    look into those.
+    """
 
     tag: str
     host_path: Path
     read_only: bool = False
+    cache: str = "never"
+    announce_submounts: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.tag, str) or not TAG_PATTERN.fullmatch(self.tag):
@@ -66,6 +76,8 @@ class SharedDir:
         object.__setattr__(self, "host_path", as_path("shared_dirs", self.host_path))
         if not isinstance(self.read_only, bool):
             raise InvalidConfigError(f"shared dir {self.tag!r}: read_only={self.read_only!r}, expected True or False")
+        if self.cache not in CACHE_POLICIES:
+            raise InvalidConfigError(f"shared dir {self.tag!r}: cache={self.cache!r}, expected one of {', '.join(CACHE_POLICIES)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +152,10 @@ class VmConfig:
 
     Paths are `str` or `os.PathLike` in, `Path` out. `memory_mb` is MiB. Raises InvalidConfigError for a
     value that can never be right; files are looked at when the VM is started.
+
+    `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
+    `channels` are names of virtio-serial ports: `/dev/virtio-ports/<name>` in the guest where udev runs, `vm.open_channel(name)`
+    outside.
     """
 
     name: str = "vm"
@@ -156,6 +172,8 @@ class VmConfig:
     netns: str | None = None
     shared_dirs: tuple[SharedDir, ...] = ()
     serial_log: Path | None = None
+    cpu_model: str | None = None
+    channels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("name", "namespace"):
@@ -183,11 +201,27 @@ class VmConfig:
             not isinstance(self.netns, str) or not re.fullmatch(r"[^/\s\0]{1,255}", self.netns) or self.netns in (".", "..")
         ):
             raise self._invalid(f"netns={self.netns!r} cannot be the name of a network namespace")
+        if self.cpu_model is not None and (
+            not isinstance(self.cpu_model, str) or not CPU_MODEL_PATTERN.fullmatch(self.cpu_model)
+        ):
+            raise self._invalid(f"cpu_model={self.cpu_model!r}, expected a model and its flags: 'EPYC,+svm'")
+        object.__setattr__(self, "channels", self._checked_channels())
         object.__setattr__(self, "networks", self._checked_networks())
         object.__setattr__(self, "shared_dirs", self._checked_shared_dirs())
 
     def _invalid(self, what: str) -> InvalidConfigError:
         return InvalidConfigError(f"VM {self.name!r}: {what}", vm_name=self.name)
+
+    def _checked_channels(self) -> tuple[str, ...]:
+        channels: Any = self.channels
+        if isinstance(channels, str) or not isinstance(channels, Sequence):
+            raise self._invalid(f"channels={channels!r}, expected a list of names")
+        for name in channels:
+            if not isinstance(name, str) or not CHANNEL_PATTERN.fullmatch(name):
+                raise self._invalid(f"channel {name!r}: expected 1 to 64 letters, digits, '-', '_' or '.'")
+        if len(set(channels)) != len(channels):
+            raise self._invalid(f"channels has a name twice: {', '.join(channels)}")
+        return tuple(channels)
 
     def _checked_networks(self) -> tuple[Attachment, ...] | None:
         networks: Any = self.networks

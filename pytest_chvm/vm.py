@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -269,6 +270,12 @@ class Vm:
                 self._relays[port] = NamespaceRelay(self.config.netns, (self.ip, port))
             return self._relays[port].address
         return self.ip, port
+
+    def open_channel(self, name: str) -> socket.socket:
+        """Return a connection to one of the config's channels; raises UnsupportedError where the VMM has none."""
+        if name not in self.config.channels:
+            raise VmIOError(f"VM {self.name!r} has no channel {name!r}: name it in channels=[...]", vm_name=self.name)
+        return socket.socket(fileno=self._driver.open_channel(self.handle, name))
 
     def pause(self) -> None:
         """Stop the guest's processors; raises UnsupportedError where the VMM cannot."""

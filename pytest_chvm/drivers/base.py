@@ -31,7 +31,7 @@ from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap, remove_taps
 from pytest_chvm.host.processes import end_process, is_running, keeper
 from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
-from pytest_chvm.host.virtiofsd import find_virtiofsd, start_virtiofsd
+from pytest_chvm.host.virtiofsd import find_virtiofsd, lease_lock_file, start_virtiofsd
 from pytest_chvm.model import ProcessIdentity, SocketPairFd, Tap, VmConfig, VmHandle, VmState, VmStatus, mac_for
 
 logger = logging.getLogger("pytest_chvm")
@@ -83,6 +83,9 @@ class VmDriver(Protocol):
 
     def open_console(self, handle: VmHandle) -> int:
         """Return a descriptor of the guest's virtio console, for the shell."""
+
+    def open_channel(self, handle: VmHandle, name: str) -> int:
+        """Return a descriptor of the host's end of one of the config's channels."""
 
     def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
         """Return where on the host a port of a guest on the user-mode network can be reached."""
@@ -246,6 +249,7 @@ class VmmProcess:
             assert program is not None
             path = plan.socket(f"fs{index}.sock")
             logger.debug("%s: starting virtiofsd for %s", config.name, share.tag)
+            lease_lock_file(program, path, lease)
             sidecars.append(start_virtiofsd(program, share, path, lease.directory / f"fs{index}.log"))
             plan.share_sockets.append(path)
         try:

@@ -66,6 +66,11 @@ class CloudHypervisorDriver:
         config = plan.config
         for path in (config.kernel, config.initramfs, config.root_disk, config.seed_iso, config.data_disk, plan.serial_log):
             _check_text(config, path)
+        if config.cpu_model is not None or config.channels:
+            raise UnsupportedError(
+                f"VM {config.name!r}: Cloud Hypervisor has no CPU models and no virtio-serial ports: leave out cpu_model and channels",
+                vm_name=config.name,
+            )
         machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), os.fspath(self.binary().path)]
         cmdline = config.cmdline
         if cmdline is None:
@@ -131,6 +136,10 @@ class CloudHypervisorDriver:
         fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         tty.setraw(fd)
         return fd
+
+    def open_channel(self, handle: VmHandle, name: str) -> int:
+        """Cloud Hypervisor has no virtio-serial ports."""
+        raise UnsupportedError(f"VM {handle.name!r}: Cloud Hypervisor has no virtio-serial ports: no {name!r}", vm_name=handle.name)
 
     def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
         """Cloud Hypervisor has no user-mode network."""

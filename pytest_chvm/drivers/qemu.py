@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import socket
@@ -63,7 +64,7 @@ class QemuDriver:
         kvm = self.accel == "kvm" or (self.accel == "auto" and why_no_kvm() is None)
         shared = bool(config.shared_dirs)
         machine += ["-machine", "q35,memory-backend=ram" if shared else "q35"]
-        machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", "host" if kvm else "max"]
+        machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", config.cpu_model or ("host" if kvm else "max")]
         machine += ["-smp", str(config.cpus), "-m", f"{config.memory_mb}M"]
         if shared:
             machine += ["-object", f"memory-backend-memfd,id=ram,size={config.memory_mb}M,share=on"]
@@ -77,10 +78,18 @@ class QemuDriver:
             machine += ["-device", f"vhost-user-fs-pci,chardev=fs{index},tag={share.tag},queue-size=512"]
         control = ["-chardev", f"socket,id=qmp,path={_quoted(plan.socket('qmp.sock'))},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control"]
+        return VmmCommand(machine, control + self._serial_ports(plan), shown)
+
+    @staticmethod
+    def _serial_ports(plan: Plan) -> list[str]:
+        words = ["-device", "virtio-serial-pci"] if plan.console or plan.config.channels else []
         if plan.console:
-            control += ["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console"]
-            control += ["-chardev", f"socket,id=console,path={_quoted(plan.socket('console.sock'))},server=on,wait=off"]
-        return VmmCommand(machine, control, shown)
+            words += ["-device", "virtconsole,chardev=console"]
+            words += ["-chardev", f"socket,id=console,path={_quoted(plan.socket('console.sock'))},server=on,wait=off"]
+        for index, name in enumerate(plan.config.channels):
+            words += ["-device", f"virtserialport,chardev=channel{index},name={name}"]
+            words += ["-chardev", f"socket,id=channel{index},path={_quoted(plan.socket(_channel_socket(name)))},server=on,wait=off"]
+        return words
 
     @staticmethod
     def _boot_source(config: VmConfig) -> list[str]:
@@ -154,13 +163,20 @@ class QemuDriver:
 
     def open_console(self, handle: VmHandle) -> int:
         """Return a connection to the socket behind the guest's virtio console."""
-        console = socket.socket(socket.AF_UNIX)
+        return self._connect(handle, "console.sock", "console")
+
+    def open_channel(self, handle: VmHandle, name: str) -> int:
+        """Return a connection to the socket behind a virtio-serial port; QEMU serves one at a time."""
+        return self._connect(handle, _channel_socket(name), f"channel {name!r}")
+
+    def _connect(self, handle: VmHandle, socket_name: str, what: str) -> int:
+        peer = socket.socket(socket.AF_UNIX)
         try:
-            console.connect(os.fspath(self._socket(handle, "console.sock")))
+            peer.connect(os.fspath(self._socket(handle, socket_name)))
         except OSError as error:
-            console.close()
-            raise VmIOError(f"VM {handle.name!r}: its console cannot be reached: {error.strerror}", vm_name=handle.name) from error
-        return console.detach()
+            peer.close()
+            raise VmIOError(f"VM {handle.name!r}: its {what} cannot be reached: {error.strerror}", vm_name=handle.name) from error
+        return peer.detach()
 
     def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
         """Return a port on the host's loopback, chosen by the kernel, that leads to a port of the guest."""
@@ -202,6 +218,11 @@ class QemuDriver:
         if handle.run_dir is None:
             raise VmIOError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
         return handle.run_dir / name
+
+
+def _channel_socket(name: str) -> str:
+    # Of one length whatever the name, so that the path fits into a socket's address.
+    return f"channel-{hashlib.sha256(name.encode()).hexdigest()[:8]}.sock"
 
 
 def _quoted(path: Path) -> str:

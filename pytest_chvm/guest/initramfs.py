@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -35,28 +35,27 @@ DIRECTORIES = (
 )  # fmt: skip
 
 
-def build_initramfs(kernel: Kernel, cache: Path, progress: Progress) -> Path:
-    """Return the built-in guest's initramfs for a kernel, built at the first call.
+def build_initramfs(
+    kernel: Kernel, cache: Path, progress: Progress, *, init_script: str = "init.sh", wanted: Sequence[str] = WANTED_MODULES
+) -> Path:
+    """Return an initramfs for a kernel, the built-in guest's by default, built at the first call.
 
+    `init_script` is its first process, a file of this package; `wanted` are the modules it has, with all they depend on.
     Raises MissingRequirementError where BusyBox is not to be had or the cache cannot be written.
     """
     busybox = find_busybox(cache, progress)
-    init = resources.files("pytest_chvm.guest").joinpath("init.sh").read_bytes()
-    modules = _modules(kernel)
+    init = resources.files("pytest_chvm.guest").joinpath(init_script).read_bytes()
+    modules = modules_in_order(kernel.modules, wanted) if kernel.modules else []
     key = hashlib.sha256(b"recipe 1")
     for part in (busybox.read_bytes(), init, *(module.data for module in modules)):
         key.update(hashlib.sha256(part).digest())
 
     def build(directory: Path) -> None:
-        progress(f"building the built-in guest for kernel {kernel.release or kernel.image.name}")
+        progress(f"building a guest ({init_script}) for kernel {kernel.release or kernel.image.name}")
         archive = write_cpio(_entries(busybox, init, modules))
         (directory / "initramfs.cpio").write_bytes(archive)
 
     return built_once(cache / "initramfs" / key.hexdigest()[:32], build) / "initramfs.cpio"
-
-
-def _modules(kernel: Kernel) -> list[Module]:
-    return modules_in_order(kernel.modules, WANTED_MODULES) if kernel.modules else []
 
 
 def find_busybox(cache: Path, progress: Progress) -> Path:

@@ -97,12 +97,27 @@ def find_modules(image: Path, release: str | None) -> Path | None:
     """
     if release is None or "/" in release:
         return None
-    roots = [image.parent.parent, image.parent, Path("/"), Path("/usr")]
+    roots = [image.parent.parent, image.parent.parent / "usr", image.parent, Path("/"), Path("/usr")]
     for root in roots:
         tree = root / "lib" / "modules" / release
         if (tree / "kernel").is_dir():
             return tree
     return None
+
+
+def index_modules(tree: Path, busybox: Path) -> None:
+    """Write the index that modprobe reads into a module tree that has none; raises InvalidConfigError where it cannot be."""
+    from filelock import FileLock
+
+    if (tree / "modules.dep").exists():
+        return
+    try:
+        with FileLock(f"{tree}.lock"):
+            if not (tree / "modules.dep").exists():
+                base = tree.parents[2]
+                subprocess.run([busybox, "depmod", "-b", base, tree.name], check=True, capture_output=True, timeout=120)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise InvalidConfigError(f"the modules in {str(tree)!r} have no index, and none can be written: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.errors import BootFailedError, InvalidConfigError, MissingRequirementError, VmIOError
 from pytest_chvm.host.binaries import find_binary
+from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.processes import keeper
 from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.model import ProcessIdentity, SharedDir
@@ -25,6 +26,8 @@ INSTALL = (
     "Ubuntu 22.04), 'dnf install virtiofsd', 'cargo install virtiofsd', or name one with --chvm-virtiofsd"
 )
 SOCKET_TIMEOUT_S = 5.0
+# Where the C one locks a file named after its socket, and leaves both behind.
+STATE_DIR = Path("/var/run/virtiofsd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +42,21 @@ class Virtiofsd:
         sandbox = "chroot" if os.geteuid() == 0 else "namespace"
         host_path = os.fspath(share.host_path)
         if self.is_rust:
-            read_only = ["--readonly"] if share.read_only else []
+            flags = ["--readonly"] if share.read_only else []
+            if not share.announce_submounts:
+                flags.append("--no-announce-submounts")
             return [
                 os.fspath(self.path),
                 f"--socket-path={socket_path}",
                 f"--shared-dir={host_path}",
-                "--cache=never",
+                f"--cache={share.cache}",
                 f"--sandbox={sandbox}",
-                *read_only,
+                *flags,
             ]
         # Its option parser is libfuse's: a backslash takes the special meaning from a comma, and from itself.
         source = host_path.replace("\\", "\\\\").replace(",", "\\,")
-        command = [os.fspath(self.path), f"--socket-path={socket_path}", "-o", f"source={source},cache=none,sandbox={sandbox}"]
+        cache = "none" if share.cache == "never" else share.cache
+        command = [os.fspath(self.path), f"--socket-path={socket_path}", "-o", f"source={source},cache={cache},sandbox={sandbox}"]
         if share.read_only:
             return [*_read_only_mount(host_path), *command]
         return command
@@ -105,6 +111,23 @@ def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log
             if ended or deadline.expired:
                 raise BootFailedError(_why(share, process, ended, log))
     return process
+
+
+def lease_lock_file(program: Virtiofsd, socket_path: Path, lease: Lease) -> None:
+    """Have the lock file that a virtiofsd will leave behind removed with the VM."""
+    # As another user it has no place to write to, and says so itself.
+    if program.is_rust or not os.access(STATE_DIR.parent, os.W_OK):
+        return
+    lock = STATE_DIR / f"{os.fspath(socket_path).replace('/', '.')}.pid"
+    lease.add_lock(lock)
+    while True:
+        STATE_DIR.mkdir(mode=0o700, exist_ok=True)
+        try:
+            # Made before it is needed: as long as it is there, nobody who leaves removes the directory.
+            lock.touch(mode=0o600)
+            return
+        except FileNotFoundError:
+            continue
 
 
 def _why(share: SharedDir, process: ProcessIdentity, ended: bool, log: Path) -> str:

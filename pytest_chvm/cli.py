@@ -1,0 +1,83 @@
+"""The `chvm` command: every subcommand parses its arguments and calls one function that tests call too."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="chvm", description="Virtual machines for tests.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_lab(commands)
+    options = parser.parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    from pytest_chvm.errors import VmError
+
+    try:
+        status: int = options.run(options)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except VmError as error:
+        sys.stderr.write(f"chvm: {error}\n")
+        return 125
+    return status
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    # As an exception, so that everything is given back on the way out.
+    sys.exit(128 + number)
+
+
+def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    lab = commands.add_parser(
+        "lab",
+        help="run a command where KVM works: in a machine made of software that sees this one's files",
+        description="Run a command, or a shell, in a machine with KVM made of software. It sees this machine's files; what is "
+        "written to them is thrown away, but for the directories named with --rw. Where KVM works, the command is run directly.",
+        epilog="Exit status: the command's; 124 after --timeout, 125 where the lab failed, 126 and 127 for a command that cannot "
+        "be run or is not there, 128 + N for one ended by signal N.",
+    )
+    lab.add_argument("--memory-mb", type=_positive_int, default=2048, metavar="N", help="its memory in MiB (default: 2048)")
+    lab.add_argument("--rw", type=Path, action="append", default=[], metavar="DIR", help="keep what is written to DIR; repeatable")
+    lab.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="end everything after so long")
+    lab.add_argument("--force", action="store_true", help="use the lab even where KVM works")
+    lab.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run (default: a shell)")
+    lab.set_defaults(run=_run_lab)
+
+
+def _run_lab(options: argparse.Namespace) -> int:
+    from pytest_chvm import lab
+
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    return lab.run(words, memory_mb=options.memory_mb, writable=options.rw, timeout=options.timeout, force=options.force)
+
+
+def _positive_int(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds above 0")
+    return number
+
+
+if __name__ == "__main__":
+    # For `python -m pytest_chvm.cli`, where the console script is not on PATH.
+    sys.exit(main())
