@@ -194,6 +194,8 @@ def main(owner_pid: int, directory: str, control_fd: int) -> None:
     child_ended, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakeup)
     signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
+    # It came through an exec, and goes through no other: what is in a VMM's hands must not reach the owner.
+    os.set_inheritable(control_fd, False)
     control = socket.socket(fileno=control_fd)
     try:
         owner = os.pidfd_open(owner_pid)
