@@ -39,6 +39,8 @@ _HOMES = {
             "CommandTimeoutError",
             "GuestCommandError",
             "GuestPanicError",
+            "GuestRebootError",
+            "GuestShutdownError",
             "HypervisorError",
             "InvalidConfigError",
             "MissingRequirementError",
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
     from pytest_chvm.errors import CommandTimeoutError as CommandTimeoutError
     from pytest_chvm.errors import GuestCommandError as GuestCommandError
     from pytest_chvm.errors import GuestPanicError as GuestPanicError
+    from pytest_chvm.errors import GuestRebootError as GuestRebootError
+    from pytest_chvm.errors import GuestShutdownError as GuestShutdownError
     from pytest_chvm.errors import HypervisorError as HypervisorError
     from pytest_chvm.errors import InvalidConfigError as InvalidConfigError
     from pytest_chvm.errors import MissingRequirementError as MissingRequirementError

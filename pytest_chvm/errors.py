@@ -45,6 +45,14 @@ class HypervisorError(VmError):
     """The VMM refused a request, or gave an answer that makes no sense."""
 
 
+class GuestRebootError(HypervisorError):
+    """The guest rebooted without being asked to."""
+
+
+class GuestShutdownError(HypervisorError):
+    """The guest powered itself off."""
+
+
 class VmIOError(VmError, OSError):
     """Talking to the guest failed: the console, a file, a socket."""
 

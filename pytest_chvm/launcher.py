@@ -175,6 +175,8 @@ def _start(guest: Guest, driver: VmDriver, settings: Settings, undo: ExitStack) 
         driver,
         boot_deadline=Deadline.after(settings.boot_timeout),
         nonce_required=guest.nonce is not None,
+        lease=lease,
+        virtiofsd=settings.virtiofsd,
         release=lambda: _release(held),
     )
 
@@ -268,11 +270,19 @@ def _default_network(config: VmConfig, driver: VmDriver, settings: Settings) -> 
 class VmFactory:
     """What the fixtures give: called like `launch`, it ends all its VMs and networks when it is closed.
 
-    `defaults` are arguments of every call (a marker's); logs go below `log_dir`. VMs without a name get `name` and a number.
+    `defaults` are arguments of every call (a marker's); logs go below `log_dir`. VMs without a name get `name` and a number. No boot
+    is waited for longer than `longest_boot_s`, whoever asks for more.
     """
 
     def __init__(
-        self, settings: Settings, *, name: str, namespace: str, log_dir: Callable[[], Path], defaults: dict[str, Any] | None = None
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        namespace: str,
+        log_dir: Callable[[], Path],
+        defaults: dict[str, Any] | None = None,
+        longest_boot_s: float | None = None,
     ) -> None:
         self.settings = settings
         self.vms: list[Vm] = []
@@ -281,6 +291,7 @@ class VmFactory:
         self._namespace = namespace
         self._log_dir = log_dir
         self._defaults = defaults or {}
+        self._longest_boot_s = longest_boot_s
         self._count = itertools.count(1)
         self.closed = False
 
@@ -297,7 +308,10 @@ class VmFactory:
             # A name that is none is for VmConfig to refuse.
             if isinstance(name, str) and NAME_PATTERN.fullmatch(name):
                 given["serial_log"] = self._log_dir() / f"{name}.serial.log"
-        return launch(config, settings=self.settings, on_start=self.vms.append, **given)
+        settings = self.settings.with_arguments({"boot_timeout": given.pop("boot_timeout", None)})
+        if self._longest_boot_s is not None and settings.boot_timeout > self._longest_boot_s:
+            settings = settings.with_arguments({"boot_timeout": self._longest_boot_s})
+        return launch(config, settings=settings, on_start=self.vms.append, **given)
 
     def network(self, name: str | None = None) -> Network:
         """Make an isolated network for several VMs; see `host.networks.lease_network`."""

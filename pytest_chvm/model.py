@@ -155,7 +155,8 @@ class VmConfig:
 
     `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
     `channels` are names of virtio-serial ports: `/dev/virtio-ports/<name>` in the guest where udev runs, `vm.open_channel(name)`
-    outside.
+    outside. `hotplug`: there is room for devices to be plugged in while it runs; `max_cpus` and `max_memory_mb`: up to how much
+    `vm.resize` can go (None: no further).
     """
 
     name: str = "vm"
@@ -174,6 +175,9 @@ class VmConfig:
     serial_log: Path | None = None
     cpu_model: str | None = None
     channels: tuple[str, ...] = ()
+    hotplug: bool = False
+    max_cpus: int | None = None
+    max_memory_mb: int | None = None
 
     def __post_init__(self) -> None:
         for key in ("name", "namespace"):
@@ -192,6 +196,10 @@ class VmConfig:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise self._invalid(f"{key}={value!r}, expected a whole number of 1 or more")
+        for key, least in (("max_cpus", self.cpus), ("max_memory_mb", self.memory_mb)):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise self._invalid(f"{key}={value!r}, expected a whole number, {least} or more")
         if self.cmdline is not None:
             if not isinstance(self.cmdline, str):
                 raise self._invalid(f"cmdline={self.cmdline!r}, expected a string")

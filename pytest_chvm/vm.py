@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from pytest_chvm import hotplug
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.drivers.base import VmDriver
 from pytest_chvm.errors import (
@@ -26,10 +27,12 @@ from pytest_chvm.errors import (
 from pytest_chvm.guest import files
 from pytest_chvm.guest.ready import PanicScanner, ReadyScanner, last_lines, read_tail
 from pytest_chvm.guest.shell import GuestShell, shown_outputs
+from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.processes import keeper
 from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.host.watch import FileWatch
-from pytest_chvm.model import CommandResult, UserNetwork, VmConfig, VmHandle, VmState, VmStatus
+from pytest_chvm.hotplug import Device
+from pytest_chvm.model import CommandResult, SharedDir, Tap, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, as_path
 
 RUN_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 30.0
@@ -50,12 +53,16 @@ class Vm:
         *,
         boot_deadline: Deadline,
         nonce_required: bool,
+        lease: Lease,
+        virtiofsd: Path | None,
         release: Callable[[], list[str]],
     ) -> None:
         self.config = config
         self.handle = handle
         self._driver = driver
         self._boot_deadline = boot_deadline
+        self._lease = lease
+        self._virtiofsd = virtiofsd
         self._release = release
         self._ready = ReadyScanner(handle.serial_log, handle.ready_marker, handle.nonce, nonce_required)
         self._panic = PanicScanner(handle.serial_log)
@@ -67,7 +74,8 @@ class Vm:
         assert handle.process is not None
         self._process = handle.process
         self._pidfd: int | None = None
-        self._watch = FileWatch(handle.serial_log)
+        events = driver.event_log(handle)
+        self._watch = FileWatch(handle.serial_log, *([events] if events else []))
         self._shell = GuestShell(self.name, lambda: driver.open_console(handle), self._wake_fds, self.check_alive)
 
     def __repr__(self) -> str:
@@ -179,6 +187,8 @@ class Vm:
                 + _ends_with(self.serial_log),
                 vm_name=self.name,
             )
+        if trouble := self._driver.trouble(self.handle):
+            raise trouble
         if self._has_ended():
             kind = HypervisorError if self._ready.scan() else BootFailedError
             raise kind(self._why_ended(), vm_name=self.name)
@@ -276,6 +286,48 @@ class Vm:
         if name not in self.config.channels:
             raise VmIOError(f"VM {self.name!r} has no channel {name!r}: name it in channels=[...]", vm_name=self.name)
         return socket.socket(fileno=self._driver.open_channel(self.handle, name))
+
+    def info(self) -> dict[str, object]:
+        """Return what the VMM says of the VM, in its own words."""
+        return self._driver.info(self.handle)
+
+    def counters(self) -> dict[str, object]:
+        """Return what the VMM has counted of each device, in its own words."""
+        return self._driver.counters(self.handle)
+
+    def add_disk(self, image: str | os.PathLike[str], *, read_only: bool = False) -> Device:
+        """Plug a disk in; the VM must have been booted with `hotplug=True`."""
+        return hotplug.add_disk(self._driver, self.handle, as_path("image", image), read_only=read_only)
+
+    def add_network(self, tap: Tap | None = None) -> Device:
+        """Plug a NIC in that is attached to a TAP (default: one of its own); the VM must have been booted with `hotplug=True`."""
+        device, self.handle = hotplug.add_tap(self._driver, self.handle, self._lease, tap or Tap())
+        return device
+
+    def add_shared_dir(self, tag: str, host_path: str | os.PathLike[str], *, read_only: bool = False) -> Device:
+        """Plug a shared dir in; the guest mounts it itself. The VM must have been booted with `hotplug=True`."""
+        share = SharedDir(tag, as_path("host_path", host_path), read_only)
+        device, self.handle = hotplug.add_share(self._driver, self.handle, self._lease, share, self._virtiofsd)
+        return device
+
+    def remove(self, device: Device) -> None:
+        """Unplug a device that was plugged in."""
+        hotplug.remove(self._driver, self.handle, device)
+
+    def resize(self, *, cpus: int | None = None, memory_mb: int | None = None) -> None:
+        """Give the VM another number of processors or MiB of memory, up to `max_cpus` and `max_memory_mb` of its config.
+
+        Whether the guest takes them is its kernel's affair; one with udev or the built-in one brings new processors online.
+        """
+        self._driver.resize(self.handle, cpus=cpus, memory_mb=memory_mb)
+
+    def vsock(self, port: int) -> socket.socket:
+        """Return a stream connected to a vsock port of the guest's; raises VmIOError where nothing listens there."""
+        return self._driver.open_vsock(self.handle, port)
+
+    def listen_vsock(self, port: int) -> socket.socket:
+        """Return a listener that the guest reaches at a vsock port of CID 2, the host."""
+        return self._driver.listen_vsock(self.handle, port)
 
     def pause(self) -> None:
         """Stop the guest's processors; raises UnsupportedError where the VMM cannot."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from pytest_chvm.host.networks import interface_exists, make_tap, remove_taps
 from pytest_chvm.host.processes import end_process, is_running, keeper
 from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
 from pytest_chvm.host.virtiofsd import find_virtiofsd, lease_lock_file, start_virtiofsd
-from pytest_chvm.model import ProcessIdentity, SocketPairFd, Tap, VmConfig, VmHandle, VmState, VmStatus, mac_for
+from pytest_chvm.model import ProcessIdentity, SharedDir, SocketPairFd, Tap, VmConfig, VmHandle, VmState, VmStatus, mac_for
 
 logger = logging.getLogger("pytest_chvm")
 
@@ -86,6 +87,39 @@ class VmDriver(Protocol):
 
     def open_channel(self, handle: VmHandle, name: str) -> int:
         """Return a descriptor of the host's end of one of the config's channels."""
+
+    def info(self, handle: VmHandle) -> dict[str, object]:
+        """Return what the VMM says of the VM, in its own words."""
+
+    def counters(self, handle: VmHandle) -> dict[str, object]:
+        """Return what the VMM has counted of each device, in its own words."""
+
+    def event_log(self, handle: VmHandle) -> Path | None:
+        """Return the file that grows when something befalls the guest, where the VMM keeps one."""
+
+    def trouble(self, handle: VmHandle) -> VmError | None:
+        """Return what befell the guest that the test must be told of, as far as the VMM has said so."""
+
+    def add_disk(self, handle: VmHandle, image: Path, *, read_only: bool) -> str:
+        """Plug a disk in; returns its id."""
+
+    def add_tap(self, handle: VmHandle, tap: str, mac: str) -> str:
+        """Plug a NIC in that is attached to a TAP; returns its id."""
+
+    def add_share(self, handle: VmHandle, share: SharedDir, socket_path: Path) -> str:
+        """Plug a shared dir in whose virtiofsd listens at `socket_path`; returns its id."""
+
+    def remove_device(self, handle: VmHandle, device: str) -> None:
+        """Unplug a device that was plugged in."""
+
+    def resize(self, handle: VmHandle, *, cpus: int | None, memory_mb: int | None) -> None:
+        """Give the VM another number of processors or amount of memory."""
+
+    def open_vsock(self, handle: VmHandle, port: int) -> socket.socket:
+        """Return a stream connected to a vsock port of the guest's."""
+
+    def listen_vsock(self, handle: VmHandle, port: int) -> socket.socket:
+        """Return a listener that the guest reaches at a vsock port of the host's (CID 2)."""
 
     def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
         """Return where on the host a port of a guest on the user-mode network can be reached."""

@@ -6,6 +6,9 @@ GET asks, PUT does; 200 comes with a body and 204 without; an error is a JSON ar
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,3 +71,31 @@ def _reasons(text: str) -> str:
     except ValueError:
         return text[:500] or "no reason given"
     return ": ".join(str(reason) for reason in reasons) if isinstance(reasons, list) else text[:500]
+
+
+def connect_vsock(vm_name: str, socket_path: Path, port: int) -> socket.socket:
+    """Return a stream to a vsock port of the guest's; raises VmIOError where nothing listens there.
+
+    Cloud Hypervisor's docs/vsock.md: connect, send `CONNECT PORT`, read `OK N`.
+    """
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(ANSWER_TIMEOUT_S)
+    try:
+        peer.connect(os.fspath(socket_path))
+        peer.sendall(f"CONNECT {port}\n".encode())
+        answer = b""
+        # Byte by byte: what comes after the line is the guest's.
+        while not answer.endswith(b"\n") and len(answer) < 32:
+            byte = peer.recv(1)
+            if not byte:
+                break
+            answer += byte
+        if not re.fullmatch(rb"OK \d+\n", answer):
+            raise VmIOError(f"VM {vm_name!r}: nothing in the guest listens at vsock port {port}", vm_name=vm_name)
+    except OSError as error:
+        peer.close()
+        if isinstance(error, VmIOError):
+            raise
+        raise VmIOError(f"VM {vm_name!r}: vsock port {port} cannot be reached: {error}", vm_name=vm_name) from error
+    peer.settimeout(None)
+    return peer

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from pytest_chvm.drivers import ch_api
 from pytest_chvm.drivers.base import DEFAULT_OPTIONS, BootOptions, Plan, VmmCommand, VmmProcess, logger, taps_of
-from pytest_chvm.drivers.disks import data_format, make_overlay
-from pytest_chvm.errors import HypervisorError, InvalidConfigError, MissingRequirementError, UnsupportedError, VmIOError
+from pytest_chvm.drivers.ch_events import EventMonitor, event_log, open_event_log
+from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
+from pytest_chvm.errors import HypervisorError, InvalidConfigError, MissingRequirementError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
-from pytest_chvm.model import Network, UserNetwork, VmConfig, VmHandle, VmStatus
+from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus
 
 PLACES = ("/usr/bin", "/usr/local/bin")
 INSTALL = "install it from https://github.com/cloud-hypervisor/cloud-hypervisor/releases, or name one with --chvm-binary"
@@ -31,6 +32,7 @@ class CloudHypervisorDriver:
             raise InvalidConfigError(f"accel={accel!r}: Cloud Hypervisor has KVM only; use --chvm-vmm=qemu for software")
         self._binary = binary
         self._process = VmmProcess(self.vmm, ("cloud-hypervisor",), virtiofsd)
+        self._monitors: dict[str, EventMonitor] = {}
 
     def binary(self) -> Binary:
         """Return the executable; raises InvalidConfigError where there is none, or only one older than v52."""
@@ -78,8 +80,12 @@ class CloudHypervisorDriver:
         machine += ["--kernel", os.fspath(config.kernel or ""), "--cmdline", cmdline]
         if config.initramfs is not None:
             machine += ["--initramfs", os.fspath(config.initramfs)]
-        machine += ["--cpus", f"boot={config.cpus}"]
-        machine += ["--memory", f"size={config.memory_mb}M{',shared=on' if config.shared_dirs else ''}"]
+        machine += ["--cpus", f"boot={config.cpus}{f',max={config.max_cpus}' if config.max_cpus else ''}"]
+        memory = f"size={config.memory_mb}M"
+        if config.max_memory_mb:
+            memory += f",hotplug_size={config.max_memory_mb - config.memory_mb}M"
+        # For vhost-user: a shared dir, now or plugged in later.
+        machine += ["--memory", f"{memory}{',shared=on' if config.shared_dirs or config.hotplug else ''}"]
         machine += self._disks(plan)
         taps = taps_of(plan)
         if any(isinstance(network, UserNetwork | Network) for network in config.networks or ()):
@@ -96,6 +102,9 @@ class CloudHypervisorDriver:
         listener.bind(os.fspath(plan.socket("api.sock")))
         listener.listen()
         control = ["--api-socket", f"fd={plan.add_fd(listener.detach())}"]
+        control += ["--event-monitor", f"fd={plan.add_fd(open_event_log(plan.lease.directory))}"]
+        # The guest's panic is an event then.
+        control += ["--pvpanic"] if plan.console else []
         return VmmCommand(machine, control)
 
     @staticmethod
@@ -114,10 +123,12 @@ class CloudHypervisorDriver:
 
     def stop(self, handle: VmHandle) -> None:
         """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
+        self._monitors.pop(handle.machine_id, None)
         self._process.stop(handle)
 
     def kill(self, handle: VmHandle) -> None:
         """End the VMM with SIGKILL and remove all that the VM had."""
+        self._monitors.pop(handle.machine_id, None)
         self._process.kill(handle)
 
     def state(self, handle: VmHandle) -> VmStatus:
@@ -149,6 +160,75 @@ class CloudHypervisorDriver:
         """Return the VM's configuration and state, as `vm.info` has them."""
         return self._call(handle, "vm.info", ask=True)
 
+    def counters(self, handle: VmHandle) -> dict[str, object]:
+        """Return what each device has counted, as `vm.counters` has it."""
+        return self._call(handle, "vm.counters", ask=True)
+
+    def event_log(self, handle: VmHandle) -> Path | None:
+        """Return the file that the event monitor writes."""
+        return None if handle.run_dir is None else event_log(handle.run_dir)
+
+    def trouble(self, handle: VmHandle) -> VmError | None:
+        """Return the first reboot, shutdown or panic that nobody asked for."""
+        return self._monitor(handle).read()
+
+    def _monitor(self, handle: VmHandle) -> EventMonitor:
+        fresh = EventMonitor(handle.name, self.event_log(handle) or Path(os.devnull))
+        return self._monitors.setdefault(handle.machine_id, fresh)
+
+    def add_disk(self, handle: VmHandle, image: Path, *, read_only: bool) -> str:
+        """Plug a disk in; returns its id."""
+        form = (base_format(image) if read_only else data_format(image)).capitalize()
+        body: dict[str, object] = {"path": os.fspath(image), "readonly": read_only, "image_type": form}
+        return self._add(handle, "vm.add-disk", body)
+
+    def add_tap(self, handle: VmHandle, tap: str, mac: str) -> str:
+        """Plug a NIC in that is attached to a TAP; returns its id."""
+        return self._add(handle, "vm.add-net", {"tap": tap, "mac": mac})
+
+    def add_share(self, handle: VmHandle, share: SharedDir, socket_path: Path) -> str:
+        """Plug a shared dir in whose virtiofsd listens at `socket_path`; returns its id."""
+        body: dict[str, object] = {"tag": share.tag, "socket": os.fspath(socket_path), "num_queues": 1, "queue_size": 512}
+        return self._add(handle, "vm.add-fs", body)
+
+    def _add(self, handle: VmHandle, endpoint: str, body: dict[str, object]) -> str:
+        answer = self._call(handle, endpoint, body)
+        if not isinstance(answer.get("id"), str):
+            raise HypervisorError(f"VM {handle.name!r}: {endpoint} named no device: {str(answer)[:200]}", vm_name=handle.name)
+        return str(answer["id"])
+
+    def remove_device(self, handle: VmHandle, device: str) -> None:
+        """Unplug a device."""
+        self._call(handle, "vm.remove-device", {"id": device})
+
+    def resize(self, handle: VmHandle, *, cpus: int | None, memory_mb: int | None) -> None:
+        """Set the number of processors and the amount of memory, up to `max_cpus` and `max_memory_mb`."""
+        body: dict[str, object] = {}
+        if cpus is not None:
+            body["desired_vcpus"] = cpus
+        if memory_mb is not None:
+            body["desired_ram"] = memory_mb << 20
+        self._call(handle, "vm.resize", body)
+
+    def open_vsock(self, handle: VmHandle, port: int) -> socket.socket:
+        """Return a stream connected to a vsock port of the guest's (docs/vsock.md: CONNECT over the VMM's UNIX socket)."""
+        return ch_api.connect_vsock(handle.name, self._vsock(handle), port)
+
+    def listen_vsock(self, handle: VmHandle, port: int) -> socket.socket:
+        """Return a listener at the UNIX socket that stands for a vsock port of the host's."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"{self._vsock(handle)}_{port}")
+        listener.listen()
+        return listener
+
+    def _vsock(self, handle: VmHandle) -> Path:
+        assert handle.run_dir is not None
+        path = handle.run_dir / "vsock.sock"
+        if not path.exists():
+            # CIDs may repeat among VMs: each has its own UNIX socket.
+            self._call(handle, "vm.add-vsock", {"cid": 3, "socket": os.fspath(path)})
+        return path
+
     def pause(self, handle: VmHandle) -> None:
         """Stop the guest's processors."""
         self._call(handle, "vm.pause")
@@ -164,7 +244,8 @@ class CloudHypervisorDriver:
         self._call(handle, "vm.power-button")
 
     def allow_reboot(self, handle: VmHandle) -> None:
-        """Nothing to do: a reboot is one, in the same process."""
+        """Expect the next reboot, which is one in the same process."""
+        self._monitor(handle).expected_reboots += 1
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
         """Save a paused VM's state to a directory that is there and empty; disks are not saved."""

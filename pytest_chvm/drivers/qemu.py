@@ -8,13 +8,13 @@ import platform
 import socket
 from pathlib import Path
 
-from pytest_chvm.drivers import qmp
+from pytest_chvm.drivers import qemu_devices, qmp
 from pytest_chvm.drivers.base import DEFAULT_OPTIONS, BootOptions, Plan, VmmCommand, VmmProcess, taps_of
-from pytest_chvm.drivers.disks import data_format, make_overlay
-from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmIOError
+from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
+from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
-from pytest_chvm.model import Network, UserNetwork, VmConfig, VmHandle, VmStatus, mac_for
+from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus, mac_for
 
 PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
 INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
@@ -62,10 +62,12 @@ class QemuDriver:
         machine += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         machine += ["-name", config.name, "-uuid", plan.machine_id, "-sandbox", SYSTEM_CALLS]
         kvm = self.accel == "kvm" or (self.accel == "auto" and why_no_kvm() is None)
-        shared = bool(config.shared_dirs)
+        shared = bool(config.shared_dirs) or config.hotplug
         machine += ["-machine", "q35,memory-backend=ram" if shared else "q35"]
         machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", config.cpu_model or ("host" if kvm else "max")]
-        machine += ["-smp", str(config.cpus), "-m", f"{config.memory_mb}M"]
+        machine += ["-smp", f"{config.cpus}{f',maxcpus={config.max_cpus}' if config.max_cpus else ''}"]
+        machine += ["-m", f"{config.memory_mb}M{f',slots=8,maxmem={config.max_memory_mb}M' if config.max_memory_mb else ''}"]
+        machine += qemu_devices.port_arguments() if config.hotplug else []
         if shared:
             machine += ["-object", f"memory-backend-memfd,id=ram,size={config.memory_mb}M,share=on"]
         machine += self._boot_source(config)
@@ -178,6 +180,53 @@ class QemuDriver:
             raise VmIOError(f"VM {handle.name!r}: its {what} cannot be reached: {error.strerror}", vm_name=handle.name) from error
         return peer.detach()
 
+    def info(self, handle: VmHandle) -> dict[str, object]:
+        """Return QEMU's version and the VM's state, as QMP has them."""
+        return {"version": self._qmp(handle, ("query-version", {})), "status": self._qmp(handle, ("query-status", {}))}
+
+    def counters(self, handle: VmHandle) -> dict[str, object]:
+        """Return what was read and written of each disk."""
+        return {"blockstats": self._qmp(handle, ("query-blockstats", {}))}
+
+    def event_log(self, handle: VmHandle) -> Path | None:
+        """QEMU keeps none: with `-no-reboot` a guest that reboots or powers off ends it."""
+        return None
+
+    def trouble(self, handle: VmHandle) -> VmError | None:
+        """Nothing that the end of QEMU does not say."""
+        return None
+
+    def add_disk(self, handle: VmHandle, image: Path, *, read_only: bool) -> str:
+        """Plug a disk in; returns its id."""
+        form = base_format(image) if read_only else data_format(image)
+        return qemu_devices.add_disk(handle, self._qmp_socket(handle), image, form, read_only=read_only)
+
+    def add_tap(self, handle: VmHandle, tap: str, mac: str) -> str:
+        """Plug a NIC in that is attached to a TAP; returns its id."""
+        return qemu_devices.add_tap(handle, self._qmp_socket(handle), tap, mac)
+
+    def add_share(self, handle: VmHandle, share: SharedDir, socket_path: Path) -> str:
+        """Plug a shared dir in whose virtiofsd listens at `socket_path`; returns its id."""
+        return qemu_devices.add_share(handle, self._qmp_socket(handle), share, socket_path)
+
+    def remove_device(self, handle: VmHandle, device: str) -> None:
+        """Unplug a device and wait until the guest has let go of it."""
+        qemu_devices.remove_device(handle, self._qmp_socket(handle), device)
+
+    def resize(self, handle: VmHandle, *, cpus: int | None, memory_mb: int | None) -> None:
+        """Add processors and memory, up to `max_cpus` and `max_memory_mb`."""
+        qemu_devices.resize(handle, self._qmp_socket(handle), cpus=cpus, memory_mb=memory_mb)
+
+    def open_vsock(self, handle: VmHandle, port: int) -> socket.socket:
+        """QEMU has vsock through the host's kernel only, and gives a VM its CID at boot."""
+        raise UnsupportedError(
+            f"VM {handle.name!r}: vsock with QEMU is not supported; use --chvm-vmm=cloud-hypervisor", vm_name=handle.name
+        )
+
+    def listen_vsock(self, handle: VmHandle, port: int) -> socket.socket:
+        """See `open_vsock`."""
+        return self.open_vsock(handle, port)
+
     def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
         """Return a port on the host's loopback, chosen by the kernel, that leads to a port of the guest."""
         answer = self._qmp(handle, ("human-monitor-command", {"command-line": f"hostfwd_add net0 tcp:127.0.0.1:0-:{port}"}))
@@ -211,7 +260,10 @@ class QemuDriver:
         raise UnsupportedError(f"VM {config.name!r}: restoring QEMU VMs is not supported", vm_name=config.name)
 
     def _qmp(self, handle: VmHandle, command: tuple[str, dict[str, object]]) -> object:
-        return qmp.execute(handle.name, self._socket(handle, "qmp.sock"), *command)
+        return qmp.execute(handle.name, self._qmp_socket(handle), *command)
+
+    def _qmp_socket(self, handle: VmHandle) -> Path:
+        return self._socket(handle, "qmp.sock")
 
     @staticmethod
     def _socket(handle: VmHandle, name: str) -> Path:

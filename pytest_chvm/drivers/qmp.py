@@ -5,41 +5,46 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from pytest_chvm.errors import HypervisorError, VmIOError
 
 ANSWER_TIMEOUT_S = 10.0
 
 
-def execute(vm_name: str, socket_path: Path, command: str, arguments: dict[str, object]) -> object:
-    """Run one QMP command and return its answer.
+def execute(vm_name: str, socket_path: Path, command: str, arguments: dict[str, object]) -> Any:
+    """Run one QMP command and return its answer; raises what `session` does."""
+    return session(vm_name, socket_path, lambda client: client.execute(command, arguments or None))
 
-    Raises HypervisorError where QEMU refuses it or does not answer within 10 s, VmIOError where it is not there.
+
+def session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaitable[Any]], timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+    """Connect to QEMU's QMP socket and return what `work` makes of the client.
+
+    Raises HypervisorError where QEMU refuses a command or does not answer within `timeout_s`, VmIOError where it is not there.
     """
     # In a thread of its own: the test's may have an event loop running.
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(asyncio.run, _execute(vm_name, socket_path, command, arguments)).result()
+        return executor.submit(asyncio.run, _session(vm_name, socket_path, work, timeout_s)).result()
 
 
-async def _execute(vm_name: str, socket_path: Path, command: str, arguments: dict[str, object]) -> object:
+async def _session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaitable[Any]], timeout_s: float) -> Any:
     from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient
 
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     client = QMPClient(vm_name)
     try:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             await client.connect(str(socket_path))
-            return await client.execute(command, arguments or None)
+            return await work(client)
     except TimeoutError as error:
-        raise HypervisorError(
-            f"VM {vm_name!r}: QEMU did not answer {command!r} within {ANSWER_TIMEOUT_S:g} s", vm_name=vm_name
-        ) from error
+        raise HypervisorError(f"VM {vm_name!r}: QEMU did not answer within {timeout_s:g} s", vm_name=vm_name) from error
     except ExecuteError as error:
-        raise HypervisorError(f"VM {vm_name!r}: QEMU refused {command!r}: {error}", vm_name=vm_name) from error
+        raise HypervisorError(f"VM {vm_name!r}: QEMU refused: {error}", vm_name=vm_name) from error
     except (ConnectError, ExecInterruptedError, EOFError, OSError) as error:
-        raise VmIOError(f"VM {vm_name!r}: QEMU cannot be reached for {command!r}: {error}", vm_name=vm_name) from error
+        raise VmIOError(f"VM {vm_name!r}: QEMU cannot be reached at {socket_path}: {error}", vm_name=vm_name) from error
     finally:
         try:
             await client.disconnect()

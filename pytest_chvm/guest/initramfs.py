@@ -28,6 +28,8 @@ WANTED_MODULES = (
     "virtio_rng",
     "ext4",
     "af_packet",
+    "pvpanic_pci",
+    "vmw_vsock_virtio_transport",
 )
 BUSYBOX_PLACES = (Path("/bin/busybox"), Path("/usr/bin/busybox"), Path("/usr/lib/busybox/busybox-static"))
 DIRECTORIES = (

@@ -11,13 +11,14 @@ from pytest_chvm.deadline import Deadline, wait_readable
 
 
 class FileWatch:
-    """Wakes on every change below a directory, or of a file (inotify(7)); a context manager."""
+    """Wakes on every change below directories, or of files (inotify(7)); a context manager."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, *paths: Path) -> None:
         from inotify_simple import INotify, flags
 
         self._inotify = INotify()
-        self._inotify.add_watch(path, flags.CREATE | flags.MODIFY | flags.MOVED_TO)
+        for path in paths:
+            self._inotify.add_watch(path, flags.CREATE | flags.MODIFY | flags.MOVED_TO)
 
     def fileno(self) -> int:
         """The descriptor that is readable when something changed."""

@@ -1,0 +1,74 @@
+"""Devices, processors and memory that come and go while a VM runs: what `Vm`'s methods of those names do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pytest_chvm.drivers.base import VmDriver
+from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.networks import interface_exists, make_tap
+from pytest_chvm.host.processes import end_process
+from pytest_chvm.host.virtiofsd import PROGRAMS, check_shared_dir, find_virtiofsd, lease_lock_file, start_virtiofsd
+from pytest_chvm.model import ProcessIdentity, SharedDir, Tap, VmHandle, checked_mac, mac_for
+
+SIDECAR_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device that was plugged in; `id` is the VMM's name for it."""
+
+    id: str
+    kind: str
+    tap: str | None = None
+    sidecar: ProcessIdentity | None = None
+
+
+def add_disk(driver: VmDriver, handle: VmHandle, image: Path, *, read_only: bool) -> Device:
+    """Plug a disk in; the guest's writes stay on it unless it is read-only. Raises InvalidConfigError where there is no image."""
+    if not image.is_file():
+        raise InvalidConfigError(f"VM {handle.name!r}: the disk {str(image)!r} does not exist, or is no file", vm_name=handle.name)
+    return Device(driver.add_disk(handle, image, read_only=read_only), "disk")
+
+
+def add_tap(driver: VmDriver, handle: VmHandle, lease: Lease, tap: Tap) -> tuple[Device, VmHandle]:
+    """Plug a NIC in; a TAP that is not there is made, and removed with the VM. Returns the handle that knows of it."""
+    mac = checked_mac(tap.mac) if tap.mac else mac_for(handle.name, 100 + len(handle.taps))
+    name, ours = tap.name, tap.take_over
+    if name is None or not interface_exists(name, handle.netns):
+        name, ours = make_tap(lease, name, None, handle.netns), True
+    elif ours:
+        lease.add_tap(name, handle.netns)
+    if ours:
+        handle = replace(handle, taps=(*handle.taps, name))
+    return Device(driver.add_tap(handle, name, mac), "nic", tap=name), handle
+
+
+def add_share(
+    driver: VmDriver, handle: VmHandle, lease: Lease, share: SharedDir, virtiofsd: Path | None
+) -> tuple[Device, VmHandle]:
+    """Plug a shared dir in, with a virtiofsd of its own. Returns the handle that knows of it."""
+    check_shared_dir(share)
+    program = find_virtiofsd(virtiofsd)
+    path = lease.directory / f"fs-{len(handle.sidecars)}.sock"
+    lease_lock_file(program, path, lease)
+    sidecar = start_virtiofsd(program, share, path, path.with_suffix(".log"))
+    try:
+        device = driver.add_share(handle, share, path)
+    except BaseException:
+        _end(sidecar)
+        raise
+    return Device(device, "fs", sidecar=sidecar), replace(handle, sidecars=(*handle.sidecars, sidecar))
+
+
+def remove(driver: VmDriver, handle: VmHandle, device: Device) -> None:
+    """Unplug a device; its virtiofsd ends with it, its TAP stays until the VM ends."""
+    driver.remove_device(handle, device.id)
+    if device.sidecar is not None:
+        _end(device.sidecar)
+
+
+def _end(sidecar: ProcessIdentity) -> None:
+    end_process(sidecar, PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
