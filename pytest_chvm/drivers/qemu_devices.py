@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ def remove_device(handle: VmHandle, socket_path: Path, device: str) -> None:
     async def work(client: Any) -> None:
         from qemu.qmp import EventListener
 
-        with client.listen(EventListener("DEVICE_DELETED", lambda event: event["data"].get("device") == device)) as gone:
+        gone = EventListener("DEVICE_DELETED", lambda event: _data(event).get("device") == device)
+        with client.listen(gone):
             await client.execute("device_del", {"id": device})
             try:
                 async with asyncio.timeout(UNPLUG_TIMEOUT_S):
@@ -111,6 +112,11 @@ def remove_device(handle: VmHandle, socket_path: Path, device: str) -> None:
         await client.execute(command, {key: device})
 
     qmp.session(handle.name, socket_path, work, timeout_s=UNPLUG_TIMEOUT_S + qmp.ANSWER_TIMEOUT_S)
+
+
+def _data(event: Mapping[str, Any]) -> dict[str, Any]:
+    data: dict[str, Any] = event["data"]
+    return data
 
 
 def resize(handle: VmHandle, socket_path: Path, *, cpus: int | None, memory_mb: int | None) -> None:
