@@ -8,6 +8,7 @@ import pytest
 from pytest_chvm import CloudHypervisorDriver, QemuDriver, VmConfig, VmError
 from pytest_chvm.host.networks import interface_exists
 from pytest_chvm.host.processes import keeper
+from pytest_chvm.host.remains import start_time_ticks
 
 
 def kept():
@@ -15,7 +16,8 @@ def kept():
     mine = keeper()
     pid = mine._process.pid
     with open(f"/proc/{pid}/task/{pid}/children") as file:
-        children = {f"process {child}" for child in file.read().split()}
+        # One that is a zombie has ended, and is about to be reaped.
+        children = {f"process {child}" for child in file.read().split() if start_time_ticks(int(child)) is not None}
     leases = {f"lease {path}" for path in mine.directory.iterdir() if path.is_dir()}
     descriptors = set()
     for fd in os.listdir("/proc/self/fd"):
