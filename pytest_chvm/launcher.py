@@ -270,8 +270,8 @@ def _default_network(config: VmConfig, driver: VmDriver, settings: Settings) -> 
 class VmFactory:
     """What the fixtures give: called like `launch`, it ends all its VMs and networks when it is closed.
 
-    `defaults` are arguments of every call (a marker's); logs go below `log_dir`. VMs without a name get `name` and a number. No boot
-    is waited for longer than `longest_boot_s`, whoever asks for more.
+    `defaults` are arguments of every call (a marker's); logs go below `log_dir`. VMs without a name get `name` and a number. No
+    boot is waited for longer than `longest_boot_s`, whoever asks for more.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ Loaded by every pytest run of everyone who has this package, so anything heavy i
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -112,12 +113,7 @@ def _choices(settings: Settings) -> str:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Under xdist, where the controller collects nothing, say at the end what the VM tests got."""
-    used = any(
-        "chvm" in report.keywords
-        for reports in terminalreporter.stats.values()
-        for report in reports
-        if hasattr(report, "keywords")
-    )
+    used = any(getattr(report, "chvm_used", False) for reports in terminalreporter.stats.values() for report in reports)
     if used and config.pluginmanager.hasplugin("dsession"):
         for line in _choices(config.stash[_settings_key]).splitlines():
             terminalreporter.write_line(line)
@@ -129,6 +125,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put the consoles of a failed test's VMs into its report, and keep logs where that was asked for."""
     report = yield
+    # Not its keywords: a directory's name is among them as well. Attributes reach xdist's controller.
+    report.chvm_used = item.get_closest_marker("chvm") is not None  # type: ignore[attr-defined]
     factories = item.config.stash[_factories_key]
     if report.failed:
         item.stash[_failed_key] = True
@@ -190,7 +188,8 @@ def chvm_vm(
     """Factory of VMs that end with the test: `vm = chvm_vm(kernel=..., shared_dirs=...)` boots one and blocks until it is ready."""
     marks = [mark.kwargs for mark in request.node.iter_markers("chvm")]
     defaults = {key: value for kwargs in reversed(marks) for key, value in kwargs.items()}
-    yield from _factory(request, _for_item(chvm_settings, request.node), chvm_kernel, tmp_path_factory, request.node.name, defaults)
+    longest_boot_s = _longest_boot_s(request.config, request.node)
+    yield from _factory(request, chvm_settings, chvm_kernel, tmp_path_factory, request.node.name, defaults, longest_boot_s)
 
 
 @pytest.fixture(scope="session")
@@ -198,7 +197,8 @@ def chvm_vm_factory(
     request: pytest.FixtureRequest, chvm_settings: Settings, chvm_kernel: Path | None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VmFactory]:
     """`chvm_vm` for fixtures of any other scope; its VMs end with the session."""
-    yield from _factory(request, chvm_settings, chvm_kernel, tmp_path_factory, "session", {})
+    longest_boot_s = _longest_boot_s(request.config)
+    yield from _factory(request, chvm_settings, chvm_kernel, tmp_path_factory, "session", {}, longest_boot_s)
 
 
 @pytest.fixture
@@ -214,6 +214,7 @@ def _factory(
     tmp_path_factory: pytest.TempPathFactory,
     name: str,
     defaults: dict[str, Any],
+    longest_boot_s: float | None,
 ) -> Iterator[VmFactory]:
     from functools import cache
 
@@ -228,7 +229,9 @@ def _factory(
         defaults = {"kernel": kernel, **defaults}
     worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
     log_dir = cache(lambda: tmp_path_factory.mktemp("chvm"))
-    factory = SkippingFactory(settings, name=name, namespace=worker, log_dir=log_dir, defaults=defaults)
+    factory = SkippingFactory(
+        settings, name=name, namespace=worker, log_dir=log_dir, defaults=defaults, longest_boot_s=longest_boot_s
+    )
     request.config.stash[_factories_key].append(factory)
     try:
         yield factory
@@ -252,14 +255,13 @@ class _skipping:  # noqa: N801 - reads like the statement it is
             pytest.skip(f"no VM here: {error}")
 
 
-def _for_item(settings: Settings, item: pytest.Item) -> Settings:
-    """Keep the boot's deadline below pytest-timeout's, so that a boot that hangs ends in its own report."""
-    mark = item.get_closest_marker("timeout")
+def _longest_boot_s(config: pytest.Config, item: pytest.Item | None = None) -> float | None:
+    """Return how long a boot may take to fail before pytest-timeout does: it ends in its own report; None: as long as it likes."""
+    mark = item.get_closest_marker("timeout") if item is not None else None
     limit = (mark.args[0] if mark.args else mark.kwargs.get("timeout")) if mark else None
-    if limit is None:
-        limit = item.config.getoption("timeout", None) or (
-            item.config.getini("timeout") if item.config.pluginmanager.hasplugin("timeout") else None
-        )
-    if not limit or float(limit) * 0.8 >= settings.boot_timeout:
-        return settings
-    return settings.with_arguments({"boot_timeout": float(limit) * 0.8})
+    if limit is None and config.pluginmanager.hasplugin("timeout"):
+        # As pytest-timeout itself looks for it.
+        limit = config.getoption("timeout")
+        if limit is None:
+            limit = os.environ.get("PYTEST_TIMEOUT") or config.getini("timeout")
+    return float(limit) * 0.8 if limit and float(limit) > 0 else None

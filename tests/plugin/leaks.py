@@ -114,7 +114,7 @@ class Sandbox:
         )
         assert self._holder.stdout is not None
         assert self._holder.stdout.readline() == b"ready\n", "the sandbox cannot be made: see standard error"
-        self._before = self._look()
+        self.take_for_granted()
         return self
 
     def __exit__(self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
@@ -132,6 +132,10 @@ class Sandbox:
     def run(self, *argv: str | os.PathLike[str]) -> None:
         """Run a program inside; it must succeed."""
         subprocess.run(self.command(*argv), check=True, timeout=30)
+
+    def take_for_granted(self) -> None:
+        """Have what is there now not count as left behind."""
+        self._before = self._look()
 
     def left_behind(self, *, timeout_s: float = GONE_WITHIN_S, but: Iterable[int] = ()) -> Snapshot:
         """Return what is there that was not at first, once the processes among it have ended or the time is over.

@@ -211,9 +211,12 @@ def test_without_a_vmm_vm_tests_fail_or_are_skipped_with_what_to_install(
     )
     # A machine without the package: there is no such program that can be run.
     sandbox.run("sh", "-c", "for file in /usr/bin/qemu-system-*; do mount --bind /dev/null $file; done")
+    sandbox.take_for_granted()
     command = sandbox.command(sys.executable, "-m", "pytest", "-rs", f"--chvm-missing={missing}", cwd=pytester.path)
     result = pytester.run(*command, timeout=60)
-    reason = "qemu-system-* was not found: looked on PATH and in /usr/bin, *; install qemu-system-x86 *, or name one with --chvm-binary"
+    reason = (
+        "qemu-system-* was not found: looked on PATH and in /usr/bin, *; install qemu-system-x86 *, or name one with --chvm-binary"
+    )
     shown = {"skip": f"SKIPPED *no VM here: {reason}", "fail": f"E *MissingRequirementError: {reason}"}[missing]
     result.stdout.fnmatch_lines([f"chvm: VMM qemu: *{reason}", shown, f"*{outcome}*"])
     assert not sandbox.left_behind()

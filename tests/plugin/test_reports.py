@@ -31,7 +31,9 @@ def test_a_failed_test_s_report_has_the_console_cleaned_and_bounded_and_keeps_th
         def test_fails(chvm_vm):
             vm = chvm_vm(name="loud")
             vm.check_output("dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\\\0' 'x' >/dev/console")
-            vm.check_output(r"printf '\\n\\033[31mred\\033[0m \\033]0;title\\007 bell\\007 back\\b \\000 \\302\\233\\nlast words\\n' >/dev/console")
+            vm.check_output("cat >/dev/console", input=(
+                "\\n\\033[31mred\\033[0m \\033]0;title\\007 bell\\007 back\\b \\000 \\302\\233\\nlast words\\n"
+            ))
             vm.wait_for_console("last words")
             raise AssertionError("on purpose")
         """

@@ -8,32 +8,11 @@ import pytest
 
 from .conftest import RunPytest
 
-HEAVY = {
-    "asyncio",
-    "filelock",
-    "http.client",
-    "httpx",
-    "inotify_simple",
-    "psutil",
-    "pycdlib",
-    "pyroute2",
-    "pytest_chvm.cli",
-    "pytest_chvm.drivers",
-    "pytest_chvm.errors",
-    "pytest_chvm.host",
-    "pytest_chvm.guest",
-    "pytest_chvm.launcher",
-    "pytest_chvm.model",
-    "pytest_chvm.report",
-    "pytest_chvm.snapshots",
-    "pytest_chvm.vm",
-    "qemu",
-    "qemu.qmp",
-    "zstandard",
-}
 
-
-def test_nothing_heavy_is_imported(pytester: pytest.Pytester, run_pytest: RunPytest) -> None:
+def test_the_plugin_s_two_light_modules_are_all_that_is_imported(
+    pytester: pytest.Pytester, run_pytest: RunPytest, user_environment: pytest.MonkeyPatch
+) -> None:
+    user_environment.delenv("CHVM_CACHE_DIR")
     pytester.makepyfile("def test_plain(tmp_path): pass\ndef test_fails(): raise AssertionError('on purpose')")
     pytester.makeconftest(
         """
@@ -43,11 +22,12 @@ def test_nothing_heavy_is_imported(pytester: pytest.Pytester, run_pytest: RunPyt
             pathlib.Path(config.rootpath, "modules.json").write_text(json.dumps(sorted(sys.modules)))
         """
     )
-    # Other plugins that happen to be installed import what they like.
-    run_pytest("-p", "no:xdist", "-p", "no:anyio", "-p", "no:hypothesispytest").assert_outcomes(passed=1, failed=1)
-    modules = set(json.loads(pytester.path.joinpath("modules.json").read_text()))
-    assert "pytest_chvm.plugin" in modules
-    assert not modules & HEAVY
+    modules = {}
+    for plugin in ("chvm", "no:chvm"):
+        run_pytest("-p", plugin).assert_outcomes(passed=1, failed=1)
+        modules[plugin] = set(json.loads(pytester.path.joinpath("modules.json").read_text()))
+    added = modules["chvm"] - modules["no:chvm"]
+    assert added == {"pytest_chvm", "pytest_chvm.plugin", "pytest_chvm.settings"}
 
 
 @pytest.mark.parametrize("arguments", [(), ("-n", "1")], ids=["plain", "xdist"])
