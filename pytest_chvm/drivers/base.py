@@ -259,7 +259,8 @@ class VmmProcess:
             return self._start(config, build, mine, options)
         except BaseException as error:
             _names.free(config.namespace, config.name, None)
-            failures = mine.release() if mine is not None else []
+            # With those it had started: they name the lease in their arguments.
+            failures = remains.remove_lease(mine.directory) if mine is not None else []
             for failure in failures:
                 logger.error("%s: left behind by a failed boot: %s", config.name, failure)
             if isinstance(error, VmError):

@@ -11,6 +11,9 @@ from pytest_chvm.host.networks import check_netns
 from pytest_chvm.host.virtiofsd import check_shared_dir
 from pytest_chvm.model import VmConfig
 
+# An empty log can be made on a full disk; the guest's ready line would then never get there.
+LEAST_LOG_SPACE = 64 << 10
+
 
 def preflight(config: VmConfig) -> None:
     """Raise InvalidConfigError, naming the VM, for the first thing that this host cannot give it."""
@@ -64,3 +67,9 @@ def _check_log(log: Path) -> None:
     place = next(parent for parent in log.parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise InvalidConfigError(f"the log directory {str(log.parent)!r} cannot be written by you")
+    space = os.statvfs(place)
+    if space.f_blocks and space.f_bavail * space.f_frsize < LEAST_LOG_SPACE:
+        raise InvalidConfigError(
+            f"the disk of the log directory {str(log.parent)!r} is full: {space.f_bavail * space.f_frsize >> 10} KiB are free, "
+            f"and the ready line must fit; free {LEAST_LOG_SPACE >> 10} KiB, or name another serial_log"
+        )

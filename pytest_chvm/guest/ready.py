@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DEFAULT_MARKER = "CHVM_READY"
-# A marker line is the marker and at most this many bytes: an address, a nonce and spaces.
+# A marker line is the marker and at most this many bytes: an address, a nonce and spaces; then the line's end, in which a
+# terminal may have doubled the carriage return.
 LONGEST_REST = 64
+LONGEST_LINE_END = 3
 CHUNK = 1 << 20
 
 # printk's time stamp may be before it (Documentation/admin-guide/kernel-parameters, printk.time).
@@ -84,9 +86,14 @@ class ReadyScanner:
 
     def __post_init__(self) -> None:
         marker = self.marker.encode()
-        self._reader = LogReader(self.log, len(marker) + LONGEST_REST)
-        # Not at the start of a line only: a login prompt or half a kernel message may stand before it.
-        self._pattern = re.compile(rb"(?<![A-Za-z0-9_])" + re.escape(marker) + rb"(?![A-Za-z0-9_])([^\r\n]*)\r*\n")
+        # One more than the longest line that counts: what stands before the marker is looked at too.
+        self._reader = LogReader(self.log, 1 + len(marker) + LONGEST_REST + LONGEST_LINE_END)
+        # Not at the start of a line only: a login prompt or half a kernel message may stand before it. Bounded, since a guest
+        # may print megabytes of markers and never a newline.
+        self._pattern = re.compile(
+            rb"(?<![A-Za-z0-9_])%s(?![A-Za-z0-9_])(?:([^\r\n]{0,%d})\r{0,%d}\n|(?=[^\r\n]{%d}))"
+            % (re.escape(marker), LONGEST_REST, LONGEST_LINE_END - 1, LONGEST_REST + 1)
+        )
 
     def scan(self) -> str | None:
         """Read what is new and return the IP if the marker was there, now or before."""
@@ -103,10 +110,10 @@ class ReadyScanner:
         self.ip = self.refused = None
         self._reader.forget()
 
-    def _checked(self, rest: bytes) -> str | None:
-        words = rest.split()
-        if not words or len(rest) > LONGEST_REST:
-            self.refused = "a ready line had no IP" if not words else "a ready line was too long"
+    def _checked(self, rest: bytes | None) -> str | None:
+        words = [] if rest is None else rest.split()
+        if not words:
+            self.refused = "a ready line was too long" if rest is None else "a ready line had no IP"
             return None
         text = words[0].decode("ascii", errors="replace")
         try:
