@@ -24,6 +24,7 @@ from pytest_chvm.errors import InvalidConfigError, StopFailedError, UnsupportedE
 from pytest_chvm.guest.cache import default_cache_dir
 from pytest_chvm.guest.initramfs import build_initramfs
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
+from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.host import networks
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.model import (
@@ -37,7 +38,13 @@ from pytest_chvm.model import (
 from pytest_chvm.settings import Settings
 from pytest_chvm.vm import Vm
 
-BUILT_IN_CMDLINE = "console=ttyS0 quiet"
+# For a kernel of the user's without a command line of theirs.
+PLAIN_CMDLINE = "console=ttyS0"
+# What a throwaway VM can do without, for the built-in kernel: console messages (the serial port is slow), guards against attacks
+# from its own programs, looking for a timer that is known, tests of the crypto code, waiting long for grace periods.
+BUILT_IN_CMDLINE = (
+    "console=ttyS0 quiet mitigations=off nokaslr no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on"
+)
 
 _numbers = itertools.count(1)
 
@@ -118,13 +125,15 @@ def choose_guest(config: VmConfig, settings: Settings) -> Guest:
     """
     kernel = built_in_kernel(settings) if config.kernel is None else None
     if kernel is not None:
-        config = config.replace(kernel=kernel.image)
+        config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
     if config.initramfs is not None or config.root_disk is not None:
         return Guest(config, None)
     preflight(config)
     assert config.kernel is not None
     initramfs = _built_in_initramfs(kernel or inspect_kernel(config.kernel), cache_dir(settings))
-    cmdline = BUILT_IN_CMDLINE if config.cmdline is None else config.cmdline
+    cmdline = config.cmdline
+    if cmdline is None:
+        cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
     nonce = secrets.token_hex(8)
     words = [cmdline, f"chvm.nonce={nonce}", f"chvm.hostname={config.name.replace('_', '-').replace('.', '-')}"]
     if settings.ready_marker != "CHVM_READY":
