@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_chvm.deadline import Deadline
+from pytest_chvm.deadline import Deadline, wait_readable
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.guest import lab_agent
 from pytest_chvm.guest.initramfs import build_initramfs, find_busybox
@@ -36,6 +36,7 @@ from pytest_chvm.vm import Vm
 
 DEFAULT_MEMORY_MB = 2048
 BOOT_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 2.0
 # timeout(1)'s, for a command that was ended by its time limit.
 TIMED_OUT = 124
 CPU_MODEL = "EPYC,+svm,+npt"
@@ -154,9 +155,8 @@ def _run_in_lab(
             "busybox": os.fspath(_busybox()),
             "writable": [(share.tag, os.fsencode(share.host_path)) for share in shares],
         }
-        channel.sendall(lab_agent.frame(b"J", marshal.dumps(job)))
-        session = _Session(vm, channel.detach(), streams)
-        stack.callback(os.close, session.channel)
+        session = _Session(vm, channel.fileno(), streams)
+        session.to_send += lab_agent.frame(b"J", marshal.dumps(job))
         if on_terminal:
             stack.enter_context(_raw(streams.stdin))
         status = session.carry(deadline, on_terminal=on_terminal)
@@ -282,7 +282,7 @@ class _Session:
             window = stack.enter_context(_window_changes()) if on_terminal else -1
             while True:
                 ready = self._poll([pidfd, serial.fileno(), *([window] if on_terminal else [])], deadline)
-                if self.channel in ready and (status := self._receive()) is not None:
+                if self.channel in ready and (status := self._receive(pidfd)) is not None:
                     return status
                 if self.streams.stdin in ready:
                     self._read_input()
@@ -306,12 +306,16 @@ class _Session:
             poll.register(self.streams.stdin, select.POLLIN)
         return dict(poll.poll(None if deadline is None else int(deadline.remaining_s * 1000) + 1))
 
-    def _receive(self) -> int | None:
+    def _receive(self, pidfd: int) -> int | None:
         try:
             data = os.read(self.channel, CHUNK)
         except BlockingIOError:
             return None
+        except ConnectionError:
+            data = b""
         if not data:
+            # QEMU closes it on its way out, and why it ended is what a person wants to know.
+            wait_readable([pidfd], Deadline.after(END_TIMEOUT_S))
             self.vm.check_alive()
             raise VmIOError("the lab's machine has closed its channel")
         self.arrived += data
@@ -336,5 +340,6 @@ class _Session:
         try:
             while self.to_send:
                 del self.to_send[: os.write(self.channel, self.to_send[:CHUNK])]
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionError):
+            # An end is noticed where the channel is read.
             return

@@ -70,7 +70,7 @@ class CloudHypervisorDriver:
             _check_text(config, path)
         if config.cpu_model is not None or config.channels:
             raise UnsupportedError(
-                f"VM {config.name!r}: Cloud Hypervisor has no CPU models and no virtio-serial ports: leave out cpu_model and channels",
+                f"VM {config.name!r}: Cloud Hypervisor has neither CPU models nor virtio-serial ports: leave out cpu_model, channels",
                 vm_name=config.name,
             )
         machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), os.fspath(self.binary().path)]

@@ -5,7 +5,7 @@ because every import costs some 50 ms in an emulated machine.
 
 Frames go both ways: a letter, the length as four bytes, the data.
 
-    to the lab:   J the job, marshalled (a dict, see `Job` in pytest_chvm.lab); I input, empty at its end; W rows, columns of the terminal
+    to the lab:   J the job, a marshalled dict (made in pytest_chvm.lab); I input, empty at its end; W the terminal's rows, columns
     to the host:  H at the start; O and E output; X the exit status, one byte
 """
 
@@ -130,6 +130,9 @@ class Session:
 
     def serve(self) -> None:
         """Carry input and outputs until the command has ended."""
+        # Input may have come with the job.
+        self.take_frames()
+        self.feed()
         while True:
             poll = select.poll()
             poll.register(self.pidfd, select.POLLIN)
@@ -171,6 +174,10 @@ class Session:
     def take(self) -> None:
         """Take what the host has sent."""
         self.pending += os.read(self.port, CHUNK)
+        self.take_frames()
+
+    def take_frames(self) -> None:
+        """Take what has arrived whole."""
         while found := take_frame(self.pending):
             kind, data = found
             if kind == b"W":
@@ -233,7 +240,7 @@ def become(job: dict, inner: tuple[int, int, int]) -> None:  # type: ignore[type
 
 def restore_signals() -> None:
     """Give SIGPIPE and SIGXFSZ their default action back, without the import of `signal` and its enumerations."""
-    import _signal
+    import _signal  # type: ignore[import-not-found]
 
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)
