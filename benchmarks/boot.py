@@ -8,7 +8,7 @@ The rounds are a pytest run of this very file, so that what is measured is the f
     fixture     `chvm_vm(...)`, from the call to its return
     teardown    what the fixture's finalizer does with that VM, while it runs
     marker      another process writes the ready line to a serial file; from before that write to `wait_ready()` returning
-    virtme-ng   `vng --disable-kvm --run KERNEL -- true` from its start to its end, where vng, kmod and udev are installed
+    virtme-ng   `vng --disable-kvm --run KERNEL -- touch FILE` from its start to its end, where vng and kmod are installed
 
 Then the plugin's cost for a run without VMs, `pytest` with it and with `-p no:chvm`, whole processes, in turn.
 """
@@ -89,7 +89,7 @@ def test_boots(chvm_vm: Any, rounds: Rounds, tmp_path: Path) -> None:
         try:
             _virtme_ng(vng, tree, Measurements())
             kinds.append(lambda: _virtme_ng(vng, tree, rounds.measured))
-        except subprocess.SubprocessError as error:
+        except (subprocess.SubprocessError, FileNotFoundError) as error:
             print(f"without virtme-ng, which does not work here: {error}", file=sys.stderr)
     for number in range(rounds.count):
         for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
@@ -182,10 +182,15 @@ def _tree_with_index(kernel: Path, directory: Path) -> Path:
 
 
 def _virtme_ng(vng: str, kernel: Path, measured: Measurements) -> None:
-    command = [vng, "--disable-kvm", "--memory", "256M", "--cpus", "1", "--run", str(kernel), "--cwd", "/", "--", "true"]
+    done = kernel.parent / "done"
+    machine = ["--disable-kvm", "--memory", "256M", "--cpus", "1", "--run", str(kernel), "--rwdir", str(done.parent)]
     started = time.perf_counter()
-    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=True)
+    # Its exit status is lost where there is no udev in the guest, so that the file has to tell.
+    subprocess.run(
+        [vng, *machine, "--", "touch", str(done)], stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False
+    )
     measured.add("virtme-ng", time.perf_counter() - started)
+    done.unlink()
 
 
 def measure_plugin(count: int, measured: Measurements) -> None:
