@@ -55,8 +55,8 @@ class Virtiofsd:
             ]
         if os.geteuid() != 0:
             raise MissingRequirementError(
-                f"shared dir {share.tag!r}: {str(self.path)!r} is the C virtiofsd of QEMU 7.2 and older, which works for root only; "
-                "install the Rust one ('cargo install virtiofsd', or Debian 13 and newer, Ubuntu 24.04 and newer), or run as root"
+                f"shared dir {share.tag!r}: {str(self.path)!r} is the C virtiofsd of QEMU 7 and older, which works for root only: "
+                "install the Rust one ('cargo install virtiofsd'; packaged from Debian 13 and Ubuntu 24.04 on), or run as root"
             )
         # Its option parser is libfuse's: a backslash takes the special meaning from a comma, and from itself.
         source = host_path.replace("\\", "\\\\").replace(",", "\\,")
