@@ -14,6 +14,8 @@ class NamespaceRelay:
         self._netns = netns
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
         host, port = self._listener.getsockname()
         self.address: tuple[str, int] = (host, port)
         threading.Thread(target=self._accept, name=f"chvm-relay-{port}", daemon=True).start()
@@ -36,13 +38,24 @@ class NamespaceRelay:
                 # The client sees the connection close, as it would for a refused one.
                 client.close()
                 continue
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=_copy, args=(source, sink), daemon=True).start()
+            threading.Thread(target=self._serve, args=(client, server), daemon=True).start()
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        with client, server:
+            with self._lock:
+                self._open |= {client, server}
+            back = threading.Thread(target=_copy, args=(server, client), daemon=True)
+            back.start()
+            _copy(client, server)
+            back.join()
+            with self._lock:
+                self._open -= {client, server}
 
     def close(self) -> None:
-        """Stop listening; connections that are open go on until one side ends them."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        """Stop listening and end the connections that are open: the guest is gone, and cannot."""
+        with self._lock:
+            for end in (self._listener, *self._open):
+                _shut(end, socket.SHUT_RDWR)
         self._listener.close()
 
 
@@ -50,8 +63,14 @@ def _copy(source: socket.socket, sink: socket.socket) -> None:
     try:
         while data := source.recv(65536):
             sink.sendall(data)
-        sink.shutdown(socket.SHUT_WR)
+        _shut(sink, socket.SHUT_WR)
     except OSError:
-        # One side is gone, so the other has nothing to wait for.
-        source.close()
-        sink.close()
+        # One side is gone, so the other has nothing to wait for, in either direction.
+        _shut(source, socket.SHUT_RDWR)
+        _shut(sink, socket.SHUT_RDWR)
+
+
+def _shut(end: socket.socket, how: int) -> None:
+    # One that is not connected any more is shut already.
+    with contextlib.suppress(OSError):
+        end.shutdown(how)
