@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_chvm.deadline import Deadline, wait_readable
-from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmIOError
+from pytest_chvm.errors import BootFailedError, InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.guest import lab_agent
 from pytest_chvm.guest.initramfs import build_initramfs, find_busybox
 from pytest_chvm.guest.kernel import index_modules
@@ -107,18 +107,19 @@ def _say(streams: Streams, text: str) -> None:
 
 
 def _run_directly(command: list[str], timeout: float | None, streams: Streams) -> int:
+    deadline = None if timeout is None else Deadline.after(timeout)
     try:
         child = subprocess.Popen(command, stdin=streams.stdin, stdout=streams.stdout, stderr=streams.stderr)
     except OSError as error:
         _say(streams, f"{command[0]}: {error.strerror}")
         return lab_agent.NOT_FOUND if isinstance(error, FileNotFoundError) else lab_agent.NOT_EXECUTABLE
     try:
-        code = child.wait(timeout)
+        code = child.wait(None if deadline is None else deadline.remaining_s)
     except subprocess.TimeoutExpired:
+        assert deadline is not None
         child.kill()
         child.wait()
-        _say(streams, f"ended after {timeout:g} s (--timeout)")
-        return TIMED_OUT
+        return _timed_out(streams, deadline)
     except KeyboardInterrupt:
         # The terminal has told it too, and it may have something to say.
         code = child.wait()
@@ -138,11 +139,16 @@ def _run_in_lab(
     *,
     on_terminal: bool,
 ) -> int:
-    deadline = None if timeout is None else Deadline.after(timeout)
     shares = _shares(writable)
+    deadline = None if timeout is None else Deadline.after(timeout)
     boot_timeout = BOOT_TIMEOUT_S if timeout is None else min(timeout, BOOT_TIMEOUT_S)
     with ExitStack() as stack:
-        vm = stack.enter_context(_boot(memory_mb, shares, boot_timeout))
+        try:
+            vm = stack.enter_context(_boot(memory_mb, shares, boot_timeout))
+        except BootFailedError:
+            if deadline is None or not deadline.expired:
+                raise
+            return _timed_out(streams, deadline)
         channel = stack.enter_context(vm.open_channel(lab_agent.CHANNEL))
         job = {
             "command": [os.fsencode(word) for word in command],
@@ -161,9 +167,14 @@ def _run_in_lab(
             stack.enter_context(_raw(streams.stdin))
         status = session.carry(deadline, on_terminal=on_terminal)
     if status is None:
-        _say(streams, f"ended after {timeout:g} s (--timeout)")
-        return TIMED_OUT
+        assert deadline is not None
+        return _timed_out(streams, deadline)
     return status
+
+
+def _timed_out(streams: Streams, deadline: Deadline) -> int:
+    _say(streams, f"ended after {deadline.total_s:g} s (--timeout)")
+    return TIMED_OUT
 
 
 def _shares(writable: Sequence[Path]) -> list[SharedDir]:

@@ -339,7 +339,7 @@ class Vm:
 
     def reboot(self, timeout: float = RUN_TIMEOUT_S) -> Self:
         """Have the guest reboot and block until it is ready again; returns the VM."""
-        self._driver.allow_reboot(self.handle)
+        self.handle = self._driver.allow_reboot(self.handle, self.config)
         self._ready.expect_again()
         self._shell.tell("sync; reboot -f")
         return self.wait_ready(timeout)

@@ -133,8 +133,8 @@ class VmDriver(Protocol):
     def power_button(self, handle: VmHandle) -> None:
         """Press the power button; what that does is the guest's to decide."""
 
-    def allow_reboot(self, handle: VmHandle) -> None:
-        """Let the next reboot of the guest be one, where the VMM would otherwise end."""
+    def allow_reboot(self, handle: VmHandle, config: VmConfig) -> VmHandle:
+        """Let the next reboot of the guest be one, where it would otherwise be the VMM's end; returns the handle from then on."""
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
         """Save a paused VM's state to a directory."""
@@ -365,6 +365,17 @@ class VmmProcess:
         """Return the scanner of a VM's serial log, which remembers how far it has read."""
         fresh = ReadyScanner(handle.serial_log, handle.ready_marker, handle.nonce, nonce_required=handle.nonce is not None)
         return self._scanners.setdefault(handle.machine_id, fresh)
+
+    def renew_sidecars(self, handle: VmHandle, config: VmConfig) -> VmHandle:
+        """Start a second virtiofsd at each socket, for a VMM that will connect anew; the first ends with its connection."""
+        assert handle.run_dir is not None
+        program = find_virtiofsd(self.virtiofsd) if config.shared_dirs else None
+        fresh = []
+        for index, share in enumerate(config.shared_dirs):
+            assert program is not None
+            path = handle.run_dir / f"fs{index}.sock"
+            fresh.append(start_virtiofsd(program, share, path, path.with_suffix(".log")))
+        return replace(handle, sidecars=(*handle.sidecars, *fresh))
 
     def set_paused(self, handle: VmHandle, paused: bool) -> None:
         """Remember whether a VM is paused."""

@@ -70,7 +70,7 @@ class CloudHypervisorDriver:
             _check_text(config, path)
         if config.cpu_model is not None or config.channels:
             raise UnsupportedError(
-                f"VM {config.name!r}: Cloud Hypervisor has neither CPU models nor virtio-serial ports: leave out cpu_model, channels",
+                f"VM {config.name!r}: Cloud Hypervisor has no CPU models or virtio-serial ports: leave out cpu_model and channels",
                 vm_name=config.name,
             )
         machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), os.fspath(self.binary().path)]
@@ -243,9 +243,10 @@ class CloudHypervisorDriver:
         """Press the ACPI power button."""
         self._call(handle, "vm.power-button")
 
-    def allow_reboot(self, handle: VmHandle) -> None:
-        """Expect the next reboot, which is one in the same process."""
+    def allow_reboot(self, handle: VmHandle, config: VmConfig) -> VmHandle:
+        """Expect the next reboot: the same process makes all devices anew, and connects to each virtiofsd again."""
         self._monitor(handle).expected_reboots += 1
+        return self._process.renew_sidecars(handle, config)
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
         """Save a paused VM's state to a directory that is there and empty; disks are not saved."""

@@ -247,9 +247,10 @@ class QemuDriver:
         """Press the ACPI power button."""
         self._qmp(handle, ("system_powerdown", {}))
 
-    def allow_reboot(self, handle: VmHandle) -> None:
+    def allow_reboot(self, handle: VmHandle, config: VmConfig) -> VmHandle:
         """Let the guest's next reboot be one; without it `-no-reboot` ends QEMU."""
         self._qmp(handle, ("set-action", {"reboot": "reset"}))
+        return handle
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
         """Not there yet."""

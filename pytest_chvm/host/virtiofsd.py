@@ -26,6 +26,14 @@ INSTALL = (
     "Ubuntu 22.04), 'dnf install virtiofsd', 'cargo install virtiofsd', or name one with --chvm-virtiofsd"
 )
 SOCKET_TIMEOUT_S = 5.0
+READ_ONLY_SCRIPT = """
+mkdir "$1" && mount --rbind "$0" "$1" || exit
+while read -r _ _ _ _ where _; do
+    where=$(printf %b "$where")
+    case $where in "$1"|"$1"/*) mount -o remount,bind,ro "$where" || exit ;; esac
+done </proc/self/mountinfo
+shift && exec "$@"
+"""
 # Where the C one locks a file named after its socket, and leaves both behind.
 STATE_DIR = Path("/var/run/virtiofsd")
 
@@ -58,24 +66,25 @@ class Virtiofsd:
                 f"shared dir {share.tag!r}: {str(self.path)!r} is the C virtiofsd of QEMU 7 and older, which works for root only: "
                 "install the Rust one ('cargo install virtiofsd'; packaged from Debian 13 and Ubuntu 24.04 on), or run as root"
             )
+        place = f"{socket_path}.ro"
         # Its option parser is libfuse's: a backslash takes the special meaning from a comma, and from itself.
-        source = host_path.replace("\\", "\\\\").replace(",", "\\,")
+        source = (place if share.read_only else host_path).replace("\\", "\\\\").replace(",", "\\,")
         cache = "none" if share.cache == "never" else share.cache
         command = [os.fspath(self.path), f"--socket-path={socket_path}", "-o", f"source={source},cache={cache},sandbox={sandbox}"]
         if share.read_only:
-            return [*_read_only_mount(host_path), *command]
+            return [*_read_only_mount(host_path, place), *command]
         return command
 
 
-def _read_only_mount(host_path: str) -> list[str]:
-    # The C one cannot serve read-only, so it is given a mount that is: in a mount namespace of its own.
+def _read_only_mount(host_path: str, place: str) -> list[str]:
+    # The C one cannot serve read-only, so it is given a mount that is: in a mount namespace of its own, and elsewhere, because it
+    # writes below /run and may be asked for /. A read-only mount's submounts are not read-only by themselves.
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         raise MissingRequirementError(
             f"shared dir {host_path!r} cannot be read-only with this virtiofsd, the C one, unless you are root and have "
             "unshare(1): install the Rust virtiofsd"
         )
-    script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
-    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, host_path]
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", READ_ONLY_SCRIPT, host_path, place]
 
 
 def find_virtiofsd(override: Path | None = None) -> Virtiofsd:
@@ -106,6 +115,8 @@ def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log
     Raises BootFailedError naming tag and path; the process is then already gone.
     """
     socket_path.unlink(missing_ok=True)
+    # The Rust one locks it beside the socket; one that still serves an earlier connection holds it.
+    Path(f"{socket_path}.pid").unlink(missing_ok=True)
     with FileWatch(socket_path.parent) as watch:
         process = keeper().spawn(program.command(share, socket_path), log)
         deadline = Deadline.after(SOCKET_TIMEOUT_S)
