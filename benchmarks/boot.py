@@ -78,14 +78,13 @@ def test_boots(chvm_vm: Any, rounds: Rounds, tmp_path: Path) -> None:
     """Measure in turn, each round beginning with another one: what comes first has the colder caches."""
     # Not counted: builds the guest, starts the keeper and has everything in the page cache.
     first = chvm_vm(name="warm-up")
-    kernel = first.config.kernel
     first.close()
     kinds = [
         lambda: _fixture(chvm_vm, rounds.measured, tmp_path),
         lambda: _marker(chvm_vm, first.config, rounds.measured, tmp_path),
     ]
     if vng := rounds.vng:
-        tree = _tree_with_index(kernel, tmp_path)
+        tree = _tree_with_index(tmp_path)
         try:
             _virtme_ng(vng, tree, Measurements())
             kinds.append(lambda: _virtme_ng(vng, tree, rounds.measured))
@@ -172,13 +171,17 @@ def _marker(chvm_vm: Any, built_in: Any, measured: Measurements, directory: Path
         vm.close()
 
 
-def _tree_with_index(kernel: Path, directory: Path) -> Path:
-    """Copy a kernel and its modules and index them, as virtme-ng wants them; returns the kernel's path there."""
-    release = kernel.name.partition("-")[2]
-    shutil.copytree(kernel.parents[1] / "lib/modules" / release, directory / "lib/modules" / release, symlinks=True)
+def _tree_with_index(directory: Path) -> Path:
+    """Copy the built-in guest's kernel and modules and index them, as virtme-ng wants them; returns the kernel's path there."""
+    from pytest_chvm import Settings
+    from pytest_chvm.launcher import built_in_kernel
+
+    kernel = built_in_kernel(Settings.resolve())
+    assert kernel.modules is not None
+    shutil.copytree(kernel.modules, directory / "lib/modules" / kernel.modules.name, symlinks=True)
     (directory / "boot").mkdir()
-    subprocess.run(["depmod", "-b", directory, release], check=True)
-    return Path(shutil.copy(kernel, directory / "boot"))
+    subprocess.run(["depmod", "-b", directory, kernel.modules.name], check=True)
+    return Path(shutil.copy(kernel.image, directory / "boot"))
 
 
 def _virtme_ng(vng: str, kernel: Path, measured: Measurements) -> None:

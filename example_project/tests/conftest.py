@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm import Vm
+from pytest_chvm import Settings, Vm
+from pytest_chvm.guest.kernel import inspect_kernel, modules_in_order
+from pytest_chvm.launcher import built_in_kernel
 
 PORT = 5140
 GUEST_PROGRAMS = Path(__file__).parents[1] / "logbox" / "guest"
@@ -51,14 +53,11 @@ def small_volume(shared_vm: Vm) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def dummy_module(shared_vm: Vm) -> str:
+def dummy_module(shared_vm: Vm, chvm_kernel: Path | None, chvm_settings: Settings) -> str:
     """The kernel's module `dummy`, loaded into the shared VM from the tree that came with its kernel."""
-    release = shared_vm.check_output("uname -r").strip()
-    kernel = shared_vm.config.kernel
-    trees = [root / "lib" / "modules" / release for root in (kernel.parents[1], Path("/"))]
-    found = [file for tree in trees for file in tree.glob("kernel/drivers/net/dummy.ko*")]
-    if not found:
-        pytest.skip(f"kernel {release} has no module dummy below {trees[0]}")
-    shared_vm.put(found[0], "/tmp/")
-    shared_vm.check_output("cd /tmp && if [ -f dummy.ko.xz ]; then unxz dummy.ko.xz; fi && insmod dummy.ko numdummies=0")
+    kernel = inspect_kernel(chvm_kernel) if chvm_kernel else built_in_kernel(chvm_settings)
+    assert kernel.modules, f"there are no modules for the kernel {kernel.image}"
+    # With what it depends on, each after that; none where it is built in.
+    for module in modules_in_order(kernel.modules, ["dummy"]):
+        shared_vm.check_output(f"cat >/tmp/{module.name}.ko && insmod /tmp/{module.name}.ko", input=module.data)
     return "dummy"
