@@ -6,13 +6,14 @@ holds it. What is already routed on the host is never taken.
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import itertools
 import os
 import random
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,11 @@ class Subnet:
 
     network: IPv4Net
     _lock: BaseFileLock
+    _owner_pid: int = field(default_factory=os.getpid)
+
+    def __post_init__(self) -> None:
+        # An interrupted teardown gives nothing back, and the keeper leaves a lock that this process still holds.
+        atexit.register(self.release)
 
     @property
     def host(self) -> ipaddress.IPv4Address:
@@ -80,7 +86,11 @@ class Subnet:
         return self.network[2]
 
     def release(self) -> None:
-        """Give it back; its lock file goes too."""
+        """Give it back; its lock file goes too. Once more, or in a forked child, it does nothing."""
+        atexit.unregister(self.release)
+        # The file may be somebody else's by now.
+        if not self._lock.is_locked or self._owner_pid != os.getpid():
+            return
         path = Path(self._lock.lock_file)
         # Unlinked while it is held: whoever waits for it sees that its file is gone, and makes a new one.
         path.unlink(missing_ok=True)

@@ -115,10 +115,11 @@ class PytestProcess:
         os.close(self._fd)
 
 
+StartPytest = Callable[..., PytestProcess]
+
+
 @pytest.fixture
-def start_pytest(
-    pytester: pytest.Pytester, user_environment: pytest.MonkeyPatch, sandbox: Sandbox
-) -> Iterator[Callable[..., PytestProcess]]:
+def start_pytest(pytester: pytest.Pytester, user_environment: pytest.MonkeyPatch, sandbox: Sandbox) -> Iterator[StartPytest]:
     """Start pytest in the sandbox, on the test files of this test, and go on."""
     started: list[PytestProcess] = []
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable
 
 import pytest
 
-from .conftest import PytestProcess
+from .conftest import StartPytest
 from .leaks import Sandbox
-
-StartPytest = Callable[..., PytestProcess]
 
 # A VM with everything that a VM can leave behind. It need not be ready for that.
 PREAMBLE = """
@@ -105,12 +102,9 @@ def test_nothing_is_left_2_s_after_a_signal_ended_the_run(
     assert status in (None, ended), run.output
 
 
-def test_nothing_is_left_when_the_signal_arrives_while_a_fixture_boots(
-    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox
-) -> None:
-    pytester.makepyfile(
-        PREAMBLE
-        + """
+INTERRUPTED_BOOT = (
+    PREAMBLE
+    + """
     # Without tmp_path, whose own finalizer fails in pytest 9.2 when set-up is interrupted.
     @pytest.fixture
     def machine(chvm_vm, tmp_path_factory):
@@ -121,11 +115,52 @@ def test_nothing_is_left_when_the_signal_arrives_while_a_fixture_boots(
     def test_waits(machine):
         pass
 """
-    )
+)
+
+
+def test_nothing_is_left_when_the_signal_arrives_while_a_fixture_boots(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox
+) -> None:
+    pytester.makepyfile(INTERRUPTED_BOOT)
     run = start_pytest()
     assert run.news() == "booting"
     run.signal(signal.SIGINT)
     assert run.wait() == 2
+    assert not sandbox.left_behind()
+
+
+def test_nothing_is_left_when_pytest_timeout_ends_the_set_up(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox
+) -> None:
+    pytester.makepyfile(INTERRUPTED_BOOT)
+    run = start_pytest("--timeout=2")
+    assert run.wait() == 1
+    assert not sandbox.left_behind()
+    assert "1 error" in run.output
+
+
+def test_nothing_is_left_when_a_second_ctrl_c_ends_the_teardown(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox
+) -> None:
+    pytester.makepyfile(
+        PREAMBLE
+        + """
+    @pytest.fixture
+    def machine(chvm_vm, tmp_path_factory):
+        yield start(chvm_vm, tmp_path_factory.mktemp("shared"))
+        tell("in teardown")
+        threading.Event().wait()
+
+    def test_waits(machine):
+        tell("in the test")
+        threading.Event().wait()
+"""
+    )
+    run = start_pytest()
+    for news in ("in the test", "in teardown"):
+        assert run.news() == news
+        run.signal(signal.SIGINT)
+    run.wait()
     assert not sandbox.left_behind()
 
 
@@ -159,6 +194,19 @@ def test_nothing_is_left_when_an_xdist_worker_is_killed(
     assert run.wait() == 1
     assert not sandbox.left_behind()
     assert "1 failed, 1 passed" in run.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_nothing_is_left_when_xdist_s_controller_alone_gets_a_signal(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox, number: signal.Signals
+) -> None:
+    pytester.makepyfile(WAITING_TEST)
+    run = start_pytest("-n", "1")
+    run.news()
+    run.signal(number)
+    # The worker learns of it from its controller, which gives it up to 10 s.
+    assert not sandbox.left_behind(timeout_s=15)
+    run.wait()
 
 
 def test_what_a_killed_keeper_could_not_remove_the_next_run_removes(

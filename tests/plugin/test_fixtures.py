@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from .conftest import RunPytest
+from .conftest import RunPytest, StartPytest
+from .leaks import Sandbox
 
 
 def test_each_fixture_gives_what_it_promises_and_for_as_long(pytester: pytest.Pytester, run_pytest: RunPytest) -> None:
@@ -99,25 +101,26 @@ assert "pytest" not in sys.modules
     assert (done.returncode, done.stdout) == (0, "plain\n"), done.stderr
 
 
-def test_two_xdist_workers_have_vms_of_their_own(pytester: pytest.Pytester, run_pytest: RunPytest) -> None:
+def test_two_xdist_workers_have_vms_of_their_own_and_leave_nothing(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox
+) -> None:
     pytester.makepyfile(
         """
         import os
-        import pathlib
         import pytest
 
         @pytest.mark.parametrize("number", [1, 2])
-        def test_vm(chvm_vm, number, pytestconfig):
+        def test_vm(chvm_vm, number):
             vm = chvm_vm(name="same")
-            pathlib.Path(pytestconfig.rootpath, f"vm{number}").write_text(f"{os.environ['PYTEST_XDIST_WORKER']} {vm.ip}")
             assert vm.check_output("hostname") == "same\\n"
+            with open(os.environ["NEWS"], "w") as news:
+                print(os.environ["PYTEST_XDIST_WORKER"], vm.ip, file=news)
         """
     )
-    result = run_pytest("-n", "2", "--dist=load")
-    result.assert_outcomes(passed=2)
-    (first_worker, first_ip), (second_worker, second_ip) = (
-        pytester.path.joinpath(f"vm{number}").read_text().split() for number in (1, 2)
-    )
+    run = start_pytest("-n", "2", "--dist=load")
+    (first_worker, first_ip), (second_worker, second_ip) = (run.news().split() for _ in range(2))
     assert first_worker != second_worker
     assert first_ip != second_ip
-    result.stdout.fnmatch_lines(["chvm: VMM qemu*", "chvm: network *"])
+    assert run.wait() == 0
+    assert not sandbox.left_behind()
+    assert re.search(r"^chvm: VMM qemu\b.*\nchvm: network \w+", run.output, re.MULTILINE), run.output

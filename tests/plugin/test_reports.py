@@ -59,9 +59,9 @@ def test_a_failure_in_set_up_and_one_in_an_xdist_worker_have_the_console_too(
         """
         import pytest
 
-        @pytest.fixture(scope="module")
-        def machine(chvm_vm_factory):
-            return chvm_vm_factory(name="panics", cmdline="console=ttyS0 rdinit=/nonexistent root=/dev/nothing", networks=[])
+        @pytest.fixture
+        def machine(chvm_vm):
+            return chvm_vm(name="panics", cmdline="console=ttyS0 rdinit=/nonexistent root=/dev/nothing", networks=[])
 
         def test_in_set_up(machine):
             pass
@@ -76,14 +76,8 @@ def test_a_failure_in_set_up_and_one_in_an_xdist_worker_have_the_console_too(
     result = run_pytest("-n", "1")
     result.assert_outcomes(failed=1, errors=1)
     result.stdout.fnmatch_lines(["E *GuestPanicError: VM 'panics': the guest's kernel gave up: Kernel panic - not syncing: *"])
-    assert any("Kernel panic - not syncing" in line for line in _section_of_first(result, "console of VM panics"))
+    assert any("Kernel panic - not syncing" in line for line in _section(result, "console of VM panics"))
     assert "seen by the worker" in _section(result, "console of VM works")
-
-
-def _section_of_first(result: pytest.RunResult, title: str) -> list[str]:
-    # A session's VM is in the reports of all later tests as well.
-    first = next(number for number, line in enumerate(result.outlines) if f" {title} " in line)
-    return result.outlines[first + 1 : first + 62]
 
 
 def test_a_boot_gives_up_before_pytest_timeout_does_and_says_what_the_console_said(
