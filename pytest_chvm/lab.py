@@ -156,13 +156,11 @@ def _run_in_lab(
             "environment": dict(os.environb),
             "umask": _umask(),
             "terminal": _window_size(streams.stdin) if on_terminal else None,
-            "time": time.time(),
             "modules": _modules(),
             "busybox": os.fspath(_busybox()),
             "writable": [(share.tag, os.fsencode(share.host_path)) for share in shares],
         }
-        session = _Session(vm, channel.fileno(), streams)
-        session.to_send += lab_agent.frame(b"J", marshal.dumps(job))
+        session = _Session(vm, channel.fileno(), streams, job)
         if on_terminal:
             stack.enter_context(_raw(streams.stdin))
         status = session.carry(deadline, on_terminal=on_terminal)
@@ -275,13 +273,15 @@ def _window_changes() -> Iterator[int]:
 class _Session:
     """The traffic between this process's streams and the lab's command."""
 
-    def __init__(self, vm: Vm, channel: int, streams: Streams) -> None:
+    def __init__(self, vm: Vm, channel: int, streams: Streams, job: dict[str, object]) -> None:
         self.vm = vm
         self.channel = channel
         self.streams = streams
         self.arrived = bytearray()
         self.to_send = bytearray()
-        self.input_open = True
+        # Of no use before the lab has its job, which comes first.
+        self.input_open = False
+        self.job = job
         os.set_blocking(channel, False)
 
     def carry(self, deadline: Deadline | None, *, on_terminal: bool) -> int | None:
@@ -332,6 +332,10 @@ class _Session:
         self.arrived += data
         while found := lab_agent.take_frame(self.arrived):
             kind, content = found
+            if kind == b"H":
+                # Only now, so that the lab's clock is right.
+                self.to_send += lab_agent.frame(b"J", marshal.dumps({**self.job, "time": time.time()}))
+                self.input_open = True
             if kind == b"X" and len(content) == 1:
                 return content[0]
             if kind in (b"O", b"E"):

@@ -130,7 +130,7 @@ class Session:
 
     def serve(self) -> None:
         """Carry input and outputs until the command has ended."""
-        # Input may have come with the job.
+        # What has come together with the job.
         self.take_frames()
         self.feed()
         while True:
