@@ -209,9 +209,7 @@ class VmConfig:
             not isinstance(self.netns, str) or not re.fullmatch(r"[^/\s\0]{1,255}", self.netns) or self.netns in (".", "..")
         ):
             raise self._invalid(f"netns={self.netns!r} cannot be the name of a network namespace")
-        if self.cpu_model is not None and (
-            not isinstance(self.cpu_model, str) or not CPU_MODEL_PATTERN.fullmatch(self.cpu_model)
-        ):
+        if self.cpu_model is not None and (not isinstance(self.cpu_model, str) or not CPU_MODEL_PATTERN.fullmatch(self.cpu_model)):
             raise self._invalid(f"cpu_model={self.cpu_model!r}, expected a model and its flags: 'EPYC,+svm'")
         object.__setattr__(self, "channels", self._checked_channels())
         object.__setattr__(self, "networks", self._checked_networks())
