@@ -49,7 +49,8 @@ def small_volume(shared_vm: Vm) -> Iterator[str]:
     """A tmpfs of 32 KiB in the shared VM, with a server on it."""
     shared_vm.check_output(f"mkdir -p /small && mount -t tmpfs -o size=32k small /small && /mnt/logbox/logboxd /small {PORT}")
     yield "/small"
-    shared_vm.check_output("killall nc; umount -l /small")
+    # Until it is gone: the next server takes the same port.
+    shared_vm.check_output("killall nc; while pidof nc; do usleep 10000; done; umount -l /small")
 
 
 @pytest.fixture(scope="session")
