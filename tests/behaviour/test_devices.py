@@ -1,0 +1,131 @@
+"""Disks, shared dirs, networks and hotplug, with both VMMs."""
+
+import subprocess
+
+import pytest
+
+from pytest_chvm import SharedDir, UnsupportedError
+
+WAIT_FOR = "n=0; until {}; do n=$((n+1)); [ $n -lt 100 ] || exit 1; usleep 100000; done"
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A raw image of 8 MiB with a mark at its start."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"mark" + bytes((8 << 20) - 4))
+    return image
+
+
+def test_a_root_disk_is_not_written_and_a_data_disk_is(boot, disk, tmp_path):
+    data = tmp_path / "data.img"
+    data.write_bytes(bytes(4 << 20))
+    seed = tmp_path / "seed.iso"
+    seed.write_bytes(b"seed" + bytes((1 << 20) - 4))
+    # The built-in guest's own initramfs, given by hand: with a root disk there is none by itself.
+    initramfs = boot(name="first", network="none").config.initramfs
+    vm = boot(root_disk=disk, seed_iso=seed, data_disk=data, initramfs=initramfs, cmdline="console=ttyS0 quiet")
+    assert vm.check_output("head -c 4 /dev/vda; head -c 4 /dev/vdb") == "markseed"
+    vm.check_output("printf over | dd of=/dev/vda conv=notrunc; printf kept | dd of=/dev/vdc conv=notrunc; sync")
+    assert vm.run("printf x >/dev/vdb; sync").returncode != 0 or seed.read_bytes()[:4] == b"seed"
+    vm.shutdown()
+    assert disk.read_bytes()[:4] == b"mark"
+    assert data.read_bytes()[:4] == b"kept"
+    assert seed.read_bytes()[:4] == b"seed"
+
+
+def test_shares_carry_both_ways_and_a_read_only_one_is_read_only(boot, tmp_path):
+    open_dir, closed_dir = tmp_path / "open dir, with a comma", tmp_path / "closed"
+    for place in (open_dir, closed_dir):
+        place.mkdir()
+        (place / "from-host").write_text("hello")
+    vm = boot(shared_dirs=[SharedDir("open", open_dir), SharedDir("closed", closed_dir, read_only=True)])
+    assert vm.check_output("cat /mnt/open/from-host /mnt/closed/from-host") == "hellohello"
+    vm.check_output("echo hi >/mnt/open/from-guest")
+    assert (open_dir / "from-guest").read_text() == "hi\n"
+    # Root of the guest may mount it anew as it likes: the host's side says no.
+    vm.run("mount -o remount,rw /mnt/closed")
+    assert vm.run("echo no >/mnt/closed/from-guest").returncode != 0
+    assert not (closed_dir / "from-guest").exists()
+
+
+def test_a_guest_cannot_leave_a_share(boot, tmp_path):
+    share = tmp_path / "share"
+    share.mkdir()
+    (tmp_path / "secret").write_text("of the host's")
+    (share / "link").symlink_to(tmp_path / "secret")
+    (share / "up").symlink_to("../secret")
+    vm = boot(shared_dirs={"s": share})
+    for way in ("/mnt/s/../secret", "/mnt/s/link", "/mnt/s/up", "/mnt/s/./../../secret"):
+        assert "of the host" not in vm.run(f"cat {way}").stdout
+    # A device node made by the guest's root is no way to the host's devices.
+    vm.run("mknod /mnt/s/mem c 1 1; mknod /mnt/s/disk b 254 0")
+    for name in ("mem", "disk"):
+        node = share / name
+        assert not node.exists() or vm.run(f"head -c 1 /mnt/s/{name}").stdout_bytes == b""
+
+
+def test_two_vms_of_a_network_reach_each_other(boot, chvm_network):
+    network = chvm_network()
+    one = boot(networks=[network], name="one", wait=False)
+    two = boot(networks=[network], name="two", wait=False)
+    one.wait_ready()
+    two.wait_ready()
+    assert one.ip != two.ip
+    assert " 0% packet loss" in one.check_output(["ping", "-c", "2", "-W", "5", two.ip])
+
+
+def test_a_named_network_namespace_has_the_vm_and_the_host_does_not(boot):
+    name = "chvm-behaviour"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        vm = boot(netns=name)
+        vm.check_output("httpd -p 8080 -h /etc")
+        import urllib.request
+
+        host, port = vm.address(8080)
+        with urllib.request.urlopen(f"http://{host}:{port}/passwd", timeout=10) as answer:
+            assert answer.read().startswith(b"root:")
+        vm.stop()
+        links = subprocess.run(["ip", "-n", name, "-br", "link"], check=True, capture_output=True, text=True).stdout
+        assert "chvm" not in links
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def test_devices_come_and_go_while_the_vm_runs(boot, disk, tmp_path):
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "file").write_text("late")
+    vm = boot(hotplug=True, max_cpus=2, max_memory_mb=512)
+    plugged = vm.add_disk(disk)
+    assert vm.check_output(WAIT_FOR.format("[ -b /dev/vda ]") + "; head -c 4 /dev/vda") == "mark"
+    nic = vm.add_network()
+    vm.check_output(WAIT_FOR.format("[ -d /sys/class/net/eth1 ]"))
+    share = vm.add_shared_dir("late", tmp_path / "late")
+    mounted = "mount -t virtiofs late /mnt/late 2>/dev/null"
+    assert vm.check_output("mkdir -p /mnt/late; " + WAIT_FOR.format(mounted) + "; cat /mnt/late/file; umount /mnt/late") == "late"
+    for device in (plugged, nic, share):
+        vm.remove(device)
+    vm.check_output(WAIT_FOR.format("[ ! -b /dev/vda ]") + "; " + WAIT_FOR.format("[ ! -d /sys/class/net/eth1 ]"))
+
+
+def test_processors_and_memory_grow_while_the_vm_runs(boot):
+    import os
+
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("this machine has one processor, and a VM may not have more than that")
+    vm = boot(max_cpus=2, max_memory_mb=512)
+    before_kb = int(vm.check_output("sed -n 's/MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo"))
+    vm.resize(cpus=2, memory_mb=384)
+    online = "echo 1 >/sys/devices/system/cpu/cpu1/online"
+    vm.check_output(WAIT_FOR.format("[ -e /sys/devices/system/cpu/cpu1/online ]") + f"; [ $(nproc) = 2 ] || {online}")
+    assert vm.check_output("nproc") == "2\n"
+    blocks = "for b in /sys/devices/system/memory/memory*; do echo online >$b/state; done 2>/dev/null; "
+    grown = "sed -n 's/MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo"
+    vm.check_output(WAIT_FOR.format(f"{{ {blocks} [ $({grown}) -gt {before_kb + 10000} ]; }}"))
+
+
+def test_what_a_vm_was_not_booted_with_room_for_is_refused_in_words(boot):
+    vm = boot(network="none")
+    with pytest.raises((UnsupportedError, Exception), match=r"max_cpus|refused"):
+        vm.resize(cpus=2)
