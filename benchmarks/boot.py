@@ -20,14 +20,12 @@ import json
 import os
 import platform
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,23 +212,15 @@ def measure_plugin(count: int, measured: Measurements) -> None:
                     measured.add(what, time.perf_counter() - started)
 
 
-@contextmanager
-def busy_loops(count: int) -> Iterator[None]:
-    """Keep the processors busy."""
-    with ExitStack() as stack:
-        for _number in range(count):
-            loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            stack.callback(loop.wait)
-            stack.callback(loop.send_signal, signal.SIGKILL)
-        yield
-
-
 def boots_under_load(count: int, measured: Measurements) -> int:
     """Boot the default QEMU machine that many times beside three busy loops; returns how many became ready."""
     from pytest_chvm import BootFailedError, launch
 
     ready = 0
-    with busy_loops(3):
+    with ExitStack() as stack:
+        for loop in [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _number in range(3)]:
+            stack.callback(loop.wait)
+            stack.callback(loop.kill)
         for number in range(count):
             started = time.perf_counter()
             try:
@@ -249,7 +239,7 @@ def report(measured: Measurements, loaded: tuple[int, int] | None) -> dict[str, 
     print(f"\n{'what':<26}{'median':>10}{'lowest':>10}{'highest':>10}{'n':>5}")
     for what, values in measured.seconds.items():
         cells = [statistics.median(values), min(values), max(values)]
-        print(f"{what:<26}" + "".join(f"{_shown(cell):>10}" for cell in cells) + f"{len(values):>5}")
+        print(f"{what:<26}" + "".join(f"{cell * 1000:>7.1f} ms" for cell in cells) + f"{len(values):>5}")
     figures = _figures(measured)
     print(f"\n{'promise':<26}{'measured':>10}{'limit':>10}")
     for what, value in figures.items():
@@ -281,10 +271,6 @@ def _figures(measured: Measurements) -> dict[str, float]:
     if with_it and without:
         figures["plugin without VMs"] = (with_it - without) * 1000
     return figures
-
-
-def _shown(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
 def main() -> int:
