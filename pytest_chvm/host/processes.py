@@ -49,6 +49,9 @@ def is_running(process: ProcessIdentity, programs: Sequence[str]) -> bool:
             f"{process.start_time_ticks}; it was not signalled"
         )
     words = remains.command_line(process.pid)
+    # On its way out it has no command line any more, and is not a zombie yet; its start time says that it is the one.
+    if not any(words) and process.start_time_ticks == started:
+        return True
     if not any(program in os.path.basename(word) for word in words for program in programs):
         # It may have ended between the two looks at it.
         if remains.start_time_ticks(process.pid) != started:
