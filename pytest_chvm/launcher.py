@@ -9,7 +9,7 @@ import re
 import secrets
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +26,7 @@ from pytest_chvm.guest.initramfs import build_initramfs
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.host import networks
+from pytest_chvm.host.budget import Budget, Share, default_memory_mb, take_share
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.model import (
     LAUNCH_FIELDS,
@@ -175,6 +176,9 @@ def show_progress(text: str) -> None:
 def _start(guest: Guest, driver: VmDriver, settings: Settings, undo: ExitStack) -> Vm:
     lease = Lease()
     undo.callback(_log_failures, lease.release)
+    budget = Budget(settings.memory_budget_mb or default_memory_mb(), settings.max_vms)
+    share = take_share(budget, guest.config.memory_mb, lease, guest.config.name, show_progress)
+    undo.callback(share.release)
     config, held = _with_networks(guest, driver, settings, lease, undo)
     handle = driver.boot(config, BootOptions(lease, True, settings.ready_marker, guest.nonce))
     undo.callback(driver.kill, handle)
@@ -186,17 +190,17 @@ def _start(guest: Guest, driver: VmDriver, settings: Settings, undo: ExitStack) 
         nonce_required=guest.nonce is not None,
         lease=lease,
         virtiofsd=settings.virtiofsd,
-        release=lambda: _release(held),
+        release=lambda: _release([share, *held]),
     )
 
 
-def _release(held: list[networks.Subnet]) -> list[str]:
+def _release(held: Sequence[networks.Subnet | Share]) -> list[str]:
     failures = []
-    for subnet in held:
+    for part in held:
         try:
-            subnet.release()
+            part.release()
         except OSError as error:
-            failures.append(f"subnet {subnet.network}: {error}")
+            failures.append(f"{part}: {error}")
     return failures
 
 

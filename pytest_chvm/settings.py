@@ -110,6 +110,8 @@ OPTIONS = (
     _choice("missing", ("fail", "skip"), "what a test does when a VM cannot be had on this machine (default: fail)"),
     _choice("keep", ("never", "failed", "always"), "whose logs to keep below --chvm-artifacts (default: never)"),
     Option("artifacts", _path, None, "directory for the logs that --chvm-keep keeps", "DIR"),
+    Option("max_vms", _count, None, "how many VMs may run at once, of all runs on the machine (default: any number)", "N"),
+    Option("memory_budget_mb", _count, None, "MiB that all VMs of the machine may have at once (default: nine tenths)", "N"),
     Option("binary", _path, None, "the VMM's executable", "PATH"),
     Option("virtiofsd", _path, None, "the executable that serves shared dirs", "PATH"),
     Option("subnet_pool", str, "198.18.0.0/15", "network that VM subnets are cut from (default: 198.18.0.0/15)", "CIDR"),
@@ -137,6 +139,8 @@ class Settings:
     missing: str
     keep: str
     artifacts: Path | None
+    max_vms: int | None
+    memory_budget_mb: int | None
     binary: Path | None
     virtiofsd: Path | None
     subnet_pool: str

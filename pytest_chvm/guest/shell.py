@@ -1,7 +1,7 @@
 """Commands in a guest over its virtio console: no agent, no network, any guest that has a `sh` on hvc0.
 
-The host types `shell.sh` once; from then on it sends one line a command and gets its outputs between delimiters
-that are random for each command, so that no answer can pass for another's.
+The host types `shell.sh` once; from then on it sends one line a command and gets each output after a line with its size and a
+token that is random for each command, so that no answer can pass for another's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 
 from pytest_chvm.deadline import Deadline, wait_readable
@@ -25,11 +25,23 @@ LARGEST_ANSWER = 256 << 20
 CONNECT_TIMEOUT_S = 10.0
 # Sent at once; what is left of a piece when a command is given up is sent as padding before the next one.
 INPUT_PIECE = 1 << 18
+# As in shell.sh: what may be on its way from the guest at once. QEMU's virtio console drops what does not fit into the socket.
+OUTPUT_PIECE = 1 << 16
 KILL_TIMEOUT_S = 5.0
 NO_SHELL = (
     "no shell answers on the guest's virtio console (hvc0). The built-in guest has one; an image of your own needs a "
     "service that runs 'sh </dev/hvc0 >/dev/hvc0 2>&1'"
 )
+
+
+@dataclass
+class _Answer:
+    """What has come of a command's answer; `left` are the bytes to come of each output that has begun."""
+
+    token: str
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+    left: dict[bytes, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,19 +84,19 @@ class GuestShell:
                 self._connect(deadline)
                 if input:
                     self._send_input(input, deadline)
-                token = secrets.token_hex(16)
+                answer = _Answer(secrets.token_hex(16))
                 try:
-                    self._write(f"run {token} ".encode() + _escaped(script) + b"\n", deadline)
-                    stdout, stderr, status = self._answer(token, deadline)
+                    self._write(f"run {answer.token} ".encode() + _escaped(script) + b"\n", deadline)
+                    status = self._read_answer(answer, deadline)
                 except TimeoutError:
-                    late = self._killed(shown, token, timeout)
+                    late = self._killed(shown, answer, timeout)
             except BaseException:
                 # The connection is kept: what is still on its way to the guest would be lost with it, and miscounted.
                 self._in_step = False
                 raise
         if late is not None:
             raise late
-        return CommandResult(shown, status, stdout, stderr, time.monotonic() - started)
+        return CommandResult(shown, status, bytes(answer.stdout), bytes(answer.stderr), time.monotonic() - started)
 
     def tell(self, script: str) -> None:
         """Run a command without waiting for its end: one that ends the guest. Raises VmIOError where no shell answers."""
@@ -120,7 +132,7 @@ class GuestShell:
         hello = f"\nstty raw -echo 2>/dev/null\neval {token} 2>/dev/null; echo; echo '{token[:half]}''{token[half:]}' sh\n"
         try:
             self._finish_input(patience)
-            self._write(b"\nkill\n" + hello.encode(), patience)
+            self._write(b"\ndrop\n" + hello.encode(), patience)
             found = self._read_until(re.compile(rb"\n%s (sh|loop)\r?\n" % token.encode()), patience)
             if found[1] == b"sh":
                 text = resources.files("pytest_chvm.guest").joinpath("shell.sh").read_text()
@@ -164,27 +176,47 @@ class GuestShell:
         self._read_until(re.compile(rb"\n%s input\n" % self._input_token.encode()), deadline)
         self._input_token = None
 
-    def _answer(self, token: str, deadline: Deadline) -> tuple[bytes, bytes, int]:
-        mark = token.encode()
-        self._read_until(re.compile(rb"\n%s out\n" % mark), deadline)
-        stdout = self._before(b"\n%s err\n" % mark, deadline)
-        stderr = self._before(b"\n%s end " % mark, deadline)
-        status = self._before(b"\n", deadline)
+    def _read_answer(self, answer: _Answer, deadline: Deadline) -> int:
+        """Read what is left of an answer and return the exit status; after a TimeoutError it can be gone on with."""
+        mark = answer.token.encode()
+        for name, output in ((b"out", answer.stdout), (b"err", answer.stderr)):
+            if name not in answer.left:
+                header = self._read_until(re.compile(rb"\n%s %s (\d{1,15})\n" % (mark, name)), deadline)
+                answer.left[name] = self._checked_size(int(header[1]))
+            while left := answer.left[name]:
+                piece = min(left, OUTPUT_PIECE)
+                while len(self._pending) < piece:
+                    self._fill(deadline)
+                output += self._pending[:piece]
+                del self._pending[:piece]
+                answer.left[name] -= piece
+                self._write(b"more\n", deadline)
+        status = self._read_until(re.compile(rb"\n%s end ([^\n]{0,40})\n" % mark), deadline)[1]
         if not re.fullmatch(rb"\d{1,3}", status):
-            raise VmIOError(f"VM {self.vm_name!r}: the guest's shell gave {status[:40]!r} as an exit status", vm_name=self.vm_name)
-        return stdout, stderr, int(status)
+            raise VmIOError(f"VM {self.vm_name!r}: the guest's shell gave {status!r} as an exit status", vm_name=self.vm_name)
+        return int(status)
 
-    def _killed(self, command: str | tuple[str, ...], token: str, timeout: float) -> CommandTimeoutError:
+    def _checked_size(self, size: int) -> int:
+        if size > LARGEST_ANSWER:
+            raise VmIOError(
+                f"VM {self.vm_name!r}: a command printed {size >> 20} MiB, more than {LARGEST_ANSWER >> 20} MiB; "
+                "write large results to a file in a shared dir",
+                vm_name=self.vm_name,
+            )
+        return size
+
+    def _killed(self, command: str | tuple[str, ...], answer: _Answer, timeout: float) -> CommandTimeoutError:
         patience = Deadline.after(KILL_TIMEOUT_S)
         try:
             self._write(b"kill\n", patience)
-            stdout, stderr, _status = self._answer(token, patience)
+            self._read_answer(answer, patience)
             after = "it was killed"
         except TimeoutError:
             self._in_step = False
-            stdout = stderr = b""
-            after = "the guest did not answer the order to kill it either"
-        out, err = (part.decode(errors="surrogateescape") for part in (stdout, stderr))
+            after = "it was killed, and not all of its output came in time"
+            if not answer.left:
+                after = "the guest did not answer the order to kill it either"
+        out, err = (bytes(part).decode(errors="surrogateescape") for part in (answer.stdout, answer.stderr))
         return CommandTimeoutError(
             f"VM {self.vm_name!r}: the command {command!r} did not end within {timeout:g} s; {after}.\n" + shown_outputs(out, err),
             vm_name=self.vm_name,
@@ -201,22 +233,6 @@ class GuestShell:
                 return match
             del self._pending[:-200]
             self._fill(deadline)
-
-    def _before(self, delimiter: bytes, deadline: Deadline) -> bytes:
-        """Return what comes before a delimiter, and drop both; looks at each byte once."""
-        searched = 0
-        while (end := self._pending.find(delimiter, searched)) < 0:
-            searched = max(0, len(self._pending) - len(delimiter))
-            if len(self._pending) > LARGEST_ANSWER:
-                raise VmIOError(
-                    f"VM {self.vm_name!r}: the guest sent more than {LARGEST_ANSWER >> 20} MiB as one answer; "
-                    "write large results to a file in a shared dir",
-                    vm_name=self.vm_name,
-                )
-            self._fill(deadline)
-        data = bytes(self._pending[:end])
-        del self._pending[: end + len(delimiter)]
-        return data
 
     def _fill(self, deadline: Deadline) -> None:
         assert self._fd is not None

@@ -5,6 +5,23 @@ chvm_tmp=$(mktemp -d /run/chvm.XXXXXX 2>/dev/null || mktemp -d)
 chvm_cgroup=/sys/fs/cgroup/chvm chvm_number=0 chvm_input=/dev/null
 mkdir -p $chvm_cgroup 2>/dev/null
 [ -w $chvm_cgroup/cgroup.kill ] || chvm_cgroup=
+chvm_open_more() { rm -f $chvm_tmp/more; mkfifo $chvm_tmp/more; exec 9<>$chvm_tmp/more; }
+chvm_open_more
+# An output goes in pieces, each once the host has the one before: a VMM drops what a console's reader is slow to take.
+chvm_send() {
+    left=$(wc -c <$3) block=0
+    printf '\n%s %s %d\n' $1 $2 $left
+    while [ $left -gt 0 ]; do
+        if [ $left -ge 65536 ]; then
+            dd if=$3 bs=65536 skip=$block count=1 2>/dev/null
+        else
+            # What goes on writing to it has no part in the answer.
+            dd if=$3 bs=65536 skip=$block count=1 2>/dev/null | head -c $left
+        fi
+        left=$((left - 65536)) block=$((block + 1))
+        read -r more <&9
+    done
+}
 chvm_supervise() {
     files=$chvm_tmp/$chvm_number group=
     [ "$chvm_cgroup" ] && mkdir $chvm_cgroup/$chvm_number && group=$chvm_cgroup/$chvm_number
@@ -12,18 +29,23 @@ chvm_supervise() {
     (
         [ "$group" ] && echo 0 >$group/cgroup.procs
         unset chvm_tmp chvm_cgroup chvm_number chvm_input chvm_token
-        exec setsid sh -c "$2"
+        exec setsid sh -c "$2" 9>&-
     ) <$chvm_input >$files.out 2>$files.err &
     echo $! >$files.pid
     wait $!
     status=$?
-    printf '\n%s out\n' $1
-    [ -s $files.out ] && cat $files.out
-    printf '\n%s err\n' $1
-    [ -s $files.err ] && cat $files.err
+    chvm_send $1 out $files.out
+    chvm_send $1 err $files.err
     printf '\n%s end %d\n' $1 $status
     rm -f $files.*
     [ "$group" ] && rmdir $group 2>/dev/null
+}
+chvm_kill() {
+    if [ "$chvm_cgroup" ]; then
+        echo 1 >$chvm_cgroup/$chvm_number/cgroup.kill
+    else
+        kill -KILL -$(cat $chvm_tmp/$chvm_number.pid)
+    fi 2>/dev/null
 }
 chvm_loop() {
     printf '\n%s loop\n' $1
@@ -43,13 +65,13 @@ chvm_loop() {
             head -c $chvm_rest >>$chvm_input
             printf '\n%s input\n' $chvm_token
             ;;
-        kill)
-            if [ "$chvm_cgroup" ]; then
-                echo 1 >$chvm_cgroup/$chvm_number/cgroup.kill
-            else
-                kill -KILL -$(cat $chvm_tmp/$chvm_number.pid)
-            fi 2>/dev/null
-            wait $chvm_job
+        more) echo >&9 ;;
+        kill) chvm_kill ;;
+        drop)
+            # The host has given the command up, its answer too.
+            chvm_kill
+            kill -KILL $chvm_job 2>/dev/null && wait $chvm_job 2>/dev/null
+            chvm_open_more
             chvm_input=/dev/null
             ;;
         eval) printf '\n%s loop\n' $chvm_token ;;

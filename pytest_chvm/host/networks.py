@@ -6,25 +6,23 @@ holds it. What is already routed on the host is never taken.
 
 from __future__ import annotations
 
-import atexit
 import ipaddress
 import itertools
 import os
 import random
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIOError
 from pytest_chvm.host import remains
-from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.locks import HeldLock
 from pytest_chvm.model import Network, NicAddress, Tap, UserNetwork
 
 if TYPE_CHECKING:
-    from filelock import BaseFileLock
     from pyroute2 import IPRoute
 
 IPv4Net = ipaddress.IPv4Network
@@ -63,17 +61,12 @@ def why_no_taps() -> str | None:
     return None
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Subnet:
     """A subnet of the pool, held by a lock until `release`."""
 
     network: IPv4Net
-    _lock: BaseFileLock
-    _owner_pid: int = field(default_factory=os.getpid)
-
-    def __post_init__(self) -> None:
-        # An interrupted teardown gives nothing back, and the keeper leaves a lock that this process still holds.
-        atexit.register(self.release)
+    _lock: HeldLock
 
     @property
     def host(self) -> ipaddress.IPv4Address:
@@ -86,20 +79,8 @@ class Subnet:
         return self.network[2]
 
     def release(self) -> None:
-        """Give it back; its lock file goes too. Once more, or in a forked child, it does nothing."""
-        atexit.unregister(self.release)
-        # The file may be somebody else's by now.
-        if not self._lock.is_locked or self._owner_pid != os.getpid():
-            return
-        path = Path(self._lock.lock_file)
-        # Unlinked while it is held: whoever waits for it sees that its file is gone, and makes a new one.
-        path.unlink(missing_ok=True)
+        """Give it back."""
         self._lock.release()
-        try:
-            path.parent.rmdir()
-        except OSError:
-            # Other locks are in it.
-            return
 
 
 def take_subnet(pool: IPv4Net, prefix: int, lease: Lease, netns: str | None = None) -> Subnet:
@@ -108,8 +89,6 @@ def take_subnet(pool: IPv4Net, prefix: int, lease: Lease, netns: str | None = No
     Point-to-point subnets are cut from the lower half of the pool, those of networks from the upper one. Raises
     InvalidConfigError where none is free.
     """
-    from filelock import FileLock, Timeout
-
     lower, upper = pool.subnets(prefixlen_diff=1)
     half = lower if prefix == POINT_TO_POINT_PREFIX else upper
     count = 2 ** (prefix - half.prefixlen)
@@ -121,12 +100,9 @@ def take_subnet(pool: IPv4Net, prefix: int, lease: Lease, netns: str | None = No
         network = ipaddress.IPv4Network((base, prefix))
         if any(network.overlaps(route) for route in routed):
             continue
-        path = common_lock_dir() / f"subnet-{network.network_address}-{prefix}.lock"
-        lock = FileLock(path, timeout=0, mode=0o666, is_singleton=False, thread_local=False)
-        lease.add_lock(path)
         try:
-            lock.acquire()
-        except (Timeout, FileNotFoundError, PermissionError):
+            lock = HeldLock(f"subnet-{network.network_address}-{prefix}.lock", lease, timeout_s=0)
+        except (TimeoutError, PermissionError):
             continue
         return Subnet(network, lock)
     raise InvalidConfigError(

@@ -18,15 +18,15 @@ class FileWatch:
 
         self._inotify = INotify()
         for path in paths:
-            self._inotify.add_watch(path, flags.CREATE | flags.MODIFY | flags.MOVED_TO)
+            self._inotify.add_watch(path, flags.CREATE | flags.MODIFY | flags.MOVED_TO | flags.DELETE)
 
     def fileno(self) -> int:
         """The descriptor that is readable when something changed."""
         return int(self._inotify.fileno())
 
-    def clear(self) -> None:
-        """Take note of the changes so far."""
-        self._inotify.read(timeout=0)
+    def clear(self) -> set[str]:
+        """Take note of the changes so far; returns the names of the files in watched directories that they were of."""
+        return {str(event.name) for event in self._inotify.read(timeout=0)}
 
     def wait(self, deadline: Deadline, pid: int | None = None) -> bool:
         """Block until something changes, the process ends or the deadline passes; True when the process has ended."""
