@@ -47,9 +47,8 @@ def add_tap(handle: VmHandle, socket_path: Path, tap: str, mac: str) -> str:
 
     async def plug(execute: Execute, port: str) -> None:
         await execute("netdev_add", {"type": "tap", "id": name, "ifname": tap, "script": "no", "downscript": "no"})
-        await execute(
-            "device_add", {"driver": "virtio-net-pci", "id": name, "netdev": name, "mac": mac, "romfile": "", "bus": port}
-        )
+        device = {"driver": "virtio-net-pci", "id": name, "netdev": name, "mac": mac, "romfile": "", "bus": port}
+        await execute("device_add", device)
 
     _plug(handle, socket_path, plug)
     return name
