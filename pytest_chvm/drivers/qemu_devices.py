@@ -73,7 +73,7 @@ def _plug(handle: VmHandle, socket_path: Path, plug: Callable[[Execute, str], Aw
         free = await _free_port(client)
         if free is None:
             raise UnsupportedError(
-                f"VM {handle.name!r} has no free PCIe port: boot it with hotplug=True ({SPARE_PORTS} ports), or remove a device first",
+                f"VM {handle.name!r} has no free PCIe port: boot it with hotplug=True ({SPARE_PORTS} ports) or remove a device",
                 vm_name=handle.name,
             )
         await plug(client.execute, free)
