@@ -37,6 +37,8 @@ VALUES = {
     "missing": ("fail", "skip", "fail", "skip"),
     "keep": ("never", "failed", "always", "never"),
     "artifacts": (None, "/ini/artifacts", "/env/artifacts", "/line/artifacts"),
+    "max_vms": (None, "5", "6", "7"),
+    "memory_budget_mb": (None, "1025", "1026", "1027"),
     "binary": (None, "/ini/binary", "/env/binary", "/line/binary"),
     "virtiofsd": (None, "/ini/virtiofsd", "/env/virtiofsd", "/line/virtiofsd"),
     "subnet_pool": ("198.18.0.0/15", "10.1.0.0/16", "10.2.0.0/16", "10.3.0.0/16"),
@@ -49,10 +51,13 @@ def _read_settings(pytester: pytest.Pytester) -> dict[str, object]:
     return settings
 
 
-def _typed(name: str, text: object) -> object:
+def _typed(name: str, text: str) -> object:
+    """Return a value of the table as it is in the settings."""
     if name == "kernel":
         return [text]
-    return type(VALUES[name][0])(text) if isinstance(VALUES[name][0], int | float) else text
+    if name == "boot_timeout":
+        return float(text)
+    return int(text) if text.isdigit() else text
 
 
 def test_the_table_of_values_has_every_option_with_an_own_value_for_each_place() -> None:
