@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from pytest_chvm import hotplug
 from pytest_chvm.deadline import Deadline
@@ -17,20 +16,17 @@ from pytest_chvm.drivers.base import VmDriver
 from pytest_chvm.errors import (
     BootFailedError,
     GuestCommandError,
-    GuestPanicError,
-    HypervisorError,
     StopFailedError,
     UnsupportedError,
     VmError,
     VmIOError,
 )
 from pytest_chvm.guest import files
-from pytest_chvm.guest.ready import PanicScanner, ReadyScanner, last_lines, read_tail
+from pytest_chvm.guest.ready import read_tail
 from pytest_chvm.guest.shell import GuestShell, shown_outputs
+from pytest_chvm.health import Health, ends_with
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.processes import keeper
 from pytest_chvm.host.relay import NamespaceRelay
-from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.hotplug import Device
 from pytest_chvm.model import CommandResult, SharedDir, Tap, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, as_path
 
@@ -38,8 +34,6 @@ RUN_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 30.0
 # What `console` returns at most, from the end.
 CONSOLE_LIMIT = 16 << 20
-
-Found = TypeVar("Found")
 
 
 class Vm:
@@ -64,19 +58,13 @@ class Vm:
         self._lease = lease
         self._virtiofsd = virtiofsd
         self._release = release
-        self._ready = ReadyScanner(handle.serial_log, handle.ready_marker, handle.nonce, nonce_required)
-        self._panic = PanicScanner(handle.serial_log)
         self._closed = False
         self._ended = False
         self._last_console: str | None = None
         self._relays: dict[int, NamespaceRelay] = {}
         self._forwarded: dict[int, tuple[str, int]] = {}
-        assert handle.process is not None
-        self._process = handle.process
-        self._pidfd: int | None = None
-        events = driver.event_log(handle)
-        self._watch = FileWatch(handle.serial_log, *([events] if events else []))
-        self._shell = GuestShell(self.name, lambda: driver.open_console(handle), self._wake_fds, self.check_alive)
+        self._health = Health(config, lambda: self.handle, driver, nonce_required=nonce_required)
+        self._shell = GuestShell(self.name, lambda: driver.open_console(handle), self._health.wake_fds, self.check_alive)
 
     def __repr__(self) -> str:
         return f"<Vm {self.name!r} {self.handle.vmm} pid {self.pid}>"
@@ -95,15 +83,15 @@ class Vm:
     @property
     def pid(self) -> int:
         """The VMM's process id."""
-        return self._process.pid
+        return self._health.process.pid
 
     @property
     def ip(self) -> str:
         """The guest's address, as its ready line said; raises VmIOError before that."""
-        if self._ready.ip is None and self._ready.scan() is None:
+        if self._health.ready.ip is None and self._health.ready.scan() is None:
             raise VmIOError(f"VM {self.name!r} has no IP yet: it is not ready; call wait_ready() first", vm_name=self.name)
-        assert self._ready.ip is not None
-        return self._ready.ip
+        assert self._health.ready.ip is not None
+        return self._health.ready.ip
 
     @property
     def status(self) -> VmStatus:
@@ -138,15 +126,15 @@ class Vm:
         deadline = self._boot_deadline if timeout is None else Deadline.after(timeout)
 
         def not_ready() -> BootFailedError:
-            said = self._ready.refused
+            said = self._health.ready.refused
             return BootFailedError(
                 f"VM {self.name!r} was not ready within {deadline.total_s:g} s: expected a line '{self.handle.ready_marker} IP' on "
-                f"its serial console{f'; {said}' if said else ''}. Its console {self.serial_log} {_ends_with(self.serial_log)}\n"
+                f"its serial console{f'; {said}' if said else ''}. Its console {self.serial_log} {ends_with(self.serial_log)}\n"
                 "What to do: raise --chvm-boot-timeout, look at the console, or have the guest print the line when it is up.",
                 vm_name=self.name,
             )
 
-        self._wait_for_serial(self._ready.scan, deadline, not_ready)
+        self._health.wait_for(self._health.ready.scan, deadline, not_ready)
         return self
 
     def wait_for_console(self, pattern: str | re.Pattern[str], timeout: float = RUN_TIMEOUT_S) -> re.Match[str]:
@@ -159,69 +147,17 @@ class Vm:
         def no_match() -> VmIOError:
             return VmIOError(
                 f"VM {self.name!r}: {compiled.pattern!r} did not appear on the console within {timeout:g} s; it "
-                f"{_ends_with(self.serial_log)}",
+                f"{ends_with(self.serial_log)}",
                 vm_name=self.name,
             )
 
-        return self._wait_for_serial(lambda: compiled.search(self.console), Deadline.after(timeout), no_match)
-
-    def _wait_for_serial(self, look: Callable[[], Found | None], deadline: Deadline, gave_up: Callable[[], VmError]) -> Found:
-        while (found := look()) is None:
-            if self._has_ended() and (found := look()) is not None:
-                return found
-            self.check_alive()
-            if deadline.expired:
-                raise gave_up()
-            self._watch.wait(deadline, self.pid)
-        return found
+        return self._health.wait_for(lambda: compiled.search(self.console), Deadline.after(timeout), no_match)
 
     def check_alive(self) -> None:
         """Raise what has become of the guest if it is not alive: GuestPanicError, BootFailedError, HypervisorError."""
-        if self._pidfd is not None:
-            self._watch.clear()
         if self._ended:
             raise VmIOError(f"VM {self.name!r} was ended by the test", vm_name=self.name)
-        if panic := self._panic.scan():
-            raise GuestPanicError(
-                f"VM {self.name!r}: the guest's kernel gave up: {panic}. Its console {self.serial_log} "
-                + _ends_with(self.serial_log),
-                vm_name=self.name,
-            )
-        if trouble := self._driver.trouble(self.handle):
-            raise trouble
-        if self._has_ended():
-            kind = HypervisorError if self._ready.scan() else BootFailedError
-            raise kind(self._why_ended(), vm_name=self.name)
-
-    def _has_ended(self) -> bool:
-        from pytest_chvm.host.remains import start_time_ticks
-
-        return start_time_ticks(self.pid) != self._process.start_time_ticks
-
-    def _why_ended(self) -> str:
-        try:
-            code = keeper().returncode(self._process)
-        except VmIOError as error:
-            code, gone = None, f" ({error})"
-        else:
-            gone = ""
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
-        when = "after it was ready" if self._ready.ip else "before it was ready"
-        hint = self._driver.failure_hint()
-        return (
-            f"VM {self.name!r}: its VMM (pid {self.pid}) {how}{gone}, {when}. "
-            f"Its log {self.vmm_log} {_ends_with(self.vmm_log)}\nThe guest's console {_ends_with(self.serial_log)}\n"
-            f"To repeat it: {shlex.join(self.handle.command)}{f'{chr(10)}{hint}' if hint else ''}"
-        )
-
-    def _wake_fds(self) -> list[int]:
-        if self._pidfd is None:
-            try:
-                self._pidfd = os.pidfd_open(self.pid)
-            except ProcessLookupError:
-                self.check_alive()
-                raise
-        return [self._pidfd, self._watch.fileno()]
+        self._health.check()
 
     def run(
         self, command: str | Sequence[str], *, timeout: float = RUN_TIMEOUT_S, input: str | bytes | None = None
@@ -340,7 +276,7 @@ class Vm:
     def reboot(self, timeout: float = RUN_TIMEOUT_S) -> Self:
         """Have the guest reboot and block until it is ready again; returns the VM."""
         self.handle = self._driver.allow_reboot(self.handle, self.config)
-        self._ready.expect_again()
+        self._health.ready.expect_again()
         self._shell.tell("sync; reboot -f")
         return self.wait_ready(timeout)
 
@@ -356,14 +292,12 @@ class Vm:
             self._shell.tell("sync; poweroff -f || poweroff")
         except VmIOError:
             self._driver.power_button(self.handle)
-        while not self._has_ended():
-            if deadline.expired:
-                raise StopFailedError(
-                    f"VM {self.name!r} did not power off within {timeout:g} s; its console {_ends_with(self.serial_log)}\n"
-                    "stop() ends the VMM without asking the guest.",
-                    vm_name=self.name,
-                )
-            self._watch.wait(deadline, self.pid)
+        if not self._health.wait_ended(deadline):
+            raise StopFailedError(
+                f"VM {self.name!r} did not power off within {timeout:g} s; its console {ends_with(self.serial_log)}\n"
+                "stop() ends the VMM without asking the guest.",
+                vm_name=self.name,
+            )
         self._finish(self._driver.kill)
 
     def stop(self) -> None:
@@ -399,15 +333,7 @@ class Vm:
         finally:
             for relay in self._relays.values():
                 relay.close()
-            self._watch.__exit__(None, None, None)
-            if self._pidfd is not None:
-                os.close(self._pidfd)
-                self._pidfd = None
+            self._health.close()
             failures += self._release()
         if failures:
             raise StopFailedError("; ".join(failures), vm_name=self.name)
-
-
-def _ends_with(log: Path) -> str:
-    lines = last_lines(log)
-    return f"ends with:\n{lines}" if lines else "is empty."

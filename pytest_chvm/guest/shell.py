@@ -26,7 +26,7 @@ CONNECT_TIMEOUT_S = 10.0
 # Sent at once; what is left of a piece when a command is given up is sent as padding before the next one.
 INPUT_PIECE = 1 << 18
 # As in shell.sh: what may be on its way from the guest at once. QEMU's virtio console drops what does not fit into the socket.
-OUTPUT_PIECE = 1 << 16
+OUTPUT_PIECE = 1 << 15
 KILL_TIMEOUT_S = 5.0
 NO_SHELL = (
     "no shell answers on the guest's virtio console (hvc0). The built-in guest has one; an image of your own needs a "

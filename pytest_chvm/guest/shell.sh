@@ -12,13 +12,13 @@ chvm_send() {
     left=$(wc -c <$3) block=0
     printf '\n%s %s %d\n' $1 $2 $left
     while [ $left -gt 0 ]; do
-        if [ $left -ge 65536 ]; then
-            dd if=$3 bs=65536 skip=$block count=1 2>/dev/null
+        if [ $left -ge 32768 ]; then
+            dd if=$3 bs=32768 skip=$block count=1 2>/dev/null
         else
             # What goes on writing to it has no part in the answer.
-            dd if=$3 bs=65536 skip=$block count=1 2>/dev/null | head -c $left
+            dd if=$3 bs=32768 skip=$block count=1 2>/dev/null | head -c $left
         fi
-        left=$((left - 65536)) block=$((block + 1))
+        left=$((left - 32768)) block=$((block + 1))
         read -r more <&9
     done
 }
