@@ -25,6 +25,7 @@ logger = logging.getLogger("pytest_chvm")
 
 KEEPER_START_TIMEOUT_S = 10.0
 KEEPER_END_TIMEOUT_S = 4.0
+KILLED_TIMEOUT_S = 2.0
 # All of the test's environment that a VMM or sidecar gets to see.
 PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL")
 
@@ -158,6 +159,16 @@ class Keeper:
 
     def returncode(self, process: ProcessIdentity) -> int | None:
         """Return how a program of this keeper's ended: its status, or minus the signal; None while it runs."""
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            # Reaped already: the keeper knows.
+            pass
+        else:
+            with os.fdopen(pidfd):
+                # A zombie whose threads are still ending has no status yet.
+                if remains.start_time_ticks(process.pid) is None:
+                    remains.pidfd_ended(pidfd, KILLED_TIMEOUT_S)
         code = self._ask({"status": process.pid}).get("returncode")
         return code if isinstance(code, int) else None
 
