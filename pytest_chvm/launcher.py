@@ -28,6 +28,7 @@ from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.host import networks
 from pytest_chvm.host.budget import Budget, Share, default_memory_mb, take_share
 from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.model import (
     LAUNCH_FIELDS,
     NAME_PATTERN,
@@ -75,6 +76,9 @@ def launch(
     driver = driver_for(settings)
     guest = choose_guest(config, settings)
     preflight(guest.config)
+    driver.binary()
+    if config.shared_dirs:
+        find_virtiofsd(settings.virtiofsd)
     with ExitStack() as undo:
         vm = _start(guest, driver, settings, undo)
         undo.pop_all()

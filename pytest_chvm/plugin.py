@@ -144,8 +144,8 @@ def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[Vm
         report.sections.extend(sections_of(records))
     if report.when == "teardown":
         failed = item.stash.get(_failed_key, False)
-        if settings.artifacts and (settings.keep == "always" or (settings.keep == "failed" and failed)):
-            keep_logs(records, item.nodeid, settings.artifacts)
+        if settings.keep == "always" or (settings.keep == "failed" and failed):
+            keep_logs(records, item.nodeid, settings.artifacts or item.config.rootpath / "chvm-artifacts")
         # Those of the session's go on.
         factories[:] = [factory for factory in factories if not factory.closed]
 

@@ -109,7 +109,7 @@ OPTIONS = (
     _choice("boot", ("auto", "cold", "clone"), "whether a VM may be a copy of a booted one (default: auto)"),
     _choice("missing", ("fail", "skip"), "what a test does when a VM cannot be had on this machine (default: fail)"),
     _choice("keep", ("never", "failed", "always"), "whose logs to keep below --chvm-artifacts (default: never)"),
-    Option("artifacts", _path, None, "directory for the logs that --chvm-keep keeps", "DIR"),
+    Option("artifacts", _path, None, "directory for the logs that --chvm-keep keeps (default: chvm-artifacts)", "DIR"),
     Option("max_vms", _count, None, "how many VMs may run at once, of all runs on the machine (default: any number)", "N"),
     Option("memory_budget_mb", _count, None, "MiB that all VMs of the machine may have at once (default: nine tenths)", "N"),
     Option("binary", _path, None, "the VMM's executable", "PATH"),

@@ -28,6 +28,7 @@ from pytest_chvm.errors import (
 )
 from pytest_chvm.guest.ready import DEFAULT_MARKER, ReadyScanner
 from pytest_chvm.host import remains
+from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap, remove_taps
 from pytest_chvm.host.processes import end_process, is_running, keeper
@@ -66,6 +67,9 @@ class VmDriver(Protocol):
 
     def why_not(self) -> str | None:
         """Return why this VMM is no good choice on this machine, or None where it is one."""
+
+    def binary(self) -> Binary:
+        """Return the VMM's executable; raises InvalidConfigError where there is none that works."""
 
     def failure_hint(self) -> str | None:
         """Return what a person should know of this machine when the VMM has failed on it."""
