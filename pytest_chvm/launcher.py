@@ -76,6 +76,8 @@ def launch(
     driver = driver_for(settings)
     guest = choose_guest(config, settings)
     preflight(guest.config)
+    if settings.boot == "clone":
+        raise UnsupportedError(f"VM {config.name!r}: VMs cannot be cloned yet: use boot='auto' or 'cold'", vm_name=config.name)
     driver.binary()
     if config.shared_dirs:
         find_virtiofsd(settings.virtiofsd)
