@@ -29,6 +29,7 @@ class EventMonitor:
     # Reboots that the test asked for and that have not come yet.
     expected_reboots: int = 0
     trouble: VmError | None = None
+    _booted: bool = False
     _offset: int = 0
     _pending: str = field(default="")
 
@@ -62,7 +63,12 @@ class EventMonitor:
 
     def _judge(self, source: str, event: str) -> None:
         logger.debug("%s: event %s %s", self.vm_name, source, event)
-        if (source, event) == ("vm", "rebooting") and self.expected_reboots:
+        if (source, event) == ("vm", "booted"):
+            self._booted = True
+        elif (source, event) == ("vm", "shutdown") and not self._booted:
+            # Of a boot that failed, which the VMM's own end tells better.
+            return
+        elif (source, event) == ("vm", "rebooting") and self.expected_reboots:
             self.expected_reboots -= 1
         elif self.trouble is None and (kind := TROUBLES.get((source, event))):
             self.trouble = kind[0](f"VM {self.vm_name!r}: {kind[1]}", vm_name=self.vm_name)

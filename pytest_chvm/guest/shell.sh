@@ -15,8 +15,9 @@ chvm_send() {
         if [ $left -ge 32768 ]; then
             dd if=$3 bs=32768 skip=$block count=1 2>/dev/null
         else
-            # What goes on writing to it has no part in the answer.
-            dd if=$3 bs=32768 skip=$block count=1 2>/dev/null | head -c $left
+            # What goes on writing to it has no part in the answer. Not by head itself: to a terminal it writes line by line, and
+            # hundreds of small writes fill a socket as large ones do.
+            dd if=$3 bs=32768 skip=$block count=1 2>/dev/null | head -c $left | cat
         fi
         left=$((left - 32768)) block=$((block + 1))
         read -r more <&9
