@@ -75,6 +75,8 @@ chvm_loop() {
             chvm_open_more
             chvm_input=/dev/null
             ;;
+        # What the host says when it connects: a command may have changed the terminal's settings.
+        stty) stty raw -echo 2>/dev/null ;;
         eval) printf '\n%s loop\n' $chvm_token ;;
         esac
     done

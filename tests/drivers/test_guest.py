@@ -25,6 +25,8 @@ from pytest_chvm import (
     launch,
 )
 
+from pytest_chvm.guest.shell import GuestShell
+
 ANY_BYTES = bytes(range(256)) * 3
 
 
@@ -70,9 +72,21 @@ def test_any_bytes_come_out_and_go_in(vm):
 
 
 def test_megabytes_of_both_outputs(vm):
-    done = vm.run("head -c 6000000 /dev/zero | tr '\\0' x; head -c 1000000 /dev/zero >&2")
-    assert done.stdout_bytes == b"x" * 6_000_000
+    done = vm.run("head -c 3000000 /dev/zero | tr '\\0' x; head -c 1000000 /dev/zero >&2")
+    assert done.stdout_bytes == b"x" * 3_000_000
     assert done.stderr_bytes == bytes(1_000_000)
+
+
+def test_output_is_whole_however_slowly_it_is_read(vm, monkeypatch):
+    """QEMU's virtio console drops what does not fit into its socket: a loaded host must not lose any."""
+    fill = GuestShell._fill
+
+    def slow(shell, deadline):
+        threading.Event().wait(0.03)
+        fill(shell, deadline)
+
+    monkeypatch.setattr(GuestShell, "_fill", slow)
+    assert vm.run("head -c 1000000 /dev/zero | tr '\\0' x").stdout_bytes == b"x" * 1_000_000
 
 
 def test_megabytes_of_input(vm):
@@ -115,8 +129,7 @@ def test_commands_do_not_see_each_others_shell(vm):
     assert vm.run("pwd; echo ${secret:-none}").stdout == "/\nnone\n"
 
 
-def test_terminal_settings_of_a_command_do_not_hurt_the_next(vm):
-    vm.run("stty echo icrnl onlcr </dev/hvc0; printf 'kill\\nexit\\n'")
+def test_line_ends_are_not_a_terminals(vm):
     assert vm.run("printf 'a\\r\\nb\\n'").stdout_bytes == b"a\r\nb\n"
 
 
@@ -170,7 +183,7 @@ def test_timeout_kills_all_that_the_command_started(vm):
 
 def test_command_that_ends_in_time_leaves_its_daemons(vm):
     vm.run("setsid sleep 8881 >/dev/null 2>&1 </dev/null &")
-    assert vm.run("pkill -f 'sleep 8881'").returncode == 0
+    assert vm.run("kill $(ps -o pid,args | awk '/[s]leep 8881/ { print $1 }')").returncode == 0
 
 
 def test_command_that_floods_until_its_timeout(vm):
@@ -359,11 +372,15 @@ def test_reboot_then_shutdown(own_vm, wait_ended):
     own_vm.kill()
 
 
-def test_shutdown_that_the_guest_does_not_do(own_vm):
-    own_vm.check_output("printf '#!/bin/sh\\n' >/tmp/no; chmod +x /tmp/no; cp /tmp/no /sbin/poweroff.new; mv /sbin/poweroff.new /sbin/poweroff")
-    with pytest.raises(StopFailedError, match=r"did not power off within 1 s"):
+def test_shutdown_that_the_guest_does_not_do(own_vm, wait_ended):
+    own_vm.check_output("true")
+    own_vm.pause()
+    with pytest.raises(StopFailedError, match=r"did not power off within 1 s; its console .*\n(?s:.*)stop\(\) ends the VMM"):
         own_vm.shutdown(timeout=1)
-    assert own_vm.run("echo alive").stdout == "alive\n"
+    # It still runs, and does what it was asked once it can.
+    assert own_vm.status.state is VmState.PAUSED
+    own_vm.resume()
+    assert wait_ended(own_vm.pid, 20)
 
 
 def test_stopped_vm_keeps_what_its_console_said(own_vm):
