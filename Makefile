@@ -20,7 +20,7 @@ example: $(VENV)/.guest
 	@pytest example_project -v $(PYTEST_ARGS)
 
 test: lint $(VENV)/.guest
-	@pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	@pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	@ruff check --quiet .

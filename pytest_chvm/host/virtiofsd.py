@@ -26,6 +26,8 @@ INSTALL = (
     "Ubuntu 22.04), 'dnf install virtiofsd', 'cargo install virtiofsd', or name one with --chvm-virtiofsd"
 )
 SOCKET_TIMEOUT_S = 5.0
+# A device node that a guest's root makes in a share would be one of the host's.
+NO_DEVICE_NODES = "-mknod"
 READ_ONLY_SCRIPT = """
 mkdir "$1" && mount --rbind "$0" "$1" || exit
 while read -r _ _ _ _ where _; do
@@ -51,6 +53,7 @@ class Virtiofsd:
         host_path = os.fspath(share.host_path)
         if self.is_rust:
             flags = ["--readonly"] if share.read_only else []
+            flags += [f"--modcaps={NO_DEVICE_NODES}"] if os.geteuid() == 0 else []
             if not share.announce_submounts:
                 flags.append("--no-announce-submounts")
             return [
@@ -70,7 +73,8 @@ class Virtiofsd:
         # Its option parser is libfuse's: a backslash takes the special meaning from a comma, and from itself.
         source = (place if share.read_only else host_path).replace("\\", "\\\\").replace(",", "\\,")
         cache = "none" if share.cache == "never" else share.cache
-        command = [os.fspath(self.path), f"--socket-path={socket_path}", "-o", f"source={source},cache={cache},sandbox={sandbox}"]
+        options = f"source={source},cache={cache},sandbox={sandbox},modcaps={NO_DEVICE_NODES}"
+        command = [os.fspath(self.path), f"--socket-path={socket_path}", "-o", options]
         if share.read_only:
             return [*_read_only_mount(host_path, place), *command]
         return command

@@ -32,15 +32,36 @@ def run_in_lab(config, directory, node_ids):
     reports_file = directory / "reports.jsonl"
     command = [sys.executable, "-m", "pytest_chvm.cli", "lab", "--timeout", str(LAB_TIMEOUT_S), "--rw", str(directory), "--"]
     command += ["env", f"{REPORTS}={reports_file}"]
-    command += [sys.executable, "-m", "pytest", "-p", "tests.behaviour.relay", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", *node_ids]
+    command += [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.behaviour.relay",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-q",
+        *node_ids,
+    ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
     done = subprocess.run(
-        command, cwd=config.rootpath, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        command,
+        cwd=config.rootpath,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
     reports = {}
     if reports_file.exists():
         for line in reports_file.read_text().splitlines():
             report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            # JSON knows no tuples, and pytest's summary of skips wants one.
+            report.longrepr = tuple(report.longrepr) if isinstance(report.longrepr, list) else report.longrepr
             reports.setdefault(report.nodeid, []).append(report)
     return reports, f"the lab ended with status {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
@@ -48,4 +69,3 @@ def run_in_lab(config, directory, node_ids):
 def is_inside():
     """Tell whether this is the run inside the lab."""
     return REPORTS in os.environ
-

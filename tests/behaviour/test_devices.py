@@ -58,11 +58,10 @@ def test_a_guest_cannot_leave_a_share(boot, tmp_path):
     vm = boot(shared_dirs={"s": share})
     for way in ("/mnt/s/../secret", "/mnt/s/link", "/mnt/s/up", "/mnt/s/./../../secret"):
         assert "of the host" not in vm.run(f"cat {way}").stdout
-    # A device node made by the guest's root is no way to the host's devices.
+    # A device node in a share would be one of the host's, for whoever finds it there.
     vm.run("mknod /mnt/s/mem c 1 1; mknod /mnt/s/disk b 254 0")
-    for name in ("mem", "disk"):
-        node = share / name
-        assert not node.exists() or vm.run(f"head -c 1 /mnt/s/{name}").stdout_bytes == b""
+    assert not (share / "mem").exists()
+    assert not (share / "disk").exists()
 
 
 def test_two_vms_of_a_network_reach_each_other(boot, chvm_network):
@@ -110,10 +109,6 @@ def test_devices_come_and_go_while_the_vm_runs(boot, disk, tmp_path):
 
 
 def test_processors_and_memory_grow_while_the_vm_runs(boot):
-    import os
-
-    if (os.cpu_count() or 1) < 2:
-        pytest.skip("this machine has one processor, and a VM may not have more than that")
     vm = boot(max_cpus=2, max_memory_mb=512)
     before_kb = int(vm.check_output("sed -n 's/MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo"))
     vm.resize(cpus=2, memory_mb=384)

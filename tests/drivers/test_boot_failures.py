@@ -198,7 +198,9 @@ def test_kernel_panic_is_recognised(launch_ch, stand_in_ch):
 
 def test_no_init_in_a_real_guest_is_a_panic_at_once(guest, tmp_path):
     with pytest.raises(GuestPanicError, match="Kernel panic - not syncing"):
-        launch(vmm="qemu", network="none", cmdline="console=ttyS0 quiet rdinit=/none init=/none", serial_log=tmp_path / "serial.log")
+        launch(
+            vmm="qemu", network="none", cmdline="console=ttyS0 quiet rdinit=/none init=/none", serial_log=tmp_path / "serial.log"
+        )
 
 
 def broken_image(directory):

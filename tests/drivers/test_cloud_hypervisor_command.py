@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm import BootFailedError, CloudHypervisorDriver, InvalidConfigError, MissingRequirementError, SharedDir, SocketPairFd, Tap
+from pytest_chvm import (
+    BootFailedError,
+    CloudHypervisorDriver,
+    InvalidConfigError,
+    MissingRequirementError,
+    SharedDir,
+    SocketPairFd,
+    Tap,
+)
 from pytest_chvm.drivers import cloud_hypervisor
 
 

@@ -54,7 +54,12 @@ def in_another_process(handle, call, patience_s=10.0):
             print(type(error).__name__, error)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], input=handle.to_json(), capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", textwrap.dedent(script)],
+        input=handle.to_json(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
     )
     return done.stdout.strip()
 

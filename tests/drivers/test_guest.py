@@ -24,7 +24,6 @@ from pytest_chvm import (
     VmStatus,
     launch,
 )
-
 from pytest_chvm.guest.shell import GuestShell
 
 ANY_BYTES = bytes(range(256)) * 3
@@ -53,7 +52,9 @@ def test_status_and_both_outputs_apart(vm):
     assert 0 < done.duration_s < 60
 
 
-@pytest.mark.parametrize(("command", "status"), [("true", 0), ("false", 1), ("none-such", 127), ("kill -9 $$", 137), ("exit 255", 255)])
+@pytest.mark.parametrize(
+    ("command", "status"), [("true", 0), ("false", 1), ("none-such", 127), ("kill -9 $$", 137), ("exit 255", 255)]
+)
 def test_exit_status_is_the_shells(vm, command, status):
     assert vm.run(command).returncode == status
 
@@ -106,7 +107,8 @@ def test_input_that_is_not_read_is_not_the_next_commands(vm):
 
 
 @pytest.mark.parametrize(
-    "words", [["printf", "%s\\n", "a b", "'", '"', "$HOME", "`id`", "*", "\\", "", "new\nline", "größe", "-n", ";"], ["echo", "\t\x01\x7f"]]
+    "words",
+    [["printf", "%s\\n", "a b", "'", '"', "$HOME", "`id`", "*", "\\", "", "new\nline", "größe", "-n", ";"], ["echo", "\t\x01\x7f"]],
 )
 def test_sequence_is_one_programs_arguments(vm, words):
     expected = "".join(f"{word}\n" for word in words[2:]) if words[0] == "printf" else "\t\x01\x7f\n"
@@ -230,7 +232,9 @@ def test_files_go_in_and_come_out(vm, tmp_path):
     assert got.read_bytes() == data
 
 
-@pytest.mark.parametrize("name", ["a b", "it's", 'say "hi"', "$(reboot)", "new\nline", "-rf", "größe", os.fsdecode(b"\xff\xfe"), "a;b", "*"])
+@pytest.mark.parametrize(
+    "name", ["a b", "it's", 'say "hi"', "$(reboot)", "new\nline", "-rf", "größe", os.fsdecode(b"\xff\xfe"), "a;b", "*"]
+)
 def test_files_of_any_name(vm, tmp_path, name):
     source = tmp_path / name
     source.write_text(name.encode(errors="surrogateescape").hex())
@@ -265,8 +269,12 @@ def test_file_that_is_not_there(vm, tmp_path):
 
 def test_guest_cannot_have_files_written_outside_the_destination(vm, tmp_path):
     """What it sends as the archive is the guest's to choose: here its `tar` is somebody's trick."""
-    vm.check_output("mkdir -p /tmp/evil; ln -sf ../../escaped /tmp/evil/x; cd /tmp/evil; ln -sf /etc here; tar -cf /tmp/evil.tar here")
-    vm.check_output("printf '#!/bin/sh\\ncat /tmp/evil.tar\\n' >/tmp/tar; chmod +x /tmp/tar; mv /bin/tar /bin/tar.real; mv /tmp/tar /bin/tar")
+    vm.check_output(
+        "mkdir -p /tmp/evil; ln -sf ../../escaped /tmp/evil/x; cd /tmp/evil; ln -sf /etc here; tar -cf /tmp/evil.tar here"
+    )
+    vm.check_output(
+        "printf '#!/bin/sh\\ncat /tmp/evil.tar\\n' >/tmp/tar; chmod +x /tmp/tar; mv /bin/tar /bin/tar.real; mv /tmp/tar /bin/tar"
+    )
     try:
         with pytest.raises(VmIOError, match="cannot be unpacked"):
             vm.get("/tmp/evil/here", tmp_path / "got")

@@ -38,7 +38,13 @@ def cut(data, places):
 
 
 @same_log
-@given(before=NOISE, ip=IPS, after=NOISE, places=st.lists(st.integers(0, 1000), max_size=12), end=st.sampled_from([b"\n", b"\r\n", b"\r\r\n"]))
+@given(
+    before=NOISE,
+    ip=IPS,
+    after=NOISE,
+    places=st.lists(st.integers(0, 1000), max_size=12),
+    end=st.sampled_from([b"\n", b"\r\n", b"\r\r\n"]),
+)
 def test_marker_is_found_in_any_noise_however_the_log_grows(log, before, ip, after, places, end):
     log.write_bytes(b"")
     scanner = ReadyScanner(log)
@@ -191,7 +197,8 @@ def test_each_scan_reads_what_is_new_and_the_overlap_only(log, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("filler", "size_mb"), [(b"x", 100), (b"\0", 100), (b"\r", 100), (b"CHVM_READY ", 10), (b"CHVM_READY\r", 10), (b"CHVM_READY 10.0.0.1 ", 10)]
+    ("filler", "size_mb"),
+    [(b"x", 100), (b"\0", 100), (b"\r", 100), (b"CHVM_READY ", 10), (b"CHVM_READY\r", 10), (b"CHVM_READY 10.0.0.1 ", 10)],
 )
 def test_log_that_grows_by_megabytes_takes_bounded_time_and_memory(log, filler, size_mb):
     """Those with markers are what a guest would print to keep the host busy."""
@@ -243,7 +250,25 @@ def bad(character):
 
 
 ESCAPES = st.lists(
-    st.sampled_from([b"\x1b", b"[", b"]", b"0;", b"31m", b"\x07", b"\x9b", b"P", b"\\", b"\r", b"\n", b"\xc2\x9b", b"a", b"\xff", b"\xe2\x80\xae"]),
+    st.sampled_from(
+        [
+            b"\x1b",
+            b"[",
+            b"]",
+            b"0;",
+            b"31m",
+            b"\x07",
+            b"\x9b",
+            b"P",
+            b"\\",
+            b"\r",
+            b"\n",
+            b"\xc2\x9b",
+            b"a",
+            b"\xff",
+            b"\xe2\x80\xae",
+        ]
+    ),
     max_size=40,
 ).map(b"".join)
 
