@@ -22,7 +22,7 @@ PROLOGUE = """\
 #!{python} -IS
 import json, os, signal, socket, sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 DO = json.load(open(os.path.join(HERE, {name!r} + ".json")))
 if "--version" in sys.argv:
     print(DO["version"])
@@ -142,6 +142,11 @@ def wait_for_file(path, timeout_s=10):
         while not path.exists():
             assert not deadline.expired, f"{path} did not appear within {timeout_s} s"
             watch.wait(deadline)
+
+
+@pytest.fixture(name="wait_for_file")
+def wait_for_file_fixture():
+    return wait_for_file
 
 
 @pytest.fixture
