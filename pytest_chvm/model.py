@@ -25,9 +25,9 @@ StrPath = str | os.PathLike[str]
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 # 36 bytes is what virtio-fs has room for (virtio 1.2, 5.11.4); the name is also a directory of the guest.
-TAG_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,35}")
-# IFNAMSIZ is 16 with the final NUL; the kernel refuses "/", ":" and white space.
-INTERFACE_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+TAG_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,35}")
+# IFNAMSIZ is 16 with the final NUL; the kernel refuses "/", ":" and white space, and ip(8) takes a leading "-" for an option.
+INTERFACE_PATTERN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,14}")
 CPU_MODEL_PATTERN = re.compile(r"[A-Za-z0-9._-]+(,[+-]?[A-Za-z0-9._=-]+)*")
 CHANNEL_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CACHE_POLICIES = ("never", "auto", "always")
@@ -71,7 +71,7 @@ class SharedDir:
         if not isinstance(self.tag, str) or not TAG_PATTERN.fullmatch(self.tag):
             raise InvalidConfigError(
                 f"shared dir tag {self.tag!r} cannot be a tag: expected 1 to 36 letters, digits, "
-                "'-', '_' or '.', not beginning with '.'"
+                "'-', '_' or '.', not beginning with '.' or '-'"
             )
         object.__setattr__(self, "host_path", as_path("shared_dirs", self.host_path))
         if not isinstance(self.read_only, bool):
@@ -97,7 +97,8 @@ class Tap:
             not isinstance(self.name, str) or not INTERFACE_PATTERN.fullmatch(self.name) or self.name in (".", "..")
         ):
             raise InvalidConfigError(
-                f"TAP name {self.name!r} cannot be an interface name: expected 1 to 15 letters, digits, '-', '_' or '.'"
+                f"TAP name {self.name!r} cannot be an interface name: expected 1 to 15 letters, digits, "
+                "'-', '_' or '.', not beginning with '-'"
             )
         if self.mac is not None:
             object.__setattr__(self, "mac", checked_mac(self.mac))

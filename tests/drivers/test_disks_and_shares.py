@@ -57,7 +57,11 @@ def test_disks_and_paths_of_every_kind_in_a_real_guest(guest, tmp_path):
         vmm="qemu", network="none", kernel=kernel, initramfs=initramfs, cmdline="console=ttyS0 quiet", root_disk=root, seed_iso=seed,
         data_disk=data, serial_log=directory / "serial.log", name="odd",
     ) as vm:  # fmt: skip
-        assert vm.check_output("cat /sys/block/vda/size /sys/block/vdb/size /sys/block/vdc/size").split() == ["6144", "2048", "4096"]
+        assert vm.check_output("cat /sys/block/vda/size /sys/block/vdb/size /sys/block/vdc/size").split() == [
+            "6144",
+            "2048",
+            "4096",
+        ]
         assert vm.check_output("cat /sys/block/vda/ro /sys/block/vdb/ro /sys/block/vdc/ro").split() == ["0", "1", "0"]
         for disk in ("vda", "vdc"):
             vm.check_output(f"printf 'written to {disk}' | dd of=/dev/{disk} conv=fsync,notrunc; sync")
@@ -121,7 +125,12 @@ def test_arguments_of_the_c_virtiofsd(monkeypatch):
     # It has no such option, so what it is given is a read-only mount.
     assert command[:4] == ["unshare", "--mount", "--propagation", "private"]
     assert command[-7:-4] == [command[6], "/d/a,b", "/run/s.ro"]
-    assert command[-4:] == ["/bin/virtiofsd", "--socket-path=/run/s", "-o", "source=/run/s.ro,cache=none,sandbox=chroot,modcaps=-mknod"]
+    assert command[-4:] == [
+        "/bin/virtiofsd",
+        "--socket-path=/run/s",
+        "-o",
+        "source=/run/s.ro,cache=none,sandbox=chroot,modcaps=-mknod",
+    ]
 
 
 def test_without_root_the_sandbox_is_a_namespace(monkeypatch):
