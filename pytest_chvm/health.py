@@ -50,6 +50,9 @@ class Health:
     def check(self) -> None:
         """Raise what has become of the guest if it is not well: a panic, an event, the end of the VMM or of a sidecar."""
         self._watch.clear()
+        self._raise_trouble()
+
+    def _raise_trouble(self) -> None:
         name, log = self._config.name, self._handle().serial_log
         if panic := self._panic.scan():
             raise GuestPanicError(
@@ -69,7 +72,7 @@ class Health:
             if _has_ended(sidecar):
                 # It ends with its VMM too, and sees that end a moment before we can.
                 if self.wait_ended(Deadline.after(VMM_END_S)):
-                    self.check()
+                    self._raise_trouble()
                 raise HypervisorError(
                     f"VM {self._config.name!r}: virtiofsd (pid {sidecar.pid}) for shared dir {share.tag!r} ({share.host_path}) "
                     f"{_how(sidecar)} while the VM runs; {self._sidecar_log(index)}",
@@ -98,23 +101,24 @@ class Health:
                 try:
                     self._pidfds[process.pid] = os.pidfd_open(process.pid)
                 except ProcessLookupError:
-                    self.check()
+                    self._raise_trouble()
         gone = [pid for pid, fd in self._pidfds.items() if pid != self.process.pid and wait_readable([fd], Deadline.after(0))]
         if gone:
-            # A sidecar that was let go of, or check would have raised: it must not wake again.
-            self.check()
+            # A sidecar that was let go of, or this would have raised: it must not wake again.
+            self._raise_trouble()
         return [self._watch.fileno(), *(fd for pid, fd in self._pidfds.items() if pid not in gone)]
 
     def wait_for(self, look: Callable[[], Found | None], deadline: Deadline, gave_up: Callable[[], VmError]) -> Found:
         """Block until `look` finds something on the console; raises what `check` does, and `gave_up()` at the deadline."""
-        while (found := look()) is None:
-            if self.has_ended() and (found := look()) is not None:
+        while True:
+            # Before the look, and never between it and the wait: what is written in between must wake.
+            self._watch.clear()
+            if (found := look()) is not None or (self.has_ended() and (found := look()) is not None):
                 return found
-            self.check()
+            self._raise_trouble()
             if deadline.expired:
                 raise gave_up()
             wait_readable(self.wake_fds(), deadline)
-        return found
 
     def wait_ended(self, deadline: Deadline) -> bool:
         """Block until the VMM is gone; tells whether it is."""

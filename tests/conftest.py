@@ -260,6 +260,28 @@ def http_get():
     return reachable
 
 
+def frozen(pid):
+    states = set()
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/stat") as stat:
+            states.add(stat.read().rpartition(")")[2].split()[0])
+    return states == {"T"}
+
+
+@pytest.fixture
+def freeze():
+    """Stop a process with all of its threads, so that it does not get as far as SIGTERM."""
+
+    def stop(pid):
+        os.kill(pid, signal.SIGSTOP)
+        deadline = Deadline.after(5)
+        # Not our child: there is no event to wait for.
+        while not frozen(pid):
+            assert not deadline.expired
+
+    return stop
+
+
 @pytest.fixture
 def wait_ended():
     """Wait for the end of a process, for at most some seconds; tells whether it came."""

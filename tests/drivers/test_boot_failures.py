@@ -27,6 +27,7 @@ from pytest_chvm import (
     launch,
 )
 from pytest_chvm.drivers import cloud_hypervisor
+from pytest_chvm.guest.ready import ReadyScanner
 from pytest_chvm.host import virtiofsd
 
 
@@ -59,6 +60,24 @@ def test_marker_of_the_users_own(launch_ch, stand_in_ch):
     stand_in_ch.does(serial="CHVM_READY 192.0.2.1\nVMRS_READY 192.0.2.7\n")
     with launch_ch(ready_marker="VMRS_READY") as vm:
         assert vm.ip == "192.0.2.7"
+
+
+def test_marker_that_comes_right_after_a_look_is_not_slept_over(launch_ch, stand_in_ch, monkeypatch):
+    """A guest that is quiet prints nothing more that would wake the wait."""
+    with launch_ch(wait=False) as vm:
+        stand_in_ch.record(vm.pid)
+        scan = ReadyScanner.scan
+
+        def then_it_comes(scanner):
+            found = scan(scanner)
+            if not vm.serial_log.stat().st_size:
+                vm.serial_log.write_bytes(b"CHVM_READY 192.0.2.7\n")
+            return found
+
+        monkeypatch.setattr(ReadyScanner, "scan", then_it_comes)
+        started = time.monotonic()
+        vm.wait_ready(timeout=20)
+        assert time.monotonic() - started < 5
 
 
 def test_api_that_refuses_is_a_hypervisor_error_with_its_reasons(launch_ch, stand_in_ch):

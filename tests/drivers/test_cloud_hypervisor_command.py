@@ -24,13 +24,12 @@ from pytest_chvm.drivers import cloud_hypervisor
 
 @pytest.fixture
 def arguments(ch, stand_in_ch):
-    """Boot a VM; returns the arguments, but for the API socket that ends them, and the handle."""
+    """Boot a VM; returns the arguments, but for those after them that are ours to talk to it, and the handle."""
 
     def boot(**config):
         handle = ch.boot(**config)
         words = stand_in_ch.record(handle.process.pid)["argv"][1:]
-        assert words[-2] == "--api-socket"
-        return words[:-2], handle
+        return words[: words.index("--api-socket")], handle
 
     return boot
 
@@ -208,11 +207,12 @@ def test_it_gets_its_api_socket_and_no_other_descriptor(ch, stand_in_ch, monkeyp
         inherited.set_inheritable(True)
         handle = ch.boot()
         record = stand_in_ch.record(handle.process.pid)
-    fd = record["argv"][-1].removeprefix("fd=")
+    api, events = (values_of(record["argv"], option)[0].removeprefix("fd=") for option in ("--api-socket", "--event-monitor"))
     kinds = {number: target for number, target in record["descriptors"].items() if "/proc/" not in target}
     assert kinds.pop("0") == "/dev/null"
     assert kinds.pop("1") == kinds.pop("2") == str(handle.vmm_log)
-    assert kinds.pop(fd).startswith("socket:")
+    assert kinds.pop(api).startswith("socket:")
+    assert kinds.pop(events).startswith(f"{handle.run_dir}/")
     assert kinds == {}
     assert record["cwd"] == "/"
     assert record["environment"].keys() <= {"PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE"}

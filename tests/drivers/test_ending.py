@@ -116,9 +116,9 @@ def test_stop_ends_it_with_sigterm_and_removes_all(vmm, settled, tap_name, wait_
     assert vmm.driver.state(handle) == VmStatus(VmState.STOPPED)
 
 
-def test_kill_ends_it_with_sigkill_and_reaps_it(vmm, settled, tap_name, link_exists):
+def test_kill_ends_it_with_sigkill_and_reaps_it(vmm, freeze, settled, tap_name, link_exists):
     handle = settled(vmm.boot(networks=[Tap(tap_name)]))
-    os.kill(handle.process.pid, signal.SIGSTOP)
+    freeze(handle.process.pid)
     started = time.monotonic()
     vmm.driver.kill(handle)
     while os.path.exists(f"/proc/{handle.process.pid}"):
@@ -127,12 +127,13 @@ def test_kill_ends_it_with_sigkill_and_reaps_it(vmm, settled, tap_name, link_exi
     assert not handle.run_dir.exists()
 
 
-def test_vmm_that_ignores_sigterm_is_killed_and_that_is_an_error(vmm, settled, monkeypatch, tap_name, wait_ended, link_exists):
+def test_vmm_that_ignores_sigterm_is_killed_and_that_is_an_error(
+    vmm, freeze, settled, monkeypatch, tap_name, wait_ended, link_exists
+):
     assert base.STOP_TIMEOUT_S == 10
     monkeypatch.setattr(base, "STOP_TIMEOUT_S", 0.3)
     handle = settled(vmm.boot(networks=[Tap(tap_name)]))
-    # A stopped process does not get as far as SIGTERM.
-    os.kill(handle.process.pid, signal.SIGSTOP)
+    freeze(handle.process.pid)
     with pytest.raises(StopFailedError, match=r"ignored SIGTERM for 0.3 s and was killed") as caught:
         vmm.driver.stop(handle)
     assert caught.value.vm_name == handle.name
@@ -209,9 +210,9 @@ def test_sidecars_of_a_restored_handle_end(ch, stand_in_ch, stand_in_virtiofsd, 
     assert all(wait_ended(sidecar.pid, 0) for sidecar in handle.sidecars)
 
 
-def test_restored_vmm_that_ignores_sigterm_is_killed_without_an_error(vmm, settled, wait_ended):
+def test_restored_vmm_that_ignores_sigterm_is_killed_without_an_error(vmm, freeze, settled, wait_ended):
     handle = settled(vmm.boot())
-    os.kill(handle.process.pid, signal.SIGSTOP)
+    freeze(handle.process.pid)
     assert in_another_process(handle, "driver.stop(handle)", patience_s=0.3) == "returned None"
     assert wait_ended(handle.process.pid, 0)
 

@@ -164,16 +164,16 @@ def test_console_that_closes_is_an_error_at_once(console):
 
 
 def test_what_has_become_of_the_guest_is_told_first(console):
-    class GuestDied(Exception):
+    class GuestDiedError(Exception):
         pass
 
     def check_alive():
-        raise GuestDied
+        raise GuestDiedError
 
     guest = console(lambda token: [], check_alive=check_alive)
     timer = threading.Timer(0.3, guest.end)
     timer.start()
-    with pytest.raises(GuestDied):
+    with pytest.raises(GuestDiedError):
         run(guest, timeout=30)
     timer.join()
 
