@@ -5,6 +5,7 @@ A VMM enters it at its PVH note (xen/elfnote.h, XEN_ELFNOTE_PHYS32_ENTRY) withou
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import struct
 import zlib
@@ -22,7 +23,8 @@ LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
 def unpacked_kernel(image: Path, cache: Path) -> Path:
     """Return the ELF kernel inside a bzImage, from the cache; the image itself where it is none, or has no PVH entry."""
     found = image.stat()
-    key = f"{found.st_dev:x}-{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"
+    # Not by device and inode, which differ for one file seen from the host and from the lab.
+    key = hashlib.sha256(f"{image}\0{found.st_size}\0{found.st_mtime_ns}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     def build(directory: Path) -> None:
         kernel = _payload(image)
