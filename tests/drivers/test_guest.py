@@ -88,6 +88,8 @@ def test_output_is_whole_however_slowly_it_is_read(vm, monkeypatch):
 
     monkeypatch.setattr(GuestShell, "_fill", slow)
     assert vm.run("head -c 1000000 /dev/zero | tr '\\0' x").stdout_bytes == b"x" * 1_000_000
+    # Hundreds of small writes fill a socket as large ones do.
+    assert vm.run("yes | head -c 20000").stdout_bytes == b"y\n" * 10_000
 
 
 def test_megabytes_of_input(vm):

@@ -28,6 +28,7 @@ class Peer:
         self.hello = hello or (lambda token: b"\n%s loop\n" % token)
         self.ours, self.theirs = socket.socketpair()
         self.scripts = []
+        self.drops = 0
         self.lines = self.theirs.makefile("rb")
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
@@ -36,6 +37,7 @@ class Peer:
         try:
             while line := self.lines.readline():
                 words = line.split()
+                self.drops += words[:1] == [b"drop"]
                 if words[:1] == [b"eval"]:
                     self.theirs.sendall(self.hello(words[1]))
                 elif words[:1] == [b"input"]:
@@ -73,6 +75,7 @@ def console():
     def make(respond, hello=None, check_alive=lambda: None):
         peer = Peer(respond, hello)
         guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, check_alive)
+        guest.drops = lambda: peer.drops
         guest.end = lambda: peer.theirs.shutdown(socket.SHUT_RDWR)
         peers.append((guest, peer))
         return guest
@@ -137,6 +140,19 @@ def test_answer_to_an_earlier_token_is_not_taken_for_this_ones(console):
 def test_noise_between_answers_is_dropped(console):
     guest = console(lambda token: [b"[  1.0] kernel says\n" * 100, answer(token, b"x"), b"noise\n" * 10])
     assert [run(guest).stdout for _time in range(3)] == ["x"] * 3
+
+
+def test_after_an_answer_that_made_no_sense_the_guest_is_told_to_forget_it(console):
+    answers = iter([b"nonsense", b"0", b"0"])
+    guest = console(lambda token: [answer(token, status=next(answers))])
+    with pytest.raises(VmIOError):
+        run(guest)
+    before = guest.drops()
+    assert run(guest).returncode == 0
+    assert guest.drops() == before + 1
+    # Once, and not with every command.
+    run(guest)
+    assert guest.drops() == before + 1
 
 
 @pytest.mark.parametrize("status", [b"", b"-1", b"1234", b"zero", b"0 0", b"\xff"])
