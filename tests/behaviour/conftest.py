@@ -5,7 +5,6 @@ Where there is no KVM, the Cloud Hypervisor half of a file runs in the lab; see 
 
 import functools
 import os
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,6 @@ from pytest_chvm.host.kvm import why_no_kvm
 from tests.behaviour.relay import is_inside, run_in_lab
 
 CLOUD_HYPERVISOR = "cloud-hypervisor"
-HERE = Path(__file__).parent
 _results_key = pytest.StashKey[dict]()
 
 
@@ -49,13 +47,6 @@ def why_no_binary():
     except InvalidConfigError as error:
         return str(error)
     return None
-
-
-def pytest_collection_modifyitems(items):
-    """Leave a lab's run to its own deadline: the first test of a file waits for the whole file."""
-    for item in items:
-        if item.path.is_relative_to(HERE) and _is_for_lab(item):
-            item.add_marker(pytest.mark.timeout(0))
 
 
 @pytest.hookimpl(tryfirst=True)

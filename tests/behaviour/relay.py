@@ -6,6 +6,7 @@ them back. So a failure inside is shown with its own traceback and consoles, and
 
 import json
 import os
+import signal
 import sys
 
 REPORTS = "CHVM_TEST_REPORTS"
@@ -46,6 +47,8 @@ def run_in_lab(config, directory, node_ids):
         *node_ids,
     ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
+    # The first test of a file waits for the whole file: pytest-timeout's limit for one test is not meant for that.
+    signal.setitimer(signal.ITIMER_REAL, 0)
     done = subprocess.run(
         command,
         cwd=config.rootpath,
