@@ -167,6 +167,6 @@ def clean(raw: bytes) -> str:
 
 
 def last_lines(path: Path, count: int = 20, limit: int = 16384) -> str:
-    """Return the last lines of a log, cleaned and bounded, each cut at 200 characters."""
+    """Return the last lines of a log, cleaned and bounded, each cut at 500 characters."""
     lines = [line for line in clean(read_tail(path, limit)).split("\n") if line.strip()]
-    return "\n".join(line[:200] for line in lines[-count:])
+    return "\n".join(line[:500] for line in lines[-count:])

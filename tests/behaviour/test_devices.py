@@ -1,10 +1,12 @@
 """Disks, shared dirs, networks and hotplug, with both VMMs."""
 
+import os
+import signal
 import subprocess
 
 import pytest
 
-from pytest_chvm import SharedDir, UnsupportedError
+from pytest_chvm import BootFailedError, HypervisorError, SharedDir, UnsupportedError
 
 WAIT_FOR = "n=0; until {}; do n=$((n+1)); [ $n -lt 100 ] || exit 1; usleep 100000; done"
 
@@ -34,6 +36,20 @@ def test_a_root_disk_is_not_written_and_a_data_disk_is(boot, disk, tmp_path):
     assert seed.read_bytes()[:4] == b"seed"
 
 
+def test_a_disk_that_another_vm_has_is_refused(boot, disk):
+    boot(data_disk=disk, network="none")
+    with pytest.raises(BootFailedError, match=r"(?i)lock"):
+        boot(data_disk=disk, network="none", name="second")
+
+
+def test_an_image_whose_backing_file_is_gone_is_refused(boot, disk, tmp_path):
+    overlay = tmp_path / "overlay.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", disk, overlay], check=True)
+    disk.unlink()
+    with pytest.raises(BootFailedError, match=r"No such file|os error 2"):
+        boot(data_disk=overlay, network="none")
+
+
 def test_shares_carry_both_ways_and_a_read_only_one_is_read_only(boot, tmp_path):
     open_dir, closed_dir = tmp_path / "open dir, with a comma", tmp_path / "closed"
     for place in (open_dir, closed_dir):
@@ -47,6 +63,13 @@ def test_shares_carry_both_ways_and_a_read_only_one_is_read_only(boot, tmp_path)
     vm.run("mount -o remount,rw /mnt/closed")
     assert vm.run("echo no >/mnt/closed/from-guest").returncode != 0
     assert not (closed_dir / "from-guest").exists()
+
+
+def test_a_virtiofsd_that_dies_is_an_error_at_once_that_names_the_share(boot, tmp_path):
+    vm = boot(shared_dirs={"code": tmp_path}, network="none")
+    os.kill(vm.handle.sidecars[0].pid, signal.SIGKILL)
+    with pytest.raises(HypervisorError, match=r"virtiofsd .* for shared dir 'code' .* signal 9"):
+        vm.run("sleep 60", timeout=40)
 
 
 def test_a_guest_cannot_leave_a_share(boot, tmp_path):
@@ -122,5 +145,5 @@ def test_processors_and_memory_grow_while_the_vm_runs(boot):
 
 def test_what_a_vm_was_not_booted_with_room_for_is_refused_in_words(boot):
     vm = boot(network="none")
-    with pytest.raises((UnsupportedError, Exception), match=r"max_cpus|refused"):
+    with pytest.raises((UnsupportedError, HypervisorError), match=r"max_cpus|refused"):
         vm.resize(cpus=2)
