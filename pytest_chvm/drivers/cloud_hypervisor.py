@@ -58,7 +58,7 @@ class CloudHypervisorDriver:
     def failure_hint(self) -> str | None:
         """Return why no guest runs here, where that is so."""
         reason = why_no_kvm()
-        return f"No usable KVM here: {reason}. Use --chvm-vmm=qemu, or a machine with KVM." if reason else None
+        return f"No usable KVM here: {reason}. Use --chvm-vmm=qemu, or 'chvm lab -- pytest ...'." if reason else None
 
     def boot(self, config: VmConfig, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
         """Start a VM and return at once, STARTING."""
