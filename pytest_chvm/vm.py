@@ -277,8 +277,11 @@ class Vm:
         """Have the guest reboot and block until it is ready again; returns the VM."""
         self.handle = self._driver.allow_reboot(self.handle, self.config)
         self._health.ready.expect_again()
-        self._shell.tell("sync; reboot -f")
-        return self.wait_ready(timeout)
+        self._shell.tell("sync; reboot -f", timeout)
+        self.wait_ready(timeout)
+        # Cloud Hypervisor has made a new console with the new boot.
+        self._shell.close()
+        return self
 
     def shutdown(self, timeout: float = SHUTDOWN_TIMEOUT_S) -> None:
         """Ask the guest to power off and block until its VMM has ended.
@@ -289,7 +292,7 @@ class Vm:
         deadline = Deadline.after(timeout)
         self.check_alive()
         try:
-            self._shell.tell("sync; poweroff -f || poweroff")
+            self._shell.tell("sync; poweroff -f || poweroff", deadline.remaining_s)
         except VmIOError:
             self._driver.power_button(self.handle)
         if not self._health.wait_ended(deadline):

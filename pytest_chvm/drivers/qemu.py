@@ -8,16 +8,19 @@ import platform
 import socket
 from pathlib import Path
 
+from pytest_chvm.deadline import Deadline
 from pytest_chvm.drivers import qemu_devices, qmp
 from pytest_chvm.drivers.base import DEFAULT_OPTIONS, BootOptions, Plan, VmmCommand, VmmProcess, taps_of
 from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
+from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus, mac_for
 
 PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
 INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
+SOCKET_TIMEOUT_S = 5.0
 SYSTEM_CALLS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -264,7 +267,14 @@ class QemuDriver:
         return qmp.execute(handle.name, self._qmp_socket(handle), *command)
 
     def _qmp_socket(self, handle: VmHandle) -> Path:
-        return self._socket(handle, "qmp.sock")
+        path = self._socket(handle, "qmp.sock")
+        # `boot` returns before QEMU has made it.
+        deadline = Deadline.after(SOCKET_TIMEOUT_S)
+        if path.parent.is_dir() and handle.process is not None:
+            with FileWatch(path.parent) as watch:
+                while not path.exists() and not deadline.expired and not watch.wait(deadline, handle.process.pid):
+                    continue
+        return path
 
     @staticmethod
     def _socket(handle: VmHandle, name: str) -> Path:

@@ -98,9 +98,9 @@ class GuestShell:
             raise late
         return CommandResult(shown, status, bytes(answer.stdout), bytes(answer.stderr), time.monotonic() - started)
 
-    def tell(self, script: str) -> None:
-        """Run a command without waiting for its end: one that ends the guest. Raises VmIOError where no shell answers."""
-        deadline = Deadline.after(CONNECT_TIMEOUT_S)
+    def tell(self, script: str, timeout: float) -> None:
+        """Run a command without waiting for its end: one that ends the guest. Raises VmIOError where no shell answers in time."""
+        deadline = Deadline.after(timeout)
         with self._lock:
             try:
                 self._connect(deadline)
@@ -108,7 +108,8 @@ class GuestShell:
             except TimeoutError as error:
                 raise VmIOError(f"VM {self.vm_name!r}: {NO_SHELL}", vm_name=self.vm_name) from error
             finally:
-                self.close()
+                # The connection is kept: what is still on its way to the guest would be lost with it.
+                self._in_step = False
 
     def close(self) -> None:
         """Let go of the console; the next command connects again."""
