@@ -1,4 +1,6 @@
-"""What the plugin adds to Cloud Hypervisor, in one run, all in turn; where there is no KVM, in the lab:
+"""What the plugin adds to Cloud Hypervisor, in one run, all in turn.
+
+Where there is no KVM, in the lab:
 
     chvm lab -- python benchmarks/cloud_hypervisor.py [--rounds 7]
 
