@@ -19,6 +19,7 @@ from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle
 
 Found = TypeVar("Found")
 VMM_END_S = 0.5
+VMM_OUT_S = 2.0
 
 
 class Health:
@@ -64,6 +65,11 @@ class Health:
             kind = HypervisorError if self.ready.scan() else BootFailedError
             raise kind(self._why_ended(), vm_name=name)
         self._check_sidecars()
+
+    def check_ending(self) -> None:
+        """Raise what has become of a VMM that is on its way out, after at most two seconds of it."""
+        self.wait_ended(Deadline.after(VMM_OUT_S))
+        self.check()
 
     def _check_sidecars(self) -> None:
         sidecars, shares = self._handle().sidecars, self._config.shared_dirs

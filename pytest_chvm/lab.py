@@ -55,10 +55,12 @@ MODULES = (
     "af_packet",
 )
 # `tsc=reliable`: with another clock source the C library's clock calls become system calls, which Cloud Hypervisor's seccomp
-# filter does not expect. No watchdog: an emulated processor on a busy host looks locked up to it. The rest shortens the boot.
+# filter does not expect. No watchdog: an emulated processor on a busy host looks locked up to it. A periodic tick (`nohz=off
+# highres=off`): on a busy host a one-shot timer interrupt that comes while a nested guest runs can be lost, and everything then
+# stands still until some other device interrupts; a periodic one comes again. The rest shortens the boot.
 CMDLINE = (
-    "console=ttyS0 quiet panic=-1 tsc=reliable clocksource=tsc nowatchdog no_timer_check mitigations=off nokaslr "
-    "rcupdate.rcu_expedited=1 cryptomgr.notests random.trust_cpu=on"
+    "console=ttyS0 quiet panic=-1 tsc=reliable clocksource=tsc nowatchdog nohz=off highres=off no_timer_check mitigations=off "
+    "nokaslr rcupdate.rcu_expedited=1 cryptomgr.notests random.trust_cpu=on"
 )
 CHUNK = 1 << 16
 

@@ -64,7 +64,9 @@ class Vm:
         self._relays: dict[int, NamespaceRelay] = {}
         self._forwarded: dict[int, tuple[str, int]] = {}
         self._health = Health(config, lambda: self.handle, driver, nonce_required=nonce_required)
-        self._shell = GuestShell(self.name, lambda: driver.open_console(handle), self._health.wake_fds, self.check_alive)
+        self._shell = GuestShell(
+            self.name, lambda: driver.open_console(handle), self._health.wake_fds, self.check_alive, self._health.check_ending
+        )
 
     def __repr__(self) -> str:
         return f"<Vm {self.name!r} {self.handle.vmm} pid {self.pid}>"

@@ -49,13 +49,14 @@ class GuestShell:
     """The console of one guest. `open_console` returns a descriptor of it, readable and writable.
 
     `wake_fds` are watched while an answer is awaited; when one is readable, `check_alive` is called, which raises what
-    has become of the guest.
+    has become of the guest; `console_closed` does so when the VMM has closed the console, as it does on its way out.
     """
 
     vm_name: str
     open_console: Callable[[], int]
     wake_fds: Callable[[], list[int]]
     check_alive: Callable[[], None]
+    console_closed: Callable[[], None]
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -253,7 +254,7 @@ class GuestShell:
 
     def _gone(self, error: OSError | None) -> None:
         self.close()
-        self.check_alive()
+        self.console_closed()
         raise VmIOError(
             f"VM {self.vm_name!r}: the VMM closed the guest's console{f' ({error.strerror})' if error else ''}",
             vm_name=self.vm_name,

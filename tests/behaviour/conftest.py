@@ -63,6 +63,8 @@ def pytest_runtest_protocol(item, nextitem):
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in reports.get(item.nodeid) or [_missing(item, said)]:
         item.ihook.pytest_runtest_logreport(report=report)
+    # The test before kept what this one could have shared with it; it is this one's to take down.
+    item.session._setupstate.teardown_exact(nextitem)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 

@@ -74,7 +74,7 @@ def console():
 
     def make(respond, hello=None, check_alive=lambda: None):
         peer = Peer(respond, hello)
-        guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, check_alive)
+        guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, check_alive, check_alive)
         guest.drops = lambda: peer.drops
         guest.end = lambda: peer.theirs.shutdown(socket.SHUT_RDWR)
         peers.append((guest, peer))
@@ -105,7 +105,7 @@ def test_any_outputs_arrive_as_they_were_however_they_are_cut(stdout, stderr, st
             yield whole[start:end]
 
     peer = Peer(respond)
-    guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, lambda: None)
+    guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, lambda: None, lambda: None)
     try:
         done = run(guest)
         assert (done.stdout_bytes, done.stderr_bytes, done.returncode) == (stdout, stderr, status)
