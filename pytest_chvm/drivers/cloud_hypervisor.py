@@ -118,7 +118,9 @@ class CloudHypervisorDriver:
         if config.seed_iso is not None:
             words += ["--disk", f"path={_quoted(config.seed_iso)},readonly=on,image_type=raw"]
         if config.data_disk is not None:
-            words += ["--disk", f"path={_quoted(config.data_disk)},image_type={data_format(config.data_disk)}"]
+            form = data_format(config.data_disk)
+            backing = ",backing_files=on" if form == "qcow2" else ""
+            words += ["--disk", f"path={_quoted(config.data_disk)},image_type={form}{backing}"]
         return words
 
     def stop(self, handle: VmHandle) -> None:
