@@ -108,7 +108,7 @@ def test_data_disk_named_qcow2_is_given_as_one(arguments, tmp_path):
     data = tmp_path / "data.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", data, "1M"], check=True)
     words, _handle = arguments(data_disk=data)
-    assert values_of(words, "--disk") == [f"path={data},image_type=qcow2"]
+    assert values_of(words, "--disk") == [f"path={data},image_type=qcow2,backing_files=on"]
 
 
 def test_data_disk_that_a_guest_has_turned_into_a_qcow2_is_refused(ch, tmp_path):
