@@ -62,12 +62,20 @@ def common_lock_dir() -> Path:
     for base in ("/run/lock", "/tmp"):
         if os.access(base, os.W_OK | os.X_OK):
             directory = Path(base, "pytest-chvm")
-            try:
-                directory.mkdir()
-                # Not by mkdir's mode, which the umask would narrow.
-                directory.chmod(0o1777)
-            except FileExistsError:
-                if directory.is_symlink() or not os.access(directory, os.W_OK | os.X_OK):
-                    continue
+            if not directory.exists():
+                _make_open(directory)
+            if directory.is_symlink() or not os.access(directory, os.W_OK | os.X_OK):
+                continue
             return directory
     raise InvalidConfigError("no directory for locks: neither /run/lock nor /tmp can be written")
+
+
+def _make_open(directory: Path) -> None:
+    """Make a directory that is open to all from the moment it is there, whatever the umask."""
+    unfinished = Path(tempfile.mkdtemp(prefix=".pytest-chvm.", dir=directory.parent))
+    unfinished.chmod(0o1777)
+    try:
+        unfinished.rename(directory)
+    except OSError:
+        # Somebody else has made it meanwhile, and locks are in it.
+        unfinished.rmdir()

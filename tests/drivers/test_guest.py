@@ -287,7 +287,7 @@ def test_guest_cannot_have_files_written_outside_the_destination(vm, tmp_path):
 
 def test_waiting_for_the_console(vm):
     vm.run("(sleep 0.5; echo service up at port 42 >/dev/console) >/dev/null 2>&1 &")
-    match = vm.wait_for_console(r"service up at port (\d+)", timeout=20)
+    match = vm.wait_for_console(r"service up at port (\d+)\r?\n", timeout=20)
     assert match[1] == "42"
     # What is there already is found at once.
     assert vm.wait_for_console(re.compile("service up"), timeout=0.1)
