@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
+
+from pytest_chvm.settings import count, seconds
+
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,9 +51,9 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         epilog="Exit status: the command's; 124 after --timeout, 125 where the lab failed, 126 and 127 for a command that cannot "
         "be run or is not there, 128 + N for one ended by signal N.",
     )
-    lab.add_argument("--memory-mb", type=_positive_int, default=2048, metavar="N", help="its memory in MiB (default: 2048)")
+    lab.add_argument("--memory-mb", type=_argument(count), default=2048, metavar="N", help="its memory in MiB (default: 2048)")
     lab.add_argument("--rw", type=Path, action="append", default=[], metavar="DIR", help="keep what is written to DIR; repeatable")
-    lab.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="end everything after so long")
+    lab.add_argument("--timeout", type=_argument(seconds), metavar="SECONDS", help="end everything after so long")
     lab.add_argument("--force", action="store_true", help="use the lab even where KVM works")
     lab.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run (default: a shell)")
     lab.set_defaults(run=_run_lab)
@@ -61,20 +66,16 @@ def _run_lab(options: argparse.Namespace) -> int:
     return lab.run(words, memory_mb=options.memory_mb, writable=options.rw, timeout=options.timeout, force=options.force)
 
 
-def _positive_int(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
-    return int(text)
+def _argument(convert: Callable[[str], T]) -> Callable[[str], T]:
+    """Return a converter of the options' as one of argparse's, which shows the text of its own error only."""
 
+    def converted(text: str) -> T:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 
-def _seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds above 0")
-    return number
+    return converted
 
 
 if __name__ == "__main__":

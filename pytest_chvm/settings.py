@@ -58,14 +58,16 @@ def _path(text: str) -> Path:
     return Path(os.path.abspath(os.path.expanduser(text)))
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Return a whole number of 1 or more; raises ValueError with what was expected."""
     number = int(text) if text.isascii() and text.isdigit() else 0
     if number < 1:
         raise ValueError("expected a whole number of 1 or more")
     return number
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """Return a number of seconds above 0; raises ValueError with what was expected."""
     try:
         number = float(text)
     except ValueError:
@@ -99,9 +101,9 @@ OPTIONS = (
     Option("initramfs", _path, None, "guest initramfs (default: the built-in guest)", "PATH"),
     Option("root_disk", _path, None, "guest root disk, never written", "PATH"),
     Option("cmdline", str, None, "guest kernel command line", "TEXT"),
-    Option("cpus", _count, 1, "processors of a VM (default: 1)", "N"),
-    Option("memory_mb", _count, 256, "memory of a VM in MiB (default: 256)", "N"),
-    Option("boot_timeout", _seconds, 60.0, "seconds from the start of the VMM to ready (default: 60)", "SECONDS"),
+    Option("cpus", count, 1, "processors of a VM (default: 1)", "N"),
+    Option("memory_mb", count, 256, "memory of a VM in MiB (default: 256)", "N"),
+    Option("boot_timeout", seconds, 60.0, "seconds from the start of the VMM to ready (default: 60)", "SECONDS"),
     Option("ready_marker", _marker, "CHVM_READY", "word before the guest's IP on its serial console", "WORD"),
     _choice("vmm", ("auto", "cloud-hypervisor", "qemu"), "VMM (default: auto: Cloud Hypervisor where it and KVM are, else QEMU)"),
     _choice("accel", ("auto", "kvm", "tcg"), "how QEMU runs guests (default: auto: KVM where it works, else in software)"),
@@ -110,8 +112,8 @@ OPTIONS = (
     _choice("missing", ("fail", "skip"), "what a test does when a VM cannot be had on this machine (default: fail)"),
     _choice("keep", ("never", "failed", "always"), "whose logs to keep below --chvm-artifacts (default: never)"),
     Option("artifacts", _path, None, "directory for the logs that --chvm-keep keeps (default: chvm-artifacts)", "DIR"),
-    Option("max_vms", _count, None, "how many VMs may run at once, of all runs on the machine (default: any number)", "N"),
-    Option("memory_budget_mb", _count, None, "MiB that all VMs of the machine may have at once (default: nine tenths)", "N"),
+    Option("max_vms", count, None, "how many VMs may run at once, of all runs on the machine (default: any number)", "N"),
+    Option("memory_budget_mb", count, None, "MiB that all VMs of the machine may have at once (default: nine tenths)", "N"),
     Option("binary", _path, None, "the VMM's executable", "PATH"),
     Option("virtiofsd", _path, None, "the executable that serves shared dirs", "PATH"),
     Option("subnet_pool", str, "198.18.0.0/15", "network that VM subnets are cut from (default: 198.18.0.0/15)", "CIDR"),

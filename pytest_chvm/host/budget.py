@@ -45,14 +45,12 @@ def default_memory_mb() -> int:
     """Return nine tenths of the memory that this process may have: the host's, or its container's limit (cgroup v2, memory.max)."""
     import psutil
 
-    limit = int(psutil.virtual_memory().total)
-    try:
-        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        limit = min(limit, int(text)) if text.isdigit() else limit
-    except OSError:
-        # No cgroup v2, or no limit at its root: the host's memory is what counts.
-        limit = int(limit)
-    return int(limit * DEFAULT_PART) >> 20
+    limits = [int(psutil.virtual_memory().total)]
+    container = Path("/sys/fs/cgroup/memory.max")
+    # Not there without cgroup v2 and in its root, and "max" where there is no limit.
+    if container.exists() and (text := container.read_text().strip()).isdigit():
+        limits.append(int(text))
+    return int(min(limits) * DEFAULT_PART) >> 20
 
 
 @dataclass(frozen=True, slots=True)
