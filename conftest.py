@@ -1,3 +1,3 @@
-"""What all tests of the project share: pytest's own fixture for testing plugins."""
+"""What all tests of the project share: pytest's own fixture for testing plugins, and runs of pytest that can be looked at."""
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "tests.runs"]

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from .conftest import StartPytest
-from .leaks import Sandbox
+from tests.leaks import Sandbox
+from tests.runs import StartPytest
 
 # A VM with everything that a VM can leave behind. It need not be ready for that.
 PREAMBLE = """

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from .conftest import RunPytest, StartPytest
-from .leaks import Sandbox
+from tests.leaks import Sandbox
+from tests.runs import StartPytest
+
+from .conftest import RunPytest
 
 
 def test_each_fixture_gives_what_it_promises_and_for_as_long(pytester: pytest.Pytester, run_pytest: RunPytest) -> None:

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from .leaks import Sandbox, snapshot
+from tests.leaks import Sandbox, snapshot
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pytest_chvm.settings import OPTIONS
+from tests.leaks import Sandbox
 
 from .conftest import RunPytest
-from .leaks import Sandbox
 
 PRINTS_SETTINGS = """
     import dataclasses, json, pathlib
