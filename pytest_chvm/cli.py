@@ -54,6 +54,7 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     lab.add_argument("--memory-mb", type=_argument(count), default=2048, metavar="N", help="its memory in MiB (default: 2048)")
     lab.add_argument("--rw", type=Path, action="append", default=[], metavar="DIR", help="keep what is written to DIR; repeatable")
     lab.add_argument("--timeout", type=_argument(seconds), metavar="SECONDS", help="end everything after so long")
+    lab.add_argument("--kernel", type=Path, metavar="PATH", help="its kernel (default: the built-in guest's)")
     lab.add_argument("--force", action="store_true", help="use the lab even where KVM works")
     lab.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run (default: a shell)")
     lab.set_defaults(run=_run_lab)
@@ -63,7 +64,14 @@ def _run_lab(options: argparse.Namespace) -> int:
     from pytest_chvm import lab
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
-    return lab.run(words, memory_mb=options.memory_mb, writable=options.rw, timeout=options.timeout, force=options.force)
+    return lab.run(
+        words,
+        memory_mb=options.memory_mb,
+        writable=options.rw,
+        timeout=options.timeout,
+        kernel=options.kernel,
+        force=options.force,
+    )
 
 
 def _argument(convert: Callable[[str], T]) -> Callable[[str], T]:

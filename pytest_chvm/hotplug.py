@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_chvm.drivers.base import VmDriver
-from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.errors import InvalidConfigError, UnsupportedError
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap
 from pytest_chvm.host.processes import end_process
 from pytest_chvm.host.virtiofsd import PROGRAMS, check_shared_dir, find_virtiofsd, lease_lock_file, start_virtiofsd
-from pytest_chvm.model import ProcessIdentity, SharedDir, Tap, VmHandle, checked_mac, mac_for
+from pytest_chvm.model import ProcessIdentity, SharedDir, Tap, VmConfig, VmHandle, checked_mac, mac_for
 
 SIDECAR_TIMEOUT_S = 1.0
 
@@ -24,6 +24,12 @@ class Device:
     kind: str
     tap: str | None = None
     sidecar: ProcessIdentity | None = None
+
+
+def require_room(config: VmConfig) -> None:
+    """Raise UnsupportedError where a VM was booted without room for devices."""
+    if not config.hotplug:
+        raise UnsupportedError(f"VM {config.name!r} has no room for devices: boot it with hotplug=True", vm_name=config.name)
 
 
 def add_disk(driver: VmDriver, handle: VmHandle, image: Path, *, read_only: bool) -> Device:

@@ -26,7 +26,7 @@ from pytest_chvm.deadline import Deadline, wait_readable
 from pytest_chvm.errors import BootFailedError, InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.guest import lab_agent
 from pytest_chvm.guest.initramfs import build_initramfs, find_busybox
-from pytest_chvm.guest.kernel import index_modules
+from pytest_chvm.guest.kernel import Kernel, index_modules, inspect_kernel
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.launcher import built_in_kernel, cache_dir, launch, show_progress
@@ -88,20 +88,23 @@ def run(
     memory_mb: int = DEFAULT_MEMORY_MB,
     writable: Sequence[Path] = (),
     timeout: float | None = None,
+    kernel: Path | None = None,
     force: bool = False,
     streams: Streams = STANDARD_STREAMS,
 ) -> int:
     """Run a command where KVM works, in the lab unless this machine is such a place (`force`: even then); returns its exit status.
 
     No command: the user's shell, on a terminal if there is one. `writable`: directories that keep what is written to them.
-    `timeout`: seconds, from now, after which all is ended and 124 returned. Raises VmError where the lab cannot be had.
+    `timeout`: seconds, from now, after which all is ended and 124 returned. `kernel`: the lab's, with its modules beside it as in
+    an unpacked package (default: the built-in guest's). Raises VmError where the lab cannot be had.
     """
     words = list(command) or [os.environ.get("SHELL") or "/bin/sh"]
     if why_no_kvm() is None and not force:
         _say(streams, "KVM works on this machine: running the command directly (--force: in the lab all the same)")
         return _run_directly(words, timeout, streams)
     # Only a shell is for a person to type into: the outputs of a command stay apart, and its bytes as they are.
-    return _run_in_lab(words, memory_mb, writable, timeout, streams, on_terminal=not command and streams.terminal)
+    lab_kernel = built_in_kernel(_settings()) if kernel is None else inspect_kernel(kernel)
+    return _run_in_lab(words, lab_kernel, memory_mb, writable, timeout, streams, on_terminal=not command and streams.terminal)
 
 
 def _say(streams: Streams, text: str) -> None:
@@ -134,6 +137,7 @@ def _run_directly(command: list[str], timeout: float | None, streams: Streams) -
 
 def _run_in_lab(
     command: list[str],
+    kernel: Kernel,
     memory_mb: int,
     writable: Sequence[Path],
     timeout: float | None,
@@ -146,7 +150,7 @@ def _run_in_lab(
     boot_timeout = BOOT_TIMEOUT_S if timeout is None else min(timeout, BOOT_TIMEOUT_S)
     with ExitStack() as stack:
         try:
-            vm = stack.enter_context(_boot(memory_mb, shares, boot_timeout))
+            vm = stack.enter_context(_boot(kernel, memory_mb, shares, boot_timeout))
         except BootFailedError:
             if deadline is None or not deadline.expired:
                 raise
@@ -158,7 +162,7 @@ def _run_in_lab(
             "environment": dict(os.environb),
             "umask": _umask(),
             "terminal": _window_size(streams.stdin) if on_terminal else None,
-            "modules": _modules(),
+            "modules": _modules(kernel),
             "busybox": os.fspath(_busybox()),
             "writable": [(share.tag, os.fsencode(share.host_path)) for share in shares],
         }
@@ -197,19 +201,18 @@ def _busybox() -> Path:
     return find_busybox(cache_dir(_settings()), show_progress)
 
 
-def _modules() -> str | None:
+def _modules(kernel: Kernel) -> str | None:
     """Return where the kernel's modules are on the host, with an index for modprobe."""
-    tree = built_in_kernel(_settings()).modules
+    tree = kernel.modules
     if tree is not None:
         index_modules(tree, _busybox())
     return None if tree is None else os.fspath(tree)
 
 
-def _boot(memory_mb: int, shares: list[SharedDir], boot_timeout: float) -> Vm:
+def _boot(kernel: Kernel, memory_mb: int, shares: list[SharedDir], boot_timeout: float) -> Vm:
     if platform.machine() != "x86_64":
         raise UnsupportedError(f"the lab emulates an x86-64 processor, for programs of this machine, which is {platform.machine()}")
     settings = _settings()
-    kernel = built_in_kernel(settings)
     initramfs = build_initramfs(kernel, cache_dir(settings), show_progress, init_script="lab_init.sh", wanted=MODULES)
     words = [sys.executable, "-I", "-S", "-B", os.path.abspath(lab_agent.__file__)]
     config = VmConfig(

@@ -235,15 +235,18 @@ class Vm:
 
     def add_disk(self, image: str | os.PathLike[str], *, read_only: bool = False) -> Device:
         """Plug a disk in; the VM must have been booted with `hotplug=True`."""
+        hotplug.require_room(self.config)
         return hotplug.add_disk(self._driver, self.handle, as_path("image", image), read_only=read_only)
 
     def add_network(self, tap: Tap | None = None) -> Device:
         """Plug a NIC in that is attached to a TAP (default: one of its own); the VM must have been booted with `hotplug=True`."""
+        hotplug.require_room(self.config)
         device, self.handle = hotplug.add_tap(self._driver, self.handle, self._lease, tap or Tap())
         return device
 
     def add_shared_dir(self, tag: str, host_path: str | os.PathLike[str], *, read_only: bool = False) -> Device:
         """Plug a shared dir in; the guest mounts it itself. The VM must have been booted with `hotplug=True`."""
+        hotplug.require_room(self.config)
         share = SharedDir(tag, as_path("host_path", host_path), read_only)
         device, self.handle = hotplug.add_share(self._driver, self.handle, self._lease, share, self._virtiofsd)
         return device

@@ -7,7 +7,7 @@ import re
 import socket
 from pathlib import Path
 
-from pytest_chvm.drivers import ch_api
+from pytest_chvm.drivers import ch_api, ch_landlock
 from pytest_chvm.drivers.base import DEFAULT_OPTIONS, BootOptions, Plan, VmmCommand, VmmProcess, logger, taps_of
 from pytest_chvm.drivers.ch_events import EventMonitor, event_log, open_event_log
 from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
@@ -105,6 +105,9 @@ class CloudHypervisorDriver:
         control += ["--event-monitor", f"fd={plan.add_fd(open_event_log(plan.lease.directory))}"]
         # The guest's panic is an event then.
         control += ["--pvpanic"] if plan.console else []
+        if ch_landlock.is_confined(config):
+            rules = ch_landlock.rules(plan, taps)
+            control += ["--landlock", "--landlock-rules", *(f"path={_quoted(path)},access={access}" for path, access in rules)]
         return VmmCommand(machine, control)
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,8 @@ from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIO
 
 QCOW2_MAGIC = b"QFI\xfb"
 OVERLAY_TIMEOUT_S = 30.0
+# Cloud Hypervisor follows ten; a name has 1023 bytes at most.
+LONGEST_CHAIN, LONGEST_NAME = 10, 1023
 
 
 def base_format(image: Path) -> str:
@@ -32,6 +35,24 @@ def data_format(image: Path) -> str:
             f"name it {'*.qcow2' if found == 'qcow2' else 'otherwise than *.qcow2'} if that is what it is"
         )
     return named
+
+
+def backing_files(image: Path) -> list[Path]:
+    """Return the files that a qcow2 image stands on, the nearest first; none for another image.
+
+    QEMU's docs/interop/qcow2.txt: at byte 8 where the name is, at byte 16 how long; a relative one is beside the image.
+    """
+    found: list[Path] = []
+    while len(found) < LONGEST_CHAIN and image.is_file():
+        with image.open("rb") as file:
+            head = file.read(20)
+            offset, length = int.from_bytes(head[8:16]), int.from_bytes(head[16:20])
+            if head[:4] != QCOW2_MAGIC or not offset or not 0 < length <= LONGEST_NAME:
+                break
+            file.seek(offset)
+            image = image.parent / os.fsdecode(file.read(length))
+        found.append(image)
+    return found
 
 
 def make_overlay(base: Path, overlay: Path) -> None:

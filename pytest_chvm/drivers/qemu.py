@@ -9,10 +9,10 @@ import socket
 from pathlib import Path
 
 from pytest_chvm.deadline import Deadline
-from pytest_chvm.drivers import qemu_devices, qmp
+from pytest_chvm.drivers import qemu_devices, qemu_vsock, qmp
 from pytest_chvm.drivers.base import DEFAULT_OPTIONS, BootOptions, Plan, VmmCommand, VmmProcess, taps_of
 from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
-from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmError, VmIOError
+from pytest_chvm.errors import HypervisorError, InvalidConfigError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.watch import FileWatch
@@ -81,6 +81,11 @@ class QemuDriver:
         for index, (share, path) in enumerate(zip(config.shared_dirs, plan.share_sockets, strict=True)):
             machine += ["-chardev", f"socket,id=fs{index},path={_quoted(path)}"]
             machine += ["-device", f"vhost-user-fs-pci,chardev=fs{index},tag={share.tag},queue-size=512"]
+        if vsock := qemu_vsock.open_device(config.name):
+            fd, cid = vsock
+            number = plan.add_fd(fd)
+            machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
+            shown[f",vhostfd={number}"] = ""
         control = ["-chardev", f"socket,id=qmp,path={_quoted(plan.socket('qmp.sock'))},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control"]
         return VmmCommand(machine, control + self._serial_ports(plan), shown)
@@ -221,14 +226,21 @@ class QemuDriver:
         qemu_devices.resize(handle, self._qmp_socket(handle), cpus=cpus, memory_mb=memory_mb)
 
     def open_vsock(self, handle: VmHandle, port: int) -> socket.socket:
-        """QEMU has vsock through the host's kernel only, and gives a VM its CID at boot."""
-        raise UnsupportedError(
-            f"VM {handle.name!r}: vsock with QEMU is not supported; use --chvm-vmm=cloud-hypervisor", vm_name=handle.name
-        )
+        """Return a stream connected to a vsock port of the guest's, through the host's kernel."""
+        return qemu_vsock.connect(handle.name, self._cid(handle), port)
 
     def listen_vsock(self, handle: VmHandle, port: int) -> socket.socket:
-        """See `open_vsock`."""
-        return self.open_vsock(handle, port)
+        """Return a listener at a vsock port of the host's, which all VMs of the machine share."""
+        return qemu_vsock.listen(handle.name, self._cid(handle), port)
+
+    def _cid(self, handle: VmHandle) -> int:
+        place = f"/machine/peripheral/{qemu_vsock.DEVICE}"
+        try:
+            cid = self._qmp(handle, ("qom-get", {"path": place, "property": "guest-cid"}))
+        except HypervisorError as error:
+            raise qemu_vsock.refuse(handle.name) from error
+        assert isinstance(cid, int)
+        return cid
 
     def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
         """Return a port on the host's loopback, chosen by the kernel, that leads to a port of the guest."""

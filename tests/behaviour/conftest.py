@@ -17,6 +17,10 @@ CLOUD_HYPERVISOR = "cloud-hypervisor"
 _results_key = pytest.StashKey[dict]()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "in_lab: needs of the host what the lab has, with either VMM")
+
+
 @pytest.fixture(params=["qemu", CLOUD_HYPERVISOR], scope="module")
 def vmm(request):
     """The VMM of this run of the test."""
@@ -71,8 +75,11 @@ def pytest_runtest_protocol(item, nextitem):
 
 def _is_for_lab(item):
     callspec = getattr(item, "callspec", None)
-    wants = callspec is not None and callspec.params.get("vmm") == CLOUD_HYPERVISOR
-    return wants and not is_inside() and why_no_kvm() is not None and why_no_binary() is None
+    vmm = callspec.params.get("vmm") if callspec is not None else None
+    if vmm == CLOUD_HYPERVISOR and why_no_binary():
+        return False
+    wants = vmm == CLOUD_HYPERVISOR or item.get_closest_marker("in_lab") is not None
+    return wants and not is_inside() and why_no_kvm() is not None
 
 
 def _missing(item, said):

@@ -10,6 +10,8 @@ import signal
 import sys
 
 REPORTS = "CHVM_TEST_REPORTS"
+# A kernel for the lab, to run the tests with another than the built-in guest's.
+KERNEL = "CHVM_TEST_LAB_KERNEL"
 LAB_TIMEOUT_S = 900
 
 
@@ -31,7 +33,8 @@ def run_in_lab(config, directory, node_ids):
 
     directory.mkdir(parents=True, exist_ok=True)
     reports_file = directory / "reports.jsonl"
-    command = [sys.executable, "-m", "pytest_chvm.cli", "lab", "--timeout", str(LAB_TIMEOUT_S), "--rw", str(directory), "--"]
+    command = [sys.executable, "-m", "pytest_chvm.cli", "lab", "--timeout", str(LAB_TIMEOUT_S), "--rw", str(directory)]
+    command += ["--kernel", os.environ[KERNEL], "--"] if KERNEL in os.environ else ["--"]
     command += ["env", f"{REPORTS}={reports_file}"]
     command += [
         sys.executable,

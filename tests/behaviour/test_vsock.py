@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from pytest_chvm import UnsupportedError, VmIOError
+from pytest_chvm.drivers.qemu_vsock import why_no_vsock
 
 PEER = r"""
 #include <linux/vm_sockets.h>
@@ -45,24 +46,42 @@ def peer(tmp_path_factory):
     return source.with_suffix("")
 
 
-def test_streams_open_from_either_side(boot, vmm, peer):
-    vm = boot(network="none")
-    if vmm == "qemu":
-        with pytest.raises(UnsupportedError, match="vsock"):
+LISTEN = "/tmp/peer listen 5000 >/tmp/said & until grep -q listening /tmp/said; do usleep 50000; done"
+
+
+@pytest.mark.in_lab
+def test_streams_open_from_either_side_and_each_vm_has_its_own(boot, vmm, peer):
+    one, two = boot(network="none", name="one", wait=False), boot(network="none", name="two", wait=False)
+    for vm in (one, two):
+        vm.wait_ready().put(peer, "/tmp/peer")
+        with pytest.raises(VmIOError, match="5000"):
             vm.vsock(5000)
-        return
-    with pytest.raises(VmIOError, match="5000"):
-        vm.vsock(5000)
-    vm.put(peer, "/tmp/peer")
-    vm.check_output("/tmp/peer listen 5000 >/tmp/said & until grep -q listening /tmp/said; do usleep 50000; done")
-    with vm.vsock(5000) as stream:
-        stream.settimeout(20)
-        stream.sendall(b"from the host\n")
-        assert stream.recv(64) == b"from the host\n"
-    with vm.listen_vsock(5001) as listener:
+        vm.check_output(LISTEN)
+    for vm, said in ((one, b"to the one"), (two, b"to the other")):
+        with vm.vsock(5000) as stream:
+            stream.settimeout(20)
+            stream.sendall(said)
+            assert stream.recv(64) == said
+    with one.listen_vsock(5001) as listener:
         listener.settimeout(20)
-        vm.check_output("/tmp/peer connect 5001")
+        one.check_output("/tmp/peer connect 5001")
         stream, _ = listener.accept()
         with stream:
             stream.settimeout(20)
             assert stream.recv(64) == b"from the guest\n"
+        # With QEMU the port is the machine's, and another guest gets no further than this.
+        two.run("/tmp/peer connect 5001")
+        listener.settimeout(1)
+        with pytest.raises(TimeoutError):
+            listener.accept()
+        if vmm == "qemu":
+            with pytest.raises(VmIOError, match="take another"):
+                two.listen_vsock(5001)
+
+
+@pytest.mark.skipif(why_no_vsock() is None, reason="this machine has vsock for QEMU")
+def test_where_the_host_has_no_vsock_for_qemu_that_is_said(chvm_vm):
+    vm = chvm_vm(vmm="qemu", network="none")
+    for use in (vm.vsock, vm.listen_vsock):
+        with pytest.raises(UnsupportedError, match="/dev/vhost-vsock"):
+            use(5000)

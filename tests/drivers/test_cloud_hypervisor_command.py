@@ -19,7 +19,7 @@ from pytest_chvm import (
     SocketPairFd,
     Tap,
 )
-from pytest_chvm.drivers import cloud_hypervisor
+from pytest_chvm.drivers import ch_landlock, cloud_hypervisor
 
 
 @pytest.fixture
@@ -217,6 +217,32 @@ def test_it_gets_its_api_socket_and_no_other_descriptor(ch, stand_in_ch, monkeyp
     assert record["cwd"] == "/"
     assert record["environment"].keys() <= {"PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE"}
     assert f"{handle.run_dir}/api.sock" in Path("/proc/net/unix").read_text()
+
+
+@pytest.fixture
+def landlock(monkeypatch):
+    """Have the kernel's version of Landlock be one of the test's."""
+    return lambda abi: monkeypatch.setattr(ch_landlock, "landlock_abi", lambda: abi)
+
+
+def test_where_the_kernel_has_landlock_it_is_told_what_else_it_opens(ch, stand_in_ch, image, tmp_path, tap_name, landlock):
+    landlock(3)
+    base, root = image("base.img"), tmp_path / "a,b.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.name, root], check=True)
+    handle = ch.boot(root_disk=root, networks=[Tap(tap_name)])
+    words = stand_in_ch.record(handle.process.pid)["argv"]
+    assert words[words.index("--landlock") :] == [
+        "--landlock", "--landlock-rules", f"path={handle.run_dir},access=rw", f'path="{root}",access=r', f"path={base},access=r",
+        f"path=/sys/devices/virtual/net/{tap_name},access=r",
+    ]  # fmt: skip
+    assert "--landlock" not in handle.command
+
+
+@pytest.mark.parametrize(("abi", "hotplug"), [(2, False), (0, False), (6, True)], ids=["too old", "none", "hotplug"])
+def test_landlock_is_left_out_where_it_would_be_refused_or_in_the_way(ch, stand_in_ch, landlock, abi, hotplug):
+    landlock(abi)
+    handle = ch.boot(hotplug=hotplug)
+    assert not [word for word in stand_in_ch.record(handle.process.pid)["argv"] if word.startswith("--landlock")]
 
 
 def test_what_it_says_goes_beside_the_serial_log(ch, stand_in_ch, tmp_path):

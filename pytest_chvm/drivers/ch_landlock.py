@@ -1,0 +1,47 @@
+"""Landlock for Cloud Hypervisor: the kernel keeps the VMM to the files that its VM has.
+
+It adds the paths of its own configuration itself (vmm/src/vm_config.rs); what it opens beyond them is said here.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from pytest_chvm.drivers.base import AttachedTap, Plan
+from pytest_chvm.drivers.disks import backing_files
+from pytest_chvm.model import VmConfig
+
+# Cloud Hypervisor refuses to start with less (vmm/src/landlock.rs); Linux 6.2 has it.
+NEEDED_ABI = 3
+# include/uapi/asm-generic/unistd.h, include/uapi/linux/landlock.h
+LANDLOCK_CREATE_RULESET, CREATE_RULESET_VERSION = 444, 1
+
+
+@lru_cache(maxsize=1)
+def landlock_abi() -> int:
+    """Return the kernel's version of Landlock, 0 where it has none or it is off (landlock_create_ruleset(2))."""
+    import ctypes
+
+    version: int = ctypes.CDLL(None).syscall(
+        ctypes.c_long(LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint32(CREATE_RULESET_VERSION)
+    )
+    return max(version, 0)
+
+
+def is_confined(config: VmConfig) -> bool:
+    """Tell whether a VM's VMM is confined: what will be plugged in later, from wherever, cannot be told it now."""
+    return not config.hotplug and landlock_abi() >= NEEDED_ABI
+
+
+def rules(plan: Plan, taps: list[AttachedTap]) -> list[tuple[Path, str]]:
+    """Return the paths that the VMM opens beside those of its configuration, each with its access, `r` or `rw`."""
+    # Its own directory is for the sockets of vsock.
+    found = [(plan.lease.directory, "rw")]
+    # An overlay of ours is on top of the root disk, and is a path of the configuration.
+    root, data = plan.config.root_disk, plan.config.data_disk
+    images = [*([root, *backing_files(root)] if root else []), *(backing_files(data) if data else [])]
+    found += [(image, "r") for image in images]
+    # Whether it has several queues (net_util/src/open_tap.rs).
+    found += [(Path("/sys/devices/virtual/net", tap.name), "r") for tap in taps]
+    return found
