@@ -23,7 +23,8 @@ from pytest_chvm.model import ProcessIdentity
 
 logger = logging.getLogger("pytest_chvm")
 
-KEEPER_START_TIMEOUT_S = 10.0
+# Long, for an emulated machine on a busy host.
+KEEPER_START_TIMEOUT_S = 30.0
 KEEPER_END_TIMEOUT_S = 4.0
 KILLED_TIMEOUT_S = 2.0
 # All of the test's environment that a VMM or sidecar gets to see.
