@@ -2,18 +2,24 @@
 VENV := $(CURDIR)/.venv
 WORKERS ?= $(shell nproc)
 PYTEST_ARGS ?=
+# Kills of a campaign, VMs of a soak.
+N ?=
+SEED ?= $(shell date +%s)
 
 # The virtiofsd that set-up may have built comes before the system's.
 export PATH := $(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help example test lint bench clean
+.PHONY: help example test lint bench chaos campaign soak clean
 
 help:
 	@echo "make example   boot real virtual machines: run example_project"
 	@echo "make test      lint, and all tests (WORKERS=$(WORKERS), PYTEST_ARGS=...)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     how long boots take, against bare QEMU"
+	@echo "make chaos     runs come to grief in every way: nothing may be left (long); then a campaign"
+	@echo "make campaign  N=200 random kills; SEED=... repeats them"
+	@echo "make soak      N=300 VMs in one run: what the last one costs against the first"
 	@echo "make clean     remove what set-up made in this folder"
 
 example: $(VENV)/.guest
@@ -29,6 +35,17 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.guest
 	@python benchmarks/boot.py $(BENCH_ARGS)
+
+chaos: $(VENV)/.guest
+	@CHVM_CHAOS=full pytest tests/chaos -n $(WORKERS) --ignore tests/chaos/test_campaign.py --ignore tests/chaos/test_soak.py $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory campaign
+
+campaign: $(VENV)/.guest
+	@echo "seed: $(SEED)"
+	@CHVM_CHAOS_SEED=$(SEED) CHVM_CHAOS_KILLS=$(or $(N),200) pytest tests/chaos/test_campaign.py -n $(WORKERS) $(PYTEST_ARGS)
+
+soak: $(VENV)/.guest
+	@CHVM_SOAK_VMS=$(or $(N),300) pytest tests/chaos/test_soak.py $(PYTEST_ARGS)
 
 $(VENV)/.system: .ci/set-up
 	@.ci/set-up packages

@@ -27,6 +27,8 @@ set -e
 mount -t tmpfs -o mode=0755 run /run
 mkdir -m 1777 /run/lock
 mount -t tmpfs -o mode=1777 shm /dev/shm
+# What is left among temporary files is seen too: see TMPDIR.
+mkdir -m 1777 /run/tmp
 # The one there is shows the links of the network namespace it was mounted in.
 mount -t sysfs sys /sys
 ip link set lo up
@@ -132,6 +134,18 @@ class Sandbox:
     def run(self, *argv: str | os.PathLike[str]) -> None:
         """Run a program inside; it must succeed."""
         subprocess.run(self.command(*argv), check=True, timeout=30)
+
+    def links(self) -> list[str]:
+        """Return the names of the network interfaces inside."""
+        return _links(self._holder.pid)
+
+    def path(self, inside: str) -> Path:
+        """Return where an absolute path of the inside is seen from outside."""
+        return Path(f"/proc/{self._holder.pid}/root{inside}")
+
+    def processes(self) -> dict[int, str]:
+        """Return the command lines of the processes inside that were not there at first."""
+        return {pid: _command_line(pid) for pid in (self._look() - self._before).pids}
 
     def take_for_granted(self) -> None:
         """Have what is there now not count as left behind."""

@@ -78,7 +78,7 @@ class PytestProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**(os.environ if environment is None else environment), "NEWS": str(self._news)},
+                env={**(os.environ if environment is None else environment), "NEWS": str(self._news), "TMPDIR": "/run/tmp"},
                 process_group=0,
             )
         self.pid = self._process.pid
