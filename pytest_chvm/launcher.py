@@ -11,34 +11,31 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.drivers import choose_vmm, make_driver
-from pytest_chvm.drivers.base import BootOptions, VmDriver, logger
+from pytest_chvm.drivers.base import MEMORY_FILE, BootOptions, VmDriver, logger
 from pytest_chvm.drivers.preflight import preflight
-from pytest_chvm.errors import InvalidConfigError, StopFailedError, UnsupportedError, VmError
+from pytest_chvm.errors import BootFailedError, StopFailedError, UnsupportedError, VmError
 from pytest_chvm.guest.cache import default_cache_dir
 from pytest_chvm.guest.initramfs import build_initramfs
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
+from pytest_chvm.guest.ready import DEFAULT_MARKER
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.host import networks
-from pytest_chvm.host.budget import Budget, Share, default_memory_mb, take_share
+from pytest_chvm.host.budget import Budget, default_memory_mb, take_share
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.virtiofsd import find_virtiofsd
-from pytest_chvm.model import (
-    LAUNCH_FIELDS,
-    NAME_PATTERN,
-    Network,
-    Tap,
-    VmConfig,
-    check_argument_names,
-)
+from pytest_chvm.model import LAUNCH_FIELDS, NAME_PATTERN, Network, VmConfig, check_argument_names
+from pytest_chvm.nics import lease_nics, network_mode
 from pytest_chvm.settings import Settings
-from pytest_chvm.vm import Vm
+from pytest_chvm.snapshots import Snapshot, Template, TemplateStore, new_directory, snapshots_dir
+from pytest_chvm.templates import clone_config, made_of, renewal, template_config, why_no_clone, why_no_snapshot
+from pytest_chvm.vm import Origin, Vm
 
 # For a kernel of the user's without a command line of theirs.
 PLAIN_CMDLINE = "console=ttyS0"
@@ -51,19 +48,26 @@ BUILT_IN_CMDLINE = (
 _numbers = itertools.count(1)
 
 
+class Held(Protocol):
+    """Something that a VM has until it ends."""
+
+    def release(self) -> None:
+        """Give it back."""
+
+
 def launch(
     config: VmConfig | None = None,
     *,
     settings: Settings | None = None,
     wait: bool = True,
-    on_start: Callable[[Vm], None] | None = None,
+    owner: Owner | None = None,
     **arguments: Any,
 ) -> Vm:
     """Boot a VM and return it when it is ready, or at once with `wait=False`; `with launch(...) as vm:` ends it.
 
     `arguments` are the fields of `VmConfig` (in place of those of `config`) and of the launch: `vmm`, `accel`, `network`, `boot`,
     `boot_timeout` (seconds from the start of the VMM), `ready_marker`. What neither says is from `settings` (default: the
-    environment). `on_start` is called with the VM before it is waited for. Raises InvalidConfigError before anything is started,
+    environment). `owner` is told of the VM before it is waited for. Raises InvalidConfigError before anything is started,
     BootFailedError after; then nothing is left.
     """
     check_argument_names(arguments)
@@ -76,23 +80,26 @@ def launch(
     driver = driver_for(settings)
     guest = choose_guest(config, settings)
     preflight(guest.config)
-    if settings.boot == "clone":
-        raise UnsupportedError(f"VM {config.name!r}: VMs cannot be cloned yet: use boot='auto' or 'cold'", vm_name=config.name)
     driver.binary()
     if config.shared_dirs:
         find_virtiofsd(settings.virtiofsd)
-    with ExitStack() as undo:
-        vm = _start(guest, driver, settings, undo)
-        undo.pop_all()
-    try:
-        if on_start is not None:
-            on_start(vm)
-        if wait:
-            vm.wait_ready()
-    except BaseException:
-        _close_quietly(vm)
-        raise
-    return vm
+    launcher = Launcher(driver, settings, owner)
+    why = "asked for" if settings.boot == "cold" else why_no_clone(guest.config, built_in_guest=guest.nonce is not None)
+    if why is None:
+        template = None
+        try:
+            template = launcher.template(guest)
+            with template.in_use() as held:
+                return launcher.clone(guest, template.directory, wait=wait, held=[held])
+        except VmError as error:
+            # A template that does not boot is a VM that does not.
+            if settings.boot == "clone" or (template is None and isinstance(error, BootFailedError)):
+                raise
+            why = str(error)
+            logger.warning("VM %r is booted, not cloned: %s", config.name, why)
+    elif settings.boot == "clone":
+        raise UnsupportedError(f"VM {config.name!r} cannot be a clone: {why}; use boot='auto' or 'cold'", vm_name=config.name)
+    return launcher.cold(guest, why, wait=wait)
 
 
 def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +131,15 @@ class Guest:
     config: VmConfig
     nonce: str | None
 
+    def words(self, marker: str) -> list[str]:
+        """Return what the built-in guest is told beside its networks, as words of its kernel command line."""
+        if self.nonce is None:
+            return []
+        words = [f"chvm.nonce={self.nonce}", f"chvm.hostname={self.config.name.replace('_', '-').replace('.', '-')}"]
+        if marker != DEFAULT_MARKER:
+            words.append(f"chvm.marker={marker}")
+        return words + [f"chvm.share={share.tag}{',ro' if share.read_only else ''}" for share in self.config.shared_dirs]
+
 
 def choose_guest(config: VmConfig, settings: Settings) -> Guest:
     """Fill in the built-in guest where the config names none: its kernel, and its initramfs for a kernel without a root.
@@ -141,12 +157,7 @@ def choose_guest(config: VmConfig, settings: Settings) -> Guest:
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
-    nonce = secrets.token_hex(8)
-    words = [cmdline, f"chvm.nonce={nonce}", f"chvm.hostname={config.name.replace('_', '-').replace('.', '-')}"]
-    if settings.ready_marker != "CHVM_READY":
-        words.append(f"chvm.marker={settings.ready_marker}")
-    words += [f"chvm.share={share.tag}{',ro' if share.read_only else ''}" for share in config.shared_dirs]
-    return Guest(config.replace(initramfs=initramfs, cmdline=" ".join(words)), nonce)
+    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), secrets.token_hex(8))
 
 
 def cache_dir(settings: Settings) -> Path:
@@ -179,28 +190,128 @@ def show_progress(text: str) -> None:
         stream.flush()
 
 
-def _start(guest: Guest, driver: VmDriver, settings: Settings, undo: ExitStack) -> Vm:
-    lease = Lease()
-    undo.callback(_log_failures, lease.release)
-    budget = Budget(settings.memory_budget_mb or default_memory_mb(), settings.max_vms)
-    share = take_share(budget, guest.config.memory_mb, lease, guest.config.name, show_progress)
-    undo.callback(share.release)
-    config, held = _with_networks(guest, driver, settings, lease, undo)
-    handle = driver.boot(config, BootOptions(lease, True, settings.ready_marker, guest.nonce))
-    undo.callback(driver.kill, handle)
-    return Vm(
-        config,
-        handle,
-        driver,
-        boot_deadline=Deadline.after(settings.boot_timeout),
-        nonce_required=guest.nonce is not None,
-        lease=lease,
-        virtiofsd=settings.virtiofsd,
-        release=lambda: _release([share, *held]),
-    )
+class Owner(Protocol):
+    """Who is told of each VM and snapshot before it is waited for, and ends them; `end_with_test` is for clones of snapshots."""
+
+    def add_vm(self, vm: Vm) -> None:
+        """End this VM with the others."""
+
+    def add_snapshot(self, snapshot: Snapshot) -> None:
+        """Remove this snapshot after the VMs."""
+
+    def end_with_test(self, vm: Vm) -> None:
+        """End this VM at the end of the test that runs."""
 
 
-def _release(held: Sequence[networks.Subnet | Share]) -> list[str]:
+@dataclass(frozen=True)
+class Launcher:
+    """Starts VMs with one driver and one set of settings, for an owner (None: the caller ends them)."""
+
+    driver: VmDriver
+    settings: Settings
+    owner: Owner | None = None
+
+    def cold(self, guest: Guest, why: str, *, wait: bool = True, memory_file: Path | None = None) -> Vm:
+        """Boot a VM; `why` says why it is no clone."""
+        return self._started(guest, Origin("cold", why), wait=wait, memory_file=memory_file)
+
+    def clone(self, guest: Guest, saved: Path, *, wait: bool = True, held: Sequence[Held] = (), stale_nics: int = 0) -> Vm:
+        """Start a VM from a saved one, and have it made a machine of its own; `stale_nics` have the saved one's addresses."""
+        guest = replace(guest, config=clone_config(guest.config))
+        return self._started(guest, Origin("clone", "", saved, stale_nics), wait=wait, held=held)
+
+    def template(self, guest: Guest) -> Template:
+        """Return the template for a VM, from the store; the first call boots and saves it."""
+        store = TemplateStore(cache_dir(self.settings))
+        plain = Guest(template_config(guest.config), secrets.token_hex(8))
+
+        def build(directory: Path) -> None:
+            with self.cold(plain, "it is to be a template", memory_file=directory / MEMORY_FILE) as vm:
+                vm.save(directory, go_on=False)
+
+        mode, _why = network_mode(self.settings, self.driver)
+        return store.get(made_of(plain.config, self.driver, mode, cache_dir(self.settings)), build)
+
+    def _started(
+        self, guest: Guest, origin: Origin, *, wait: bool, memory_file: Path | None = None, held: Sequence[Held] = ()
+    ) -> Vm:
+        with ExitStack() as undo:
+            vm, words = self._start(guest, origin, memory_file, held, undo)
+            undo.pop_all()
+        try:
+            if self.owner is not None:
+                self.owner.add_vm(vm)
+            if origin.saved is not None:
+                vm.tell_shell(renewal(words, stale_nics=origin.stale_nics))
+            if wait:
+                vm.wait_ready()
+        except BaseException:
+            _close_quietly(vm)
+            raise
+        return vm
+
+    def _start(
+        self, guest: Guest, origin: Origin, memory_file: Path | None, held: Sequence[Held], undo: ExitStack
+    ) -> tuple[Vm, list[str]]:
+        settings, driver = self.settings, self.driver
+        lease = Lease()
+        undo.callback(_log_failures, lease.release)
+        budget = Budget(settings.memory_budget_mb or default_memory_mb(), settings.max_vms)
+        share = take_share(budget, guest.config.memory_mb, lease, guest.config.name, show_progress)
+        undo.callback(share.release)
+        nics = lease_nics(guest.config, driver, settings, lease, undo)
+        words = guest.words(settings.ready_marker) + (
+            nics.words if guest.nonce is not None or guest.config.cmdline is not None else []
+        )
+        cmdline = " ".join([*([guest.config.cmdline] if guest.config.cmdline else []), *words]) or guest.config.cmdline
+        config = guest.config.replace(networks=nics.attachments, cmdline=cmdline)
+        snapshots = snapshots_dir(cache_dir(settings))
+        options = BootOptions(lease, True, settings.ready_marker, guest.nonce, memory_file, snapshots)
+        handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
+        undo.callback(driver.kill, handle)
+        vm = Vm(
+            config,
+            handle,
+            driver,
+            boot_deadline=Deadline.after(settings.boot_timeout),
+            nonce_required=guest.nonce is not None,
+            lease=lease,
+            virtiofsd=settings.virtiofsd,
+            origin=origin,
+            snapshot=lambda vm: self._snapshot(vm, guest),
+            release=lambda: _release([share, *nics.held, *held]),
+        )
+        return vm, words
+
+    def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:
+        is_clone = vm.origin.boot == "clone"
+        why = why_no_snapshot(guest.config, vm.plugged, built_in_guest=guest.nonce is not None, is_clone=is_clone)
+        if why is not None:
+            raise UnsupportedError(f"VM {vm.name!r} cannot be saved: {why}", vm_name=vm.name)
+        lease = Lease()
+        try:
+            directory = new_directory(snapshots_dir(cache_dir(self.settings)), lease)
+            vm.save(directory)
+        except BaseException:
+            _log_failures(lease.release)
+            raise
+        stale_nics = len(vm.config.networks or ())
+
+        def start(name: str, saved: Path, wait: bool) -> Vm:
+            log = guest.config.serial_log and guest.config.serial_log.with_name(f"{name}.serial.log")
+            fresh = Guest(guest.config.replace(name=name, serial_log=log), secrets.token_hex(8))
+            clone = self.clone(fresh, saved, wait=wait, stale_nics=stale_nics)
+            if self.owner is not None:
+                self.owner.end_with_test(clone)
+            return clone
+
+        snapshot = Snapshot(vm.name, directory, start, lease.release)
+        if self.owner is not None:
+            self.owner.add_snapshot(snapshot)
+        return snapshot
+
+
+def _release(held: Sequence[Held]) -> list[str]:
     failures = []
     for part in held:
         try:
@@ -223,74 +334,12 @@ def _close_quietly(vm: Vm) -> None:
         logger.error("%s", error)
 
 
-def network_mode(settings: Settings, driver: VmDriver) -> tuple[str, str]:
-    """Return the kind of network a VM gets, `tap`, `user` or `none`, and why."""
-    if settings.network != "auto":
-        return settings.network, "asked for"
-    reason = networks.why_no_taps()
-    if reason is None:
-        return "tap", "TAPs can be made here"
-    if driver.vmm == "qemu":
-        return "user", f"no TAP can be made: {reason}"
-    return "none", f"no TAP can be made: {reason}; {driver.vmm} has no user mode"
-
-
-def _with_networks(
-    guest: Guest, driver: VmDriver, settings: Settings, lease: Lease, undo: ExitStack
-) -> tuple[VmConfig, list[networks.Subnet]]:
-    """Take what the VM's networks need from the host, and tell the built-in guest its addresses."""
-    config = guest.config
-    wanted: list[Any] = list(config.networks) if config.networks is not None else _default_network(config, driver, settings)
-    pool = networks.parse_pool(settings.subnet_pool)
-    held: list[networks.Subnet] = []
-    attached = []
-    words = []
-    for index, network in enumerate(wanted):
-        address = None
-        if isinstance(network, Tap):
-            nic, subnet = networks.lease_tap_nic(lease, network, pool, config.netns)
-        elif network == "user":
-            nic, subnet = networks.lease_user_nic(lease, pool)
-        elif isinstance(network, Network):
-            nic, subnet = networks.lease_network_nic(lease, network), None
-        else:
-            attached.append(network)
-            continue
-        if subnet is not None:
-            held.append(subnet)
-            undo.callback(subnet.release)
-        attached.append(nic.attachment)
-        address = nic.address
-        if address is not None:
-            words.append(f"chvm.net=eth{index},{address.address},{address.gateway or ''}")
-            if len(words) == 1:
-                words.insert(0, f"chvm.ip={address.address.ip}")
-    cmdline = config.cmdline
-    if guest.nonce is not None or cmdline is not None:
-        cmdline = " ".join([cmdline or "", *words]).strip()
-    return config.replace(networks=attached, cmdline=cmdline), held
-
-
-def _default_network(config: VmConfig, driver: VmDriver, settings: Settings) -> list[Any]:
-    mode, _why = network_mode(settings, driver)
-    if mode == "user":
-        if driver.vmm != "qemu":
-            raise UnsupportedError(
-                f"{driver.vmm} has no user-mode network: use tap or none, or --chvm-vmm=qemu", vm_name=config.name
-            )
-        if config.netns is not None:
-            raise InvalidConfigError(
-                f"VM {config.name!r}: netns goes with a TAP, not with the user-mode network", vm_name=config.name
-            )
-    networks_of: dict[str, list[Any]] = {"tap": [Tap()], "user": ["user"], "none": []}
-    return networks_of[mode]
-
-
 class VmFactory:
     """What the fixtures give: called like `launch`, it ends all its VMs and networks when it is closed.
 
     `defaults` are arguments of every call (a marker's); logs go below `log_dir`. VMs without a name get `name` and a number. No
-    boot is waited for longer than `longest_boot_s`, whoever asks for more.
+    boot is waited for longer than `longest_boot_s`, whoever asks for more. `at_test_end` has something done at the end of the test
+    that runs.
     """
 
     def __init__(
@@ -302,9 +351,12 @@ class VmFactory:
         log_dir: Callable[[], Path],
         defaults: dict[str, Any] | None = None,
         longest_boot_s: float | None = None,
+        at_test_end: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self.settings = settings
         self.vms: list[Vm] = []
+        self._snapshots: list[Snapshot] = []
+        self._at_test_end = at_test_end
         self._networks: list[networks.LeasedNetwork] = []
         self._name = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:50] or "vm"
         self._namespace = namespace
@@ -330,7 +382,20 @@ class VmFactory:
         settings = self.settings.with_arguments({"boot_timeout": given.pop("boot_timeout", None)})
         if self._longest_boot_s is not None and settings.boot_timeout > self._longest_boot_s:
             settings = settings.with_arguments({"boot_timeout": self._longest_boot_s})
-        return launch(config, settings=settings, on_start=self.vms.append, **given)
+        return launch(config, settings=settings, owner=self, **given)
+
+    def add_vm(self, vm: Vm) -> None:
+        """End this VM with the others."""
+        self.vms.append(vm)
+
+    def add_snapshot(self, snapshot: Snapshot) -> None:
+        """Remove this snapshot after the VMs."""
+        self._snapshots.append(snapshot)
+
+    def end_with_test(self, vm: Vm) -> None:
+        """End this VM at the end of the test that runs, if that is sooner."""
+        if self._at_test_end is not None:
+            self._at_test_end(vm.close)
 
     def network(self, name: str | None = None) -> Network:
         """Make an isolated network for several VMs; see `host.networks.lease_network`."""
@@ -358,6 +423,8 @@ class VmFactory:
         finally:
             for thread in threads:
                 thread.join()
+            for snapshot in self._snapshots:
+                failures += snapshot.close()
             for network in self._networks:
                 failures += network.close()
         if failures:

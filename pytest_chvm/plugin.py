@@ -25,6 +25,7 @@ VM_FIXTURES = {"chvm_vm", "chvm_vm_factory", "chvm_network"}
 _settings_key = pytest.StashKey[Settings]()
 _factories_key = pytest.StashKey[list[Any]]()
 _failed_key = pytest.StashKey[bool]()
+_item_key = pytest.StashKey[pytest.Item]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,7 +101,8 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
 def _choices(settings: Settings) -> str:
     from pytest_chvm.drivers import choose_vmm
     from pytest_chvm.errors import VmError
-    from pytest_chvm.launcher import driver_for, network_mode
+    from pytest_chvm.launcher import driver_for
+    from pytest_chvm.nics import network_mode
 
     try:
         why_vmm = "asked for" if settings.vmm != "auto" else choose_vmm(accel=settings.accel, binary=settings.binary)[1]
@@ -117,6 +119,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if used and config.pluginmanager.hasplugin("dsession"):
         for line in _choices(config.stash[_settings_key]).splitlines():
             terminalreporter.write_line(line)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Remember the test that runs: a clone of a snapshot ends with it, whichever fixture the snapshot is from."""
+    item.config.stash[_item_key] = item
 
 
 @pytest.hookimpl(wrapper=True)
@@ -230,7 +237,13 @@ def _factory(
     worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
     log_dir = cache(lambda: tmp_path_factory.mktemp("chvm"))
     factory = SkippingFactory(
-        settings, name=name, namespace=worker, log_dir=log_dir, defaults=defaults, longest_boot_s=longest_boot_s
+        settings,
+        name=name,
+        namespace=worker,
+        log_dir=log_dir,
+        defaults=defaults,
+        longest_boot_s=longest_boot_s,
+        at_test_end=lambda end: request.config.stash[_item_key].addfinalizer(end),
     )
     request.config.stash[_factories_key].append(factory)
     try:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pytest_chvm import hotplug
 from pytest_chvm.deadline import Deadline
-from pytest_chvm.drivers.base import VmDriver
+from pytest_chvm.drivers.base import CONSOLE_FILE, VmDriver, share_id
 from pytest_chvm.errors import (
     BootFailedError,
     GuestCommandError,
@@ -29,11 +32,23 @@ from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.hotplug import Device
 from pytest_chvm.model import CommandResult, SharedDir, Tap, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, as_path
+from pytest_chvm.snapshots import Snapshot
 
 RUN_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 30.0
 # What `console` returns at most, from the end.
 CONSOLE_LIMIT = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a VM came to be: `boot` is "cold" or "clone", `why` says why it is no clone, `saved` is what a clone is from."""
+
+    boot: str
+    why: str = ""
+    saved: Path | None = None
+    # How many of its NICs have the saved VM's addresses at first.
+    stale_nics: int = 0
 
 
 class Vm:
@@ -49,6 +64,8 @@ class Vm:
         nonce_required: bool,
         lease: Lease,
         virtiofsd: Path | None,
+        origin: Origin,
+        snapshot: Callable[[Vm], Snapshot],
         release: Callable[[], list[str]],
     ) -> None:
         self.config = config
@@ -57,6 +74,9 @@ class Vm:
         self._boot_deadline = boot_deadline
         self._lease = lease
         self._virtiofsd = virtiofsd
+        self.origin = origin
+        self.plugged: dict[str, Device] = {}
+        self._snapshot = snapshot
         self._release = release
         self._closed = False
         self._ended = False
@@ -65,7 +85,12 @@ class Vm:
         self._forwarded: dict[int, tuple[str, int]] = {}
         self._health = Health(config, lambda: self.handle, driver, nonce_required=nonce_required)
         self._shell = GuestShell(
-            self.name, lambda: driver.open_console(handle), self._health.wake_fds, self.check_alive, self._health.check_ending
+            self.name,
+            lambda: driver.open_console(handle),
+            self._health.wake_fds,
+            self.check_alive,
+            self._health.check_ending,
+            in_step=origin.saved is not None,
         )
 
     def __repr__(self) -> str:
@@ -236,24 +261,29 @@ class Vm:
     def add_disk(self, image: str | os.PathLike[str], *, read_only: bool = False) -> Device:
         """Plug a disk in; the VM must have been booted with `hotplug=True`."""
         hotplug.require_room(self.config)
-        return hotplug.add_disk(self._driver, self.handle, as_path("image", image), read_only=read_only)
+        return self._plugged_in(hotplug.add_disk(self._driver, self.handle, as_path("image", image), read_only=read_only))
 
     def add_network(self, tap: Tap | None = None) -> Device:
         """Plug a NIC in that is attached to a TAP (default: one of its own); the VM must have been booted with `hotplug=True`."""
         hotplug.require_room(self.config)
         device, self.handle = hotplug.add_tap(self._driver, self.handle, self._lease, tap or Tap())
-        return device
+        return self._plugged_in(device)
 
     def add_shared_dir(self, tag: str, host_path: str | os.PathLike[str], *, read_only: bool = False) -> Device:
         """Plug a shared dir in; the guest mounts it itself. The VM must have been booted with `hotplug=True`."""
         hotplug.require_room(self.config)
         share = SharedDir(tag, as_path("host_path", host_path), read_only)
         device, self.handle = hotplug.add_share(self._driver, self.handle, self._lease, share, self._virtiofsd)
+        return self._plugged_in(device)
+
+    def _plugged_in(self, device: Device) -> Device:
+        self.plugged[device.id] = device
         return device
 
     def remove(self, device: Device) -> None:
         """Unplug a device that was plugged in."""
         hotplug.remove(self._driver, self.handle, device)
+        self.plugged.pop(device.id, None)
 
     def resize(self, *, cpus: int | None = None, memory_mb: int | None = None) -> None:
         """Give the VM another number of processors or MiB of memory, up to `max_cpus` and `max_memory_mb` of its config.
@@ -269,6 +299,46 @@ class Vm:
     def listen_vsock(self, port: int) -> socket.socket:
         """Return a listener that the guest reaches at a vsock port of CID 2, the host."""
         return self._driver.listen_vsock(self.handle, port)
+
+    def tell_shell(self, script: str) -> None:
+        """Have the guest's console shell itself run one line, before any command; it is not waited for."""
+        self._shell.do(script)
+
+    def snapshot(self) -> Snapshot:
+        """Save the VM as it is now, for clones to start from; it goes on afterwards.
+
+        The snapshot is removed with the fixture that made the VM. A shared dir is unmounted in the guest meanwhile. Raises
+        UnsupportedError for a VM with disks, with devices that were plugged in, or without the built-in guest.
+        """
+        return self._snapshot(self)
+
+    def save(self, directory: Path, *, go_on: bool = True) -> None:
+        """Save the VM to an empty directory; without `go_on` it stays paused. Raises what `snapshot` does."""
+        self.check_alive()
+        with self._without_shares(), self._shell.waiting():
+            self.pause()
+            try:
+                self._driver.snapshot(self.handle, directory)
+                shutil.copyfile(self.serial_log, directory / CONSOLE_FILE)
+            finally:
+                if go_on:
+                    self.resume()
+
+    @contextmanager
+    def _without_shares(self) -> Iterator[None]:
+        """Unplug the shared dirs, which no VMM saves, and plug them in again afterwards."""
+        shares = self.config.shared_dirs
+        for share, sidecar in zip(shares, self.handle.sidecars, strict=True):
+            self.check_output(["umount", f"/mnt/{share.tag}"])
+            hotplug.remove(self._driver, self.handle, Device(share_id(share), "fs", sidecar=sidecar))
+        self.handle = replace(self.handle, sidecars=())
+        try:
+            yield
+        finally:
+            for share in shares:
+                _device, self.handle = hotplug.add_share(self._driver, self.handle, self._lease, share, self._virtiofsd)
+                word = f"{share.tag}{',ro' if share.read_only else ''}"
+                self.check_output(f". /lib/chvm/configure.sh; chvm_share {word}")
 
     def pause(self) -> None:
         """Stop the guest's processors; raises UnsupportedError where the VMM cannot."""

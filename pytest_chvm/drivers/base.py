@@ -12,13 +12,15 @@ import shlex
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import (
+    HypervisorError,
     InvalidConfigError,
     StateFailedError,
     StopFailedError,
@@ -26,7 +28,7 @@ from pytest_chvm.errors import (
     VmIOError,
     VmNotFoundError,
 )
-from pytest_chvm.guest.ready import DEFAULT_MARKER, ReadyScanner
+from pytest_chvm.guest.ready import DEFAULT_MARKER, ReadyScanner, last_lines
 from pytest_chvm.host import remains
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.leases import Lease
@@ -42,19 +44,27 @@ STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 2.0
 SIDECAR_TIMEOUT_S = 1.0
 
+# In a snapshot's directory, beside the VMM's own: the memory where it is a file, and the console's log up to then.
+MEMORY_FILE = "memory"
+CONSOLE_FILE = "console.log"
+MEMORY_COPY_NAME = "guest-memory"
+
 
 @dataclass(frozen=True, slots=True)
 class BootOptions:
     """What a boot has beside the VM's config.
 
     `lease`: where the caller has leased the VM's networks already. `console`: the guest is to have a virtio console, for the shell.
-    `nonce`: what the ready line must have after the IP.
+    `nonce`: what the ready line must have after the IP. `memory_file`: the guest's memory is that file, so that a snapshot in the
+    same directory need not copy it. `snapshots`: below which snapshots of the VM will be.
     """
 
     lease: Lease | None = None
     console: bool = False
     ready_marker: str = DEFAULT_MARKER
     nonce: str | None = None
+    memory_file: Path | None = None
+    snapshots: Path | None = None
 
 
 DEFAULT_OPTIONS = BootOptions()
@@ -70,6 +80,9 @@ class VmDriver(Protocol):
 
     def binary(self) -> Binary:
         """Return the VMM's executable; raises InvalidConfigError where there is none that works."""
+
+    def snapshot_key(self) -> list[str]:
+        """Return what of the VMM itself a snapshot depends on."""
 
     def failure_hint(self) -> str | None:
         """Return what a person should know of this machine when the VMM has failed on it."""
@@ -141,10 +154,21 @@ class VmDriver(Protocol):
         """Let the next reboot of the guest be one, where it would otherwise be the VMM's end; returns the handle from then on."""
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
-        """Save a paused VM's state to a directory."""
+        """Save a paused VM's state and memory to a directory; disks are not saved."""
 
-    def restore(self, config: VmConfig, directory: Path) -> VmHandle:
-        """Start a VM from a saved state."""
+    def restore(self, config: VmConfig, directory: Path, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
+        """Start a VM from a snapshot's directory and return it running; it writes nothing there.
+
+        `config` may differ from the snapshot's in names, logs, the other end of each NIC, and shared dirs, which are plugged in.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A guest's memory as a file: written by the guest where it is `shared`, else only read, copy-on-write."""
+
+    path: str
+    shared: bool
 
 
 @dataclass
@@ -160,6 +184,10 @@ class Plan:
     fds: list[int] = field(default_factory=list)
     taps_to_remove: list[str] = field(default_factory=list)
     machine_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    memory: Memory | None = None
+    # The directory of the snapshot that the VM begins with.
+    restoring: Path | None = None
+    snapshots: Path | None = None
 
     def socket(self, name: str) -> Path:
         """Return where a socket of this VM's lives, short enough for any address."""
@@ -169,6 +197,13 @@ class Plan:
         """Hand a descriptor over; returns the text that becomes its number in the VMM."""
         self.fds.append(fd)
         return f"{{fd{len(self.fds) - 1}}}"
+
+    def add_listener(self, name: str) -> str:
+        """Hand a listening UNIX socket over, which can be connected to from now on; returns the text for its number."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.fspath(self.socket(name)))
+        listener.listen()
+        return self.add_fd(listener.detach())
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +288,7 @@ class VmmProcess:
         config: VmConfig,
         build: Callable[[Plan], VmmCommand],
         options: BootOptions,
+        restoring: Path | None = None,
     ) -> VmHandle:
         """Start a VMM: checks first, then the sidecars, then it. Whatever fails leaves nothing behind."""
         preflight(config)
@@ -260,7 +296,7 @@ class VmmProcess:
         mine = None
         try:
             mine = options.lease or Lease()
-            return self._start(config, build, mine, options)
+            return self._start(config, build, mine, options, restoring)
         except BaseException as error:
             _names.free(config.namespace, config.name, None)
             # With those it had started: they name the lease in their arguments.
@@ -273,15 +309,23 @@ class VmmProcess:
                 raise VmIOError(f"VM {config.name!r} could not be started: {error}", vm_name=config.name) from error
             raise
 
-    def _start(self, config: VmConfig, build: Callable[[Plan], VmmCommand], lease: Lease, options: BootOptions) -> VmHandle:
+    def _start(
+        self, config: VmConfig, build: Callable[[Plan], VmmCommand], lease: Lease, options: BootOptions, restoring: Path | None
+    ) -> VmHandle:
         serial_log = config.serial_log or lease.directory / "serial.log"
-        plan = Plan(config, lease, serial_log, options.console)
+        plan = Plan(config, lease, serial_log, options.console, restoring=restoring, snapshots=options.snapshots)
+        if restoring is not None:
+            plan.memory = _restored_memory(plan, restoring)
+        elif options.memory_file is not None:
+            plan.memory = Memory(os.fspath(options.memory_file), shared=True)
+            with options.memory_file.open("xb") as file:
+                file.truncate(config.memory_mb << 20)
         handle = VmHandle(
             config.name, config.namespace, self.vmm, VmState.STARTING, None, serial_log, plan.machine_id,
             lease.directory, options.ready_marker, options.nonce, netns=config.netns,
         )  # fmt: skip
-        for log in (serial_log, handle.vmm_log):
-            _empty(log, config)
+        _start_log(serial_log, config, restoring and restoring / CONSOLE_FILE)
+        _start_log(handle.vmm_log, config)
         sidecars = []
         program = find_virtiofsd(self.virtiofsd) if config.shared_dirs else None
         for index, share in enumerate(config.shared_dirs):
@@ -304,6 +348,21 @@ class VmmProcess:
         return replace(
             handle, process=process, taps=tuple(plan.taps_to_remove), sidecars=tuple(sidecars), command=command.for_people()
         )
+
+    @contextmanager
+    def restoring(self, handle: VmHandle) -> Iterator[None]:
+        """End a VM whose restore fails in the block; raises HypervisorError with what the VMM's log says."""
+        try:
+            yield
+        except BaseException as error:
+            said = last_lines(handle.vmm_log)
+            self.kill(handle)
+            if isinstance(error, VmError):
+                raise HypervisorError(
+                    f"VM {handle.name!r} could not be restored: {error}{f'. Its log ends with:{chr(10)}{said}' if said else ''}",
+                    vm_name=handle.name,
+                ) from error
+            raise
 
     def stop(self, handle: VmHandle) -> None:
         """SIGTERM, 10 s of patience, SIGKILL; then everything the VM had is removed, whatever became of the VMM."""
@@ -386,15 +445,71 @@ class VmmProcess:
         (self._paused.add if paused else self._paused.discard)(handle.machine_id)
 
 
-def _empty(log: Path, config: VmConfig) -> None:
+def _restored_memory(plan: Plan, snapshot: Path) -> Memory | None:
+    """Return what the memory of a restored VM is made of; None where it is in the saved state."""
+    memory = snapshot / MEMORY_FILE
+    if not memory.exists():
+        return None
+    if not plan.config.shared_dirs and not plan.config.hotplug:
+        return Memory(os.fspath(memory), shared=False)
+    # virtiofsd has to see what the guest writes (vhost-user), so that it needs a copy of its own.
+    number = plan.add_fd(copied_to_memory(memory))
+    return Memory(f"/proc/self/fd/{number}", shared=True)
+
+
+def copied_to_memory(file: Path) -> int:
+    """Return a descriptor of an anonymous file with the content of `file`."""
+    copy = os.memfd_create(MEMORY_COPY_NAME, os.MFD_CLOEXEC)
+    copy_sparse(file, copy)
+    return copy
+
+
+def copy_sparse(file: Path, copy: int) -> None:
+    """Copy a file's content to an empty one that is open, leaving holes out."""
+    with file.open("rb") as source:
+        size = os.fstat(source.fileno()).st_size
+        os.truncate(copy, size)
+        position = 0
+        while position < size:
+            try:
+                start = os.lseek(source.fileno(), position, os.SEEK_DATA)
+            except OSError:
+                # ENXIO: nothing but a hole is left.
+                break
+            position = os.lseek(source.fileno(), start, os.SEEK_HOLE)
+            os.lseek(copy, start, os.SEEK_SET)
+            while start < position:
+                start += os.sendfile(copy, source.fileno(), start, position - start)
+
+
+def inherited_memory(pid: int) -> Path | None:
+    """Return the guest's memory among a VMM's descriptors, where that is a copy of ours (`/proc/PID/fd/N`)."""
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        if os.fspath(fd.readlink()).startswith(f"/memfd:{MEMORY_COPY_NAME}"):
+            return fd
+    return None
+
+
+def _start_log(log: Path, config: VmConfig, earlier: Path | None = None) -> None:
     # An old marker must never count; the VMM appends, or truncates again.
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_bytes(b"")
+        log.write_bytes(earlier.read_bytes() if earlier is not None and earlier.exists() else b"")
     except OSError as error:
         raise InvalidConfigError(
             f"VM {config.name!r}: the log {str(log)!r} cannot be written: {error.strerror}", vm_name=config.name
         ) from error
+
+
+def share_id(share: SharedDir) -> str:
+    """Return what a VMM calls the device of a shared dir that was plugged in."""
+    return f"fs-{share.tag}"
+
+
+def binary_key(binary: Binary) -> list[str]:
+    """Return what tells one build of a program from another."""
+    found = binary.path.stat()
+    return [os.fspath(binary.path), binary.version, str(found.st_size), str(found.st_mtime_ns)]
 
 
 def taps_of(plan: Plan) -> list[AttachedTap]:

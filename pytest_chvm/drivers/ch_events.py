@@ -29,6 +29,8 @@ class EventMonitor:
     # Reboots that the test asked for and that have not come yet.
     expected_reboots: int = 0
     trouble: VmError | None = None
+    # The devices that the guest has let go of, as the VMM calls them: a virtio device by its PCI device.
+    removed: list[str] = field(default_factory=list)
     _booted: bool = False
     _offset: int = 0
     _pending: str = field(default="")
@@ -58,12 +60,14 @@ class EventMonitor:
                 break
             if isinstance(event, dict):
                 self._judge(str(event.get("source")), str(event.get("event")))
+                if event.get("event") == "device-removed" and isinstance(event.get("properties"), dict):
+                    self.removed.append(str(event["properties"].get("id")))
             text = text[end:].lstrip()
         self._pending = text
 
     def _judge(self, source: str, event: str) -> None:
         logger.debug("%s: event %s %s", self.vm_name, source, event)
-        if (source, event) == ("vm", "booted"):
+        if (source, event) in (("vm", "booted"), ("vm", "restored")):
             self._booted = True
         elif (source, event) == ("vm", "shutdown") and not self._booted:
             # Of a boot that failed, which the VMM's own end tells better.

@@ -7,19 +7,37 @@ import re
 import socket
 from pathlib import Path
 
-from pytest_chvm.drivers import ch_api, ch_landlock
-from pytest_chvm.drivers.base import DEFAULT_OPTIONS, BootOptions, Plan, VmmCommand, VmmProcess, logger, taps_of
+from pytest_chvm.deadline import Deadline
+from pytest_chvm.drivers import ch_api, ch_landlock, ch_state
+from pytest_chvm.drivers.base import (
+    DEFAULT_OPTIONS,
+    MEMORY_FILE,
+    AttachedTap,
+    BootOptions,
+    Plan,
+    VmmCommand,
+    VmmProcess,
+    binary_key,
+    copy_sparse,
+    inherited_memory,
+    logger,
+    share_id,
+    taps_of,
+)
 from pytest_chvm.drivers.ch_events import EventMonitor, event_log, open_event_log
 from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, MissingRequirementError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
+from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus
 
 PLACES = ("/usr/bin", "/usr/local/bin")
 INSTALL = "install it from https://github.com/cloud-hypervisor/cloud-hypervisor/releases, or name one with --chvm-binary"
 # The first with on-demand restore, and with vsock and virtio-fs that survive a restore.
 OLDEST = (52, 0)
+RESTORE_DIR = "restore"
+UNPLUG_TIMEOUT_S = 20.0
 
 
 class CloudHypervisorDriver:
@@ -55,6 +73,10 @@ class CloudHypervisorDriver:
             return str(error)
         return None
 
+    def snapshot_key(self) -> list[str]:
+        """Return what of Cloud Hypervisor a snapshot depends on."""
+        return [self.vmm, *binary_key(self.binary())]
+
     def failure_hint(self) -> str | None:
         """Return why no guest runs here, where that is so."""
         reason = why_no_kvm()
@@ -81,34 +103,51 @@ class CloudHypervisorDriver:
         if config.initramfs is not None:
             machine += ["--initramfs", os.fspath(config.initramfs)]
         machine += ["--cpus", f"boot={config.cpus}{f',max={config.max_cpus}' if config.max_cpus else ''}"]
-        memory = f"size={config.memory_mb}M"
-        if config.max_memory_mb:
-            memory += f",hotplug_size={config.max_memory_mb - config.memory_mb}M"
-        # For vhost-user: a shared dir, now or plugged in later.
-        machine += ["--memory", f"{memory}{',shared=on' if config.shared_dirs or config.hotplug else ''}"]
+        machine += self._memory(plan)
         machine += self._disks(plan)
-        taps = taps_of(plan)
-        if any(isinstance(network, UserNetwork | Network) for network in config.networks or ()):
-            raise UnsupportedError(
-                f"VM {config.name!r}: Cloud Hypervisor needs a TAP for each network: run as root, or use --chvm-vmm=qemu",
-                vm_name=config.name,
-            )
+        taps = self._taps(plan)
         for tap in taps:
             machine += ["--net", f"tap={tap.name},mac={tap.mac}"]
         machine += ["--serial", f"file={_quoted(plan.serial_log)}", "--console", "pty" if plan.console else "off"]
         for share, path in zip(config.shared_dirs, plan.share_sockets, strict=True):
             machine += ["--fs", f"tag={share.tag},socket={_quoted(path)},num_queues=1,queue_size=512"]
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(os.fspath(plan.socket("api.sock")))
-        listener.listen()
-        control = ["--api-socket", f"fd={plan.add_fd(listener.detach())}"]
-        control += ["--event-monitor", f"fd={plan.add_fd(open_event_log(plan.lease.directory))}"]
         # The guest's panic is an event then.
-        control += ["--pvpanic"] if plan.console else []
-        if ch_landlock.is_confined(config):
-            rules = ch_landlock.rules(plan, taps)
-            control += ["--landlock", "--landlock-rules", *(f"path={_quoted(path)},access={access}" for path, access in rules)]
+        control = [*self._control(plan), *(["--pvpanic"] if plan.console else [])]
+        if ch_landlock.is_confined(plan):
+            rules = [f"path={_quoted(path)},access={access}" for path, access in ch_landlock.rules(plan, taps)]
+            control += ["--landlock", "--landlock-rules", *rules]
         return VmmCommand(machine, control)
+
+    @staticmethod
+    def _control(plan: Plan) -> list[str]:
+        events = plan.add_fd(open_event_log(plan.lease.directory))
+        return ["--api-socket", f"fd={plan.add_listener('api.sock')}", "--event-monitor", f"fd={events}"]
+
+    @staticmethod
+    def _memory(plan: Plan) -> list[str]:
+        config = plan.config
+        if plan.memory is not None:
+            if config.max_memory_mb:
+                raise UnsupportedError(
+                    f"VM {config.name!r}: Cloud Hypervisor cannot add memory to a VM that can be cloned: leave out max_memory_mb",
+                    vm_name=config.name,
+                )
+            path = _quoted(Path(plan.memory.path))
+            return ["--memory", "size=0", "--memory-zone", f"id=memory,size={config.memory_mb}M,file={path},shared=on"]
+        room = f",hotplug_size={config.max_memory_mb - config.memory_mb}M" if config.max_memory_mb else ""
+        # For vhost-user: a shared dir, now or plugged in later.
+        shared = ",shared=on" if config.shared_dirs or config.hotplug else ""
+        return ["--memory", f"size={config.memory_mb}M{room}{shared}"]
+
+    @staticmethod
+    def _taps(plan: Plan) -> list[AttachedTap]:
+        taps = taps_of(plan)
+        if any(isinstance(network, UserNetwork | Network) for network in plan.config.networks or ()):
+            raise UnsupportedError(
+                f"VM {plan.config.name!r}: Cloud Hypervisor needs a TAP for each network: run as root, or use --chvm-vmm=qemu",
+                vm_name=plan.config.name,
+            )
+        return taps
 
     @staticmethod
     def _disks(plan: Plan) -> list[str]:
@@ -193,7 +232,8 @@ class CloudHypervisorDriver:
 
     def add_share(self, handle: VmHandle, share: SharedDir, socket_path: Path) -> str:
         """Plug a shared dir in whose virtiofsd listens at `socket_path`; returns its id."""
-        body: dict[str, object] = {"tag": share.tag, "socket": os.fspath(socket_path), "num_queues": 1, "queue_size": 512}
+        body: dict[str, object] = {"id": share_id(share), "tag": share.tag, "socket": os.fspath(socket_path)}
+        body |= {"num_queues": 1, "queue_size": 512}
         return self._add(handle, "vm.add-fs", body)
 
     def _add(self, handle: VmHandle, endpoint: str, body: dict[str, object]) -> str:
@@ -203,8 +243,22 @@ class CloudHypervisorDriver:
         return str(answer["id"])
 
     def remove_device(self, handle: VmHandle, device: str) -> None:
-        """Unplug a device."""
-        self._call(handle, "vm.remove-device", {"id": device})
+        """Unplug a device and wait until the guest has let go of it; raises HypervisorError where it does not."""
+        assert handle.process is not None
+        events, deadline = self.event_log(handle), Deadline.after(UNPLUG_TIMEOUT_S)
+        assert events is not None
+        monitor = self._monitor(handle)
+        with FileWatch(events) as watch:
+            monitor.read()
+            monitor.removed.clear()
+            self._call(handle, "vm.remove-device", {"id": device})
+            while not any(name == device or name.endswith(f"-{device}") for name in monitor.removed):
+                if watch.wait(deadline, handle.process.pid) or deadline.expired:
+                    raise HypervisorError(
+                        f"VM {handle.name!r}: the guest did not let go of {device!r} within {UNPLUG_TIMEOUT_S:g} s",
+                        vm_name=handle.name,
+                    )
+                monitor.read()
 
     def resize(self, handle: VmHandle, *, cpus: int | None, memory_mb: int | None) -> None:
         """Set the number of processors and the amount of memory, up to `max_cpus` and `max_memory_mb`."""
@@ -254,12 +308,36 @@ class CloudHypervisorDriver:
         return self._process.renew_sidecars(handle, config)
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
-        """Save a paused VM's state to a directory that is there and empty; disks are not saved."""
+        """Save a paused VM's state and memory to a directory that is there and empty, but for the memory; disks are not saved."""
         self._call(handle, "vm.snapshot", {"destination_url": f"file://{directory}"})
+        memory = directory / MEMORY_FILE
+        if not memory.exists() and handle.process is not None:
+            # It does not save what it shares with others: the copy of its own that a VM with shared dirs has.
+            shared = inherited_memory(handle.process.pid)
+            if shared is not None:
+                with memory.open("xb") as file:
+                    copy_sparse(shared, file.fileno())
 
-    def restore(self, config: VmConfig, directory: Path) -> VmHandle:
-        """Not there yet."""
-        raise UnsupportedError(f"VM {config.name!r}: restoring Cloud Hypervisor VMs is not supported", vm_name=config.name)
+    def restore(self, config: VmConfig, directory: Path, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
+        """Start a VM from a snapshot's directory and return it running; it writes nothing there."""
+        handle = self._process.boot(config, self._restore_command, options, directory)
+        with self._process.restoring(handle):
+            assert handle.run_dir is not None
+            assert handle.process is not None
+            source = handle.run_dir / RESTORE_DIR
+            if shared := inherited_memory(handle.process.pid):
+                ch_state.name_memory(source, shared)
+            self._call(handle, "vm.restore", {"source_url": f"file://{source}"})
+            for index, share in enumerate(config.shared_dirs):
+                self.add_share(handle, share, handle.run_dir / f"fs{index}.sock")
+            self._call(handle, "vm.resume")
+        return handle
+
+    def _restore_command(self, plan: Plan) -> VmmCommand:
+        assert plan.restoring is not None
+        ch_state.make_source(plan, plan.restoring, plan.lease.directory / RESTORE_DIR, self._taps(plan))
+        namespace = ["ip", "netns", "exec", plan.config.netns] if plan.config.netns else []
+        return VmmCommand([*namespace, os.fspath(self.binary().path)], self._control(plan))
 
     def _call(
         self, handle: VmHandle, endpoint: str, body: dict[str, object] | None = None, *, ask: bool = False

@@ -7,20 +7,18 @@ import os
 import platform
 import socket
 from pathlib import Path
+from typing import Any
 
-from pytest_chvm.deadline import Deadline
-from pytest_chvm.drivers import qemu_devices, qemu_vsock, qmp
-from pytest_chvm.drivers.base import DEFAULT_OPTIONS, BootOptions, Plan, VmmCommand, VmmProcess, taps_of
+from pytest_chvm.drivers import qemu_devices, qemu_state, qemu_vsock, qmp
+from pytest_chvm.drivers.base import DEFAULT_OPTIONS, MEMORY_FILE, BootOptions, Plan, VmmCommand, VmmProcess, binary_key, taps_of
 from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
-from pytest_chvm.errors import HypervisorError, InvalidConfigError, UnsupportedError, VmError, VmIOError
+from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
-from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus, mac_for
 
 PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
 INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
-SOCKET_TIMEOUT_S = 5.0
 SYSTEM_CALLS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -48,6 +46,13 @@ class QemuDriver:
             return str(error)
         return None
 
+    def snapshot_key(self) -> list[str]:
+        """Return what of QEMU a snapshot depends on."""
+        return [self.vmm, *binary_key(self.binary()), "kvm" if self._uses_kvm() else "tcg", str(qemu_vsock.why_no_vsock())]
+
+    def _uses_kvm(self) -> bool:
+        return self.accel == "kvm" or (self.accel == "auto" and why_no_kvm() is None)
+
     def failure_hint(self) -> str | None:
         """Return why KVM does not work here, where it was asked for."""
         reason = why_no_kvm()
@@ -64,41 +69,61 @@ class QemuDriver:
         machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), binary]
         machine += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         machine += ["-name", config.name, "-uuid", plan.machine_id, "-sandbox", SYSTEM_CALLS]
-        kvm = self.accel == "kvm" or (self.accel == "auto" and why_no_kvm() is None)
-        shared = bool(config.shared_dirs) or config.hotplug
-        machine += ["-machine", "q35,memory-backend=ram" if shared else "q35"]
+        kvm = self._uses_kvm()
+        machine += ["-machine", "q35,memory-backend=ram"]
         machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", config.cpu_model or ("host" if kvm else "max")]
         machine += ["-smp", f"{config.cpus}{f',maxcpus={config.max_cpus}' if config.max_cpus else ''}"]
         machine += ["-m", f"{config.memory_mb}M{f',slots=8,maxmem={config.max_memory_mb}M' if config.max_memory_mb else ''}"]
         machine += qemu_devices.port_arguments() if config.hotplug else []
-        if shared:
-            machine += ["-object", f"memory-backend-memfd,id=ram,size={config.memory_mb}M,share=on"]
+        machine += self._memory(plan)
         machine += self._boot_source(config)
-        machine += ["-chardev", f"file,id=serial,path={_quoted(plan.serial_log)}", "-serial", "chardev:serial"]
+        machine += ["-chardev", f"file,id=serial,path={_quoted(plan.serial_log)},append=on", "-serial", "chardev:serial"]
         machine += ["-device", "virtio-rng-pci"]
         machine += self._disks(plan)
         machine += self._nics(plan, shown)
-        for index, (share, path) in enumerate(zip(config.shared_dirs, plan.share_sockets, strict=True)):
-            machine += ["-chardev", f"socket,id=fs{index},path={_quoted(path)}"]
-            machine += ["-device", f"vhost-user-fs-pci,chardev=fs{index},tag={share.tag},queue-size=512"]
         if vsock := qemu_vsock.open_device(config.name):
             fd, cid = vsock
             number = plan.add_fd(fd)
             machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
             shown[f",vhostfd={number}"] = ""
-        control = ["-chardev", f"socket,id=qmp,path={_quoted(plan.socket('qmp.sock'))},server=on,wait=off"]
+        if plan.restoring is not None:
+            # The shared dirs are plugged in before the guest goes on.
+            machine += ["-incoming", "defer", "-S"]
+        else:
+            machine += self._shares(plan)
+        control = ["-chardev", f"socket,id=qmp,fd={plan.add_listener('qmp.sock')},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control"]
         return VmmCommand(machine, control + self._serial_ports(plan), shown)
+
+    @staticmethod
+    def _memory(plan: Plan) -> list[str]:
+        size = f"id=ram,size={plan.config.memory_mb}M"
+        if plan.memory is not None:
+            path = _quoted(Path(plan.memory.path))
+            return ["-object", f"memory-backend-file,{size},mem-path={path},share={'on' if plan.memory.shared else 'off'}"]
+        # For vhost-user: a shared dir, now or plugged in later.
+        if plan.config.shared_dirs or plan.config.hotplug:
+            return ["-object", f"memory-backend-memfd,{size},share=on"]
+        return ["-object", f"memory-backend-ram,{size}"]
+
+    @staticmethod
+    def _shares(plan: Plan) -> list[str]:
+        words = []
+        for index, (share, path) in enumerate(zip(plan.config.shared_dirs, plan.share_sockets, strict=True)):
+            words += ["-chardev", f"socket,id=fs{index},path={_quoted(path)}"]
+            words += ["-device", f"vhost-user-fs-pci,chardev=fs{index},tag={share.tag},queue-size=512"]
+        return words
 
     @staticmethod
     def _serial_ports(plan: Plan) -> list[str]:
         words = ["-device", "virtio-serial-pci"] if plan.console or plan.config.channels else []
         if plan.console:
             words += ["-device", "virtconsole,chardev=console"]
-            words += ["-chardev", f"socket,id=console,path={_quoted(plan.socket('console.sock'))},server=on,wait=off"]
+            words += ["-chardev", f"socket,id=console,fd={plan.add_listener('console.sock')},server=on,wait=off"]
         for index, name in enumerate(plan.config.channels):
             words += ["-device", f"virtserialport,chardev=channel{index},name={name}"]
-            words += ["-chardev", f"socket,id=channel{index},path={_quoted(plan.socket(_channel_socket(name)))},server=on,wait=off"]
+            listener = plan.add_listener(_channel_socket(name))
+            words += ["-chardev", f"socket,id=channel{index},fd={listener},server=on,wait=off"]
         return words
 
     @staticmethod
@@ -207,23 +232,23 @@ class QemuDriver:
     def add_disk(self, handle: VmHandle, image: Path, *, read_only: bool) -> str:
         """Plug a disk in; returns its id."""
         form = base_format(image) if read_only else data_format(image)
-        return qemu_devices.add_disk(handle, self._qmp_socket(handle), image, form, read_only=read_only)
+        return qemu_devices.add_disk(handle, self._socket(handle, "qmp.sock"), image, form, read_only=read_only)
 
     def add_tap(self, handle: VmHandle, tap: str, mac: str) -> str:
         """Plug a NIC in that is attached to a TAP; returns its id."""
-        return qemu_devices.add_tap(handle, self._qmp_socket(handle), tap, mac)
+        return qemu_devices.add_tap(handle, self._socket(handle, "qmp.sock"), tap, mac)
 
     def add_share(self, handle: VmHandle, share: SharedDir, socket_path: Path) -> str:
         """Plug a shared dir in whose virtiofsd listens at `socket_path`; returns its id."""
-        return qemu_devices.add_share(handle, self._qmp_socket(handle), share, socket_path)
+        return qemu_devices.add_share(handle, self._socket(handle, "qmp.sock"), share, socket_path)
 
     def remove_device(self, handle: VmHandle, device: str) -> None:
         """Unplug a device and wait until the guest has let go of it."""
-        qemu_devices.remove_device(handle, self._qmp_socket(handle), device)
+        qemu_devices.remove_device(handle, self._socket(handle, "qmp.sock"), device)
 
     def resize(self, handle: VmHandle, *, cpus: int | None, memory_mb: int | None) -> None:
         """Add processors and memory, up to `max_cpus` and `max_memory_mb`."""
-        qemu_devices.resize(handle, self._qmp_socket(handle), cpus=cpus, memory_mb=memory_mb)
+        qemu_devices.resize(handle, self._socket(handle, "qmp.sock"), cpus=cpus, memory_mb=memory_mb)
 
     def open_vsock(self, handle: VmHandle, port: int) -> socket.socket:
         """Return a stream connected to a vsock port of the guest's, through the host's kernel."""
@@ -268,25 +293,26 @@ class QemuDriver:
         return handle
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
-        """Not there yet."""
-        raise UnsupportedError(f"VM {handle.name!r}: snapshots of QEMU VMs are not supported", vm_name=handle.name)
+        """Save a paused VM's state, and its memory unless that is the file in this directory already; disks are not saved."""
+        shared = (directory / MEMORY_FILE).exists()
+        qemu_state.save(handle.name, self._socket(handle, "qmp.sock"), directory / "state", memory_is_shared=shared)
 
-    def restore(self, config: VmConfig, directory: Path) -> VmHandle:
-        """Not there yet."""
-        raise UnsupportedError(f"VM {config.name!r}: restoring QEMU VMs is not supported", vm_name=config.name)
+    def restore(self, config: VmConfig, directory: Path, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
+        """Start a VM from a snapshot's directory and return it running; it writes nothing there."""
+        handle = self._process.boot(config, self._command, options, directory)
+
+        async def go_on(client: Any) -> None:
+            for index, share in enumerate(config.shared_dirs):
+                await qemu_devices.plug_share(client, handle, share, self._socket(handle, f"fs{index}.sock"))
+            await client.execute("cont")
+
+        with self._process.restoring(handle):
+            shared = (directory / MEMORY_FILE).exists()
+            qemu_state.load(handle.name, self._socket(handle, "qmp.sock"), directory / "state", memory_is_shared=shared, then=go_on)
+        return handle
 
     def _qmp(self, handle: VmHandle, command: tuple[str, dict[str, object]]) -> object:
-        return qmp.execute(handle.name, self._qmp_socket(handle), *command)
-
-    def _qmp_socket(self, handle: VmHandle) -> Path:
-        path = self._socket(handle, "qmp.sock")
-        # `boot` returns before QEMU has made it.
-        deadline = Deadline.after(SOCKET_TIMEOUT_S)
-        if path.parent.is_dir() and handle.process is not None:
-            with FileWatch(path.parent) as watch:
-                while not path.exists() and not deadline.expired and not watch.wait(deadline, handle.process.pid):
-                    continue
-        return path
+        return qmp.execute(handle.name, self._socket(handle, "qmp.sock"), *command)
 
     @staticmethod
     def _socket(handle: VmHandle, name: str) -> Path:

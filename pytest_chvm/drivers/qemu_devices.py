@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.drivers import qmp
+from pytest_chvm.drivers.base import share_id
 from pytest_chvm.errors import HypervisorError, UnsupportedError
 from pytest_chvm.model import SharedDir, VmHandle
 
@@ -56,29 +57,37 @@ def add_tap(handle: VmHandle, socket_path: Path, tap: str, mac: str) -> str:
 
 def add_share(handle: VmHandle, socket_path: Path, share: SharedDir, share_socket: Path) -> str:
     """Plug a shared dir in whose virtiofsd listens at `share_socket`; returns its id."""
-    name = _new_id("fs")
+    name: str = qmp.session(handle.name, socket_path, lambda client: plug_share(client, handle, share, share_socket))
+    return name
+
+
+async def plug_share(client: Any, handle: VmHandle, share: SharedDir, share_socket: Path) -> str:
+    """Plug a shared dir in, with a QMP client; returns its id."""
+    name = share_id(share)
     address = {"type": "unix", "data": {"path": str(share_socket)}}
-
-    async def plug(execute: Execute, port: str) -> None:
-        await execute("chardev-add", {"id": name, "backend": {"type": "socket", "data": {"addr": address, "server": False}}})
-        device = {"driver": "vhost-user-fs-pci", "id": name, "chardev": name, "tag": share.tag, "queue-size": 512, "bus": port}
-        await execute("device_add", device)
-
-    _plug(handle, socket_path, plug)
+    port = await _needed_port(client, handle)
+    backend = {"type": "socket", "data": {"addr": address, "server": False}}
+    await client.execute("chardev-add", {"id": name, "backend": backend})
+    device = {"driver": "vhost-user-fs-pci", "id": name, "chardev": name, "tag": share.tag, "queue-size": 512, "bus": port}
+    await client.execute("device_add", device)
     return name
 
 
 def _plug(handle: VmHandle, socket_path: Path, plug: Callable[[Execute, str], Awaitable[None]]) -> None:
     async def work(client: Any) -> None:
-        free = await _free_port(client)
-        if free is None:
-            raise UnsupportedError(
-                f"VM {handle.name!r} has no free PCIe port: boot it with hotplug=True ({SPARE_PORTS} ports) or remove a device",
-                vm_name=handle.name,
-            )
-        await plug(client.execute, free)
+        await plug(client.execute, await _needed_port(client, handle))
 
     qmp.session(handle.name, socket_path, work)
+
+
+async def _needed_port(client: Any, handle: VmHandle) -> str:
+    free = await _free_port(client)
+    if free is None:
+        raise UnsupportedError(
+            f"VM {handle.name!r} has no free PCIe port: boot it with hotplug=True ({SPARE_PORTS} ports) or remove a device",
+            vm_name=handle.name,
+        )
+    return free
 
 
 async def _free_port(client: Any) -> str | None:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.errors import InvalidConfigError, VmError
 
 
 def default_cache_dir() -> Path:
@@ -17,29 +17,37 @@ def default_cache_dir() -> Path:
     return Path(base) / "pytest-chvm"
 
 
-def built_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Return the directory `target`, filled by `build` if it is not there yet.
+def built_once(
+    target: Path, build: Callable[[Path], None], is_intact: Callable[[Path], bool] = Path.is_dir, *, mode: int = 0o755
+) -> Path:
+    """Return the directory `target`, filled by `build` if it is not there yet, or is not intact any more.
 
     `build` gets an empty directory, which becomes `target` by one rename, so that nobody ever sees half of it;
     others that want the same wait at a file lock. Raises InvalidConfigError where the cache cannot be written.
     """
-    if target.is_dir():
+    if is_intact(target):
         return target
     from filelock import FileLock
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if target.is_dir():
+            if is_intact(target):
                 return target
+            # Of a builder that was killed: the lock was its, and is ours now.
+            for left in (target, *target.parent.glob(f".{target.name}.*")):
+                shutil.rmtree(left, ignore_errors=True)
             unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             try:
                 build(unfinished)
-                unfinished.chmod(0o755)
+                unfinished.chmod(mode)
                 unfinished.rename(target)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
+    except VmError:
+        # Some of them are OSErrors.
+        raise
     except OSError as error:
         raise InvalidConfigError(
             f"the cache {str(target.parent)!r} cannot be written: {error}; free some space, "

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from pytest_chvm.errors import MissingRequirementError
+from pytest_chvm.guest import renew
 from pytest_chvm.guest.cache import built_once
 from pytest_chvm.guest.kernel import Kernel, Module, PackageError, Progress, fetch_package, modules_in_order
 
@@ -48,13 +49,22 @@ def build_initramfs(
     busybox = find_busybox(cache, progress)
     init = resources.files("pytest_chvm.guest").joinpath(init_script).read_bytes()
     modules = modules_in_order(kernel.modules, wanted) if kernel.modules else []
-    key = hashlib.sha256(b"recipe 1")
-    for part in (busybox.read_bytes(), init, *(module.data for module in modules)):
+    tools = [
+        Entry("lib/chvm", stat.S_IFDIR | 0o755),
+        Entry(
+            "lib/chvm/configure.sh",
+            stat.S_IFREG | 0o644,
+            resources.files("pytest_chvm.guest").joinpath("configure.sh").read_bytes(),
+        ),
+        Entry("lib/chvm/renew", stat.S_IFREG | 0o755, renew.program()),
+    ]
+    key = hashlib.sha256(b"recipe 2")
+    for part in (busybox.read_bytes(), init, *(entry.data for entry in tools), *(module.data for module in modules)):
         key.update(hashlib.sha256(part).digest())
 
     def build(directory: Path) -> None:
         progress(f"building a guest ({init_script}) for kernel {kernel.release or kernel.image.name}")
-        archive = write_cpio(_entries(busybox, init, modules))
+        archive = write_cpio(_entries(busybox, init, tools, modules))
         (directory / "initramfs.cpio").write_bytes(archive)
 
     return built_once(cache / "initramfs" / key.hexdigest()[:32], build) / "initramfs.cpio"
@@ -99,7 +109,7 @@ class Entry:
     device: tuple[int, int] = (0, 0)
 
 
-def _entries(busybox: Path, init: bytes, modules: list[Module]) -> Iterator[Entry]:
+def _entries(busybox: Path, init: bytes, tools: list[Entry], modules: list[Module]) -> Iterator[Entry]:
     for directory in DIRECTORIES:
         yield Entry(directory, stat.S_IFDIR | (0o1777 if directory.endswith("tmp") else 0o755))
     # The kernel opens it before the first process can mount anything.
@@ -113,6 +123,7 @@ def _entries(busybox: Path, init: bytes, modules: list[Module]) -> Iterator[Entr
     yield Entry("etc/passwd", stat.S_IFREG | 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
     yield Entry("etc/group", stat.S_IFREG | 0o644, b"root:x:0:\nnogroup:x:65534:\n")
     yield Entry("etc/hosts", stat.S_IFREG | 0o644, b"127.0.0.1 localhost\n")
+    yield from tools
     yield Entry("lib/modules", stat.S_IFDIR | 0o755)
     for module in modules:
         yield Entry(f"lib/modules/{module.name}.ko", stat.S_IFREG | 0o644, module.data)

@@ -12,7 +12,8 @@ import secrets
 import shlex
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 
@@ -57,6 +58,8 @@ class GuestShell:
     wake_fds: Callable[[], list[int]]
     check_alive: Callable[[], None]
     console_closed: Callable[[], None]
+    # Of a clone: the guest's side waits for a command, as the snapshot was taken.
+    in_step: bool = False
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -67,7 +70,7 @@ class GuestShell:
         self._owed = 0
         self._unsent = 0
         # Whether the guest's side is known to be waiting for a command.
-        self._in_step = False
+        self._in_step = self.in_step
 
     def run(self, command: str | Sequence[str], *, timeout: float, input: bytes | None) -> CommandResult:
         """Run a command in the guest and return what it did; one at a time, others wait for their turn.
@@ -112,6 +115,27 @@ class GuestShell:
                 # The connection is kept: what is still on its way to the guest would be lost with it.
                 self._in_step = False
 
+    def do(self, script: str, timeout: float = CONNECT_TIMEOUT_S) -> None:
+        """Have the guest's shell itself run one line of printable ASCII before its next command, without waiting for the end.
+
+        Raises VmIOError where no shell answers in time.
+        """
+        deadline = Deadline.after(timeout)
+        with self._lock:
+            try:
+                self._connect(deadline)
+                self._write(f"do - {script}\n".encode("ascii"), deadline)
+            except TimeoutError as error:
+                self._in_step = False
+                raise VmIOError(f"VM {self.vm_name!r}: {NO_SHELL}", vm_name=self.vm_name) from error
+
+    @contextmanager
+    def waiting(self, timeout: float = CONNECT_TIMEOUT_S) -> Iterator[None]:
+        """Hold the guest's shell at its wait for a command, as a snapshot has to find it; raises VmIOError where there is none."""
+        with self._lock:
+            self._connect(Deadline.after(timeout))
+            yield
+
     def close(self) -> None:
         """Let go of the console; the next command connects again."""
         self._pending.clear()
@@ -122,11 +146,11 @@ class GuestShell:
             os.close(fd)
 
     def _connect(self, deadline: Deadline) -> None:
-        if self._in_step:
-            return
         if self._fd is None:
             self._fd = self.open_console()
             os.set_blocking(self._fd, False)
+        if self._in_step:
+            return
         patience = Deadline.after(min(CONNECT_TIMEOUT_S, deadline.remaining_s))
         token = secrets.token_hex(16)
         # The quotes keep a terminal's echo of the line from looking like its answer; the loop ignores the first line.

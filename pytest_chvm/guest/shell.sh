@@ -67,6 +67,7 @@ chvm_loop() {
             printf '\n%s input\n' $chvm_token
             ;;
         more) echo >&9 ;;
+        do) eval "$chvm_rest" </dev/null >/dev/null 2>&1 ;;
         kill) chvm_kill ;;
         drop)
             # The host has given the command up, its answer too.

@@ -1,0 +1,75 @@
+"""A QEMU VM's state saved to a file and loaded from one: migration over QMP, to a file instead of another host.
+
+Memory that is a file which source and destination share is not in the stream (capability `x-ignore-shared`): a save then takes
+milliseconds, and a load maps the file copy-on-write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from pytest_chvm.drivers import qmp
+from pytest_chvm.errors import HypervisorError
+
+# What is done with a QMP client.
+Work = Callable[[Any], Awaitable[None]]
+
+MIGRATION_TIMEOUT_S = 60.0
+# QEMU's own limit is meant for a network, and is also what a stopped VM's memory goes through.
+MAX_BANDWIDTH = 1 << 40
+
+
+def save(vm_name: str, socket_path: Path, state: Path, *, memory_is_shared: bool) -> None:
+    """Write a stopped VM's state to a file, with its memory unless that is a shared file; raises HypervisorError."""
+    _migrate(vm_name, socket_path, state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, "migrate", memory_is_shared=memory_is_shared)
+
+
+def load(vm_name: str, socket_path: Path, state: Path, *, memory_is_shared: bool, then: Work) -> None:
+    """Have a QEMU that was started with `-incoming defer` take a state from a file, and go on with `then`.
+
+    Raises HypervisorError.
+    """
+    _migrate(vm_name, socket_path, state, os.O_RDONLY, "migrate-incoming", memory_is_shared=memory_is_shared, then=then)
+
+
+def _migrate(
+    vm_name: str, socket_path: Path, state: Path, flags: int, command: str, *, memory_is_shared: bool, then: Work | None = None
+) -> None:
+    fd = os.open(state, flags | os.O_CLOEXEC, 0o600)
+    try:
+        capabilities = [{"capability": "x-ignore-shared", "state": memory_is_shared}, {"capability": "events", "state": True}]
+
+        async def work(client: Any) -> None:
+            from qemu.qmp import EventListener
+
+            await client.execute("migrate-set-capabilities", {"capabilities": capabilities})
+            await client.execute("migrate-set-parameters", {"max-bandwidth": MAX_BANDWIDTH})
+            client.send_fd_scm(fd)
+            await client.execute("getfd", {"fdname": "state"})
+            ended = EventListener("MIGRATION", lambda event: _status(event) in ("completed", "failed"))
+            with client.listen(ended):
+                await client.execute(command, {"uri": "fd:state"})
+                try:
+                    async with asyncio.timeout(MIGRATION_TIMEOUT_S):
+                        event = await ended.get()
+                except TimeoutError as error:
+                    raise HypervisorError(
+                        f"VM {vm_name!r}: QEMU did not end {command!r} within {MIGRATION_TIMEOUT_S:g} s", vm_name=vm_name
+                    ) from error
+            if _status(event) == "failed":
+                answer = await client.execute("query-migrate")
+                raise HypervisorError(f"VM {vm_name!r}: {command!r} failed: {answer.get('error-desc', answer)}", vm_name=vm_name)
+            if then is not None:
+                await then(client)
+
+        qmp.session(vm_name, socket_path, work, timeout_s=MIGRATION_TIMEOUT_S + qmp.ANSWER_TIMEOUT_S)
+    finally:
+        os.close(fd)
+
+
+def _status(event: Any) -> object:
+    return event["data"].get("status")

@@ -1,0 +1,44 @@
+# What makes the built-in guest the machine that it is to be; read by its init, and by its console shell.
+# chvm_configure WORD...: the words are those of the kernel command line, others are passed over:
+#   chvm.net=DEVICE,ADDRESS/NETMASK,GATEWAY,MAC   one a NIC (each but the first may be empty)
+#   chvm.share=TAG[,ro]                           one a shared dir
+#   chvm.ip= chvm.nonce= chvm.marker= chvm.hostname=
+# At last it says on the serial console that the machine is ready.
+# Written to fork as little as it can: this is most of what a clone's start takes.
+chvm_console=/dev/console
+for device in /dev/ttyS0 /dev/ttyAMA0; do
+    [ -c $device ] && chvm_console=$device && break
+done
+chvm_net() {
+    local device=$1 address=$2 gateway=$3 mac=$4
+    ifconfig $device ${mac:+hw ether $mac} ${address:+${address%/*} netmask ${address#*/} up}
+    [ "$gateway" ] && route add default gw $gateway
+}
+chvm_share() {
+    local tag=${1%,ro} options=rw tries=0
+    [ $tag != $1 ] && options=ro
+    mkdir -p /mnt/$tag
+    # One that was just plugged in takes the kernel a moment, of which no event tells a shell.
+    until mount -t virtiofs -o $options $tag /mnt/$tag 2>/dev/null; do
+        tries=$((tries + 1))
+        [ $tries = 500 ] && echo "chvm: cannot mount shared dir $tag" && return 1
+        usleep 10000
+    done
+}
+chvm_configure() {
+    local word value ip=127.0.0.1 marker=CHVM_READY nonce= machine_id
+    read -r machine_id </proc/sys/kernel/random/uuid
+    echo "${machine_id//-/}" >/etc/machine-id
+    for word; do
+        value=${word#*=}
+        case $word in
+        chvm.hostname=*) echo "$value" >/proc/sys/kernel/hostname ;;
+        chvm.ip=*) ip=$value ;;
+        chvm.marker=*) marker=$value ;;
+        chvm.nonce=*) nonce=$value ;;
+        chvm.net=*) IFS=, && set -- $value && unset IFS && chvm_net "$@" ;;
+        chvm.share=*) chvm_share $value ;;
+        esac
+    done >$chvm_console 2>&1
+    echo "$marker $ip${nonce:+ nonce=$nonce}" >$chvm_console
+}

@@ -1,0 +1,86 @@
+"""Which network a VM gets, and what its NICs need from the host."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from pytest_chvm.drivers.base import VmDriver
+from pytest_chvm.errors import InvalidConfigError, UnsupportedError
+from pytest_chvm.host import networks
+from pytest_chvm.host.leases import Lease
+from pytest_chvm.model import Attachment, Network, Tap, UserNetwork, VmConfig, mac_for
+from pytest_chvm.settings import Settings
+
+
+def network_mode(settings: Settings, driver: VmDriver) -> tuple[str, str]:
+    """Return the kind of network a VM gets, `tap`, `user` or `none`, and why."""
+    if settings.network != "auto":
+        return settings.network, "asked for"
+    reason = networks.why_no_taps()
+    if reason is None:
+        return "tap", "TAPs can be made here"
+    if driver.vmm == "qemu":
+        return "user", f"no TAP can be made: {reason}"
+    return "none", f"no TAP can be made: {reason}; {driver.vmm} has no user mode"
+
+
+@dataclass(frozen=True, slots=True)
+class Nics:
+    """A VM's NICs: what the driver attaches them to, what is held for them, and what the built-in guest is told of them."""
+
+    attachments: list[Attachment]
+    held: list[networks.Subnet]
+    words: list[str]
+
+
+def lease_nics(config: VmConfig, driver: VmDriver, settings: Settings, lease: Lease, undo: ExitStack) -> Nics:
+    """Take what a VM's networks need from the host; `undo` gives it back."""
+    wanted: list[Any] = list(config.networks) if config.networks is not None else _default_network(config, driver, settings)
+    pool = networks.parse_pool(settings.subnet_pool)
+    nics = Nics([], [], [])
+    for index, network in enumerate(wanted):
+        if isinstance(network, Tap):
+            nic, subnet = networks.lease_tap_nic(lease, network, pool, config.netns)
+        elif network == "user":
+            nic, subnet = networks.lease_user_nic(lease, pool)
+        elif isinstance(network, Network):
+            nic, subnet = networks.lease_network_nic(lease, network), None
+        else:
+            nics.attachments.append(network)
+            continue
+        if subnet is not None:
+            nics.held.append(subnet)
+            undo.callback(subnet.release)
+        nics.attachments.append(nic.attachment)
+        _tell(nics.words, index, nic, config.name)
+    return nics
+
+
+def _tell(words: list[str], index: int, nic: networks.Nic, vm_name: str) -> None:
+    mac = mac_for(vm_name, index)
+    if isinstance(nic.attachment, Tap | UserNetwork):
+        mac = nic.attachment.mac or mac
+    address = nic.address
+    if address is None:
+        words.append(f"chvm.net=eth{index},,,{mac}")
+        return
+    if not any(word.startswith("chvm.ip=") for word in words):
+        words.insert(0, f"chvm.ip={address.address.ip}")
+    words.append(f"chvm.net=eth{index},{address.address.with_netmask},{address.gateway or ''},{mac}")
+
+
+def _default_network(config: VmConfig, driver: VmDriver, settings: Settings) -> list[Any]:
+    mode, _why = network_mode(settings, driver)
+    if mode == "user":
+        if driver.vmm != "qemu":
+            raise UnsupportedError(
+                f"{driver.vmm} has no user-mode network: use tap or none, or --chvm-vmm=qemu", vm_name=config.name
+            )
+        if config.netns is not None:
+            raise InvalidConfigError(
+                f"VM {config.name!r}: netns goes with a TAP, not with the user-mode network", vm_name=config.name
+            )
+    networks_of: dict[str, list[Any]] = {"tap": [Tap()], "user": ["user"], "none": []}
+    return networks_of[mode]

@@ -1,0 +1,225 @@
+"""Saved VMs: templates, which outlive a run, and a test's own snapshots. What is started from one is a clone.
+
+A saved VM is a directory: the VMM's own files, the guest's memory where it is a file (mapped copy-on-write by each clone) and the
+console's log up to then. Templates are kept in the cache directory, each under a key of all that it is made of; one that was
+changed since it was written is made anew, never used.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_chvm.guest.cache import built_once
+from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.remains import boot_id
+
+if TYPE_CHECKING:
+    from pytest_chvm.vm import Vm
+
+# Part of every key: to be raised when a template made before would not do any more.
+RECIPE = 1
+RECORD_FILE = "template.json"
+# What all templates of a user may take of the disk; one is 100 MB or so.
+LIMIT_MB = 4096
+
+
+class Snapshot:
+    """A VM that a test saved. `clone()` starts another from there, any number of times; `close` removes it."""
+
+    def __init__(self, vm_name: str, directory: Path, start: Callable[[str, Path, bool], Vm], remove: Callable[[], list[str]]):
+        self.directory = directory
+        self._vm_name = vm_name
+        self._start = start
+        self._remove = remove
+        self._numbers = itertools.count(1)
+
+    def clone(self, name: str | None = None, *, wait: bool = True) -> Vm:
+        """Start a VM from the snapshot, a machine of its own, and return it when it is ready, or at once with `wait=False`.
+
+        It has the saved VM's memory and running programs, and a name, addresses, host name, clock and random pool of its own.
+        It ends with the test that made it, or with its `close`. Raises what `launch` does.
+        """
+        return self._start(name or f"{self._vm_name}-clone{next(self._numbers)}", self.directory, wait)
+
+    def close(self) -> list[str]:
+        """Remove it; clones that run go on. Returns what could not be removed, in words."""
+        return self._remove()
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateHold:
+    """Keeps a template from being pruned until `release`, or the end of this process."""
+
+    _fd: int
+
+    def release(self) -> None:
+        """Let go of it."""
+        os.close(self._fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A saved VM in the store; `key` names it, `made_of` says in words what it is."""
+
+    directory: Path
+
+    @property
+    def key(self) -> str:
+        """The name of it."""
+        return self.directory.name
+
+    @property
+    def size_mb(self) -> int:
+        """What it takes of the disk, in MiB: its memory file is sparse."""
+        return sum(file.stat().st_blocks * 512 for file in self.directory.iterdir()) >> 20
+
+    @property
+    def last_used_s(self) -> float:
+        """When it was last used, in seconds since the epoch."""
+        return (self.directory / RECORD_FILE).stat().st_mtime
+
+    @property
+    def made_of(self) -> dict[str, object]:
+        """What it was made of, by name."""
+        made_of: dict[str, object] = _record(self.directory)["made_of"]
+        return made_of
+
+    @contextmanager
+    def in_use(self) -> Iterator[TemplateHold]:
+        """Keep it from being pruned; what is given is for the VM that is made of it, and let go of where that failed."""
+        fd = os.open(self.directory / RECORD_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        hold = TemplateHold(fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            yield hold
+        except BaseException:
+            hold.release()
+            raise
+
+    def is_intact(self, *, wholly: bool = False) -> bool:
+        """Tell whether its files are those that were written: by size, inode and time, or `wholly` by content."""
+        try:
+            record = _record(self.directory)
+            for name, (size, inode, mtime_ns, digest) in record["files"].items():
+                found = (self.directory / name).stat()
+                if (found.st_size, found.st_ino, found.st_mtime_ns) != (size, inode, mtime_ns):
+                    return False
+                # What was still to be written to the disk when the host went down is lost, sizes and times or not.
+                if (wholly or record["boot_id"] != boot_id()) and _digest(self.directory / name) != digest:
+                    return False
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return True
+
+
+class TemplateStore:
+    """The templates of one cache directory."""
+
+    def __init__(self, cache: Path) -> None:
+        self.directory = cache / "templates"
+
+    def get(self, made_of: Mapping[str, object], build: Callable[[Path], None]) -> Template:
+        """Return the template that is made of these, built at the first call; others that want it wait.
+
+        `build` is given an empty directory and has a VM saved there. Raises InvalidConfigError where the store cannot be written,
+        and what `build` raises.
+        """
+        text = json.dumps({"recipe": RECIPE, **made_of}, sort_keys=True)
+        directory = self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+        def build_and_record(unfinished: Path) -> None:
+            build(unfinished)
+            files = {file.name: _identity(file) for file in sorted(unfinished.iterdir())}
+            record = {"boot_id": boot_id(), "made_of": dict(made_of), "files": files}
+            (unfinished / RECORD_FILE).write_text(json.dumps(record))
+
+        template = Template(built_once(directory, build_and_record, lambda found: Template(found).is_intact(), mode=0o700))
+        os.utime(directory / RECORD_FILE)
+        return template
+
+    def all(self) -> list[Template]:
+        """Return all templates, the one used last first; a directory that is none is passed over."""
+        found = [Template(record.parent) for record in self.directory.glob(f"[0-9a-f]*/{RECORD_FILE}")]
+        return sorted(found, key=lambda template: template.last_used_s, reverse=True)
+
+    def prune(self, limit_mb: int = LIMIT_MB) -> list[Template]:
+        """Remove the templates that were used longest ago until the rest takes `limit_mb` or less, never one in use.
+
+        Returns those that were removed.
+        """
+        removed = []
+        kept_mb = 0
+        for template in self.all():
+            kept_mb += template.size_mb
+            if kept_mb > limit_mb and _remove_unused(template):
+                kept_mb -= template.size_mb if template.directory.exists() else 0
+                removed.append(template)
+        return removed
+
+
+def _remove_unused(template: Template) -> bool:
+    try:
+        fd = os.open(template.directory / RECORD_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(template.directory)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def snapshots_dir(cache: Path) -> Path:
+    """Return the directory in which tests' own snapshots are, each in one of its own."""
+    directory = cache / "snapshots"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def new_directory(parent: Path, lease: Lease) -> Path:
+    """Return a new empty directory for a test's own snapshot, in the lease first."""
+    directory = parent / secrets.token_hex(8)
+    lease.add_path(directory)
+    directory.mkdir(mode=0o700)
+    return directory
+
+
+def content_key(file: Path, cache: Path) -> str:
+    """Return the SHA-256 of a file's content; computed once for each inode, size and time, and kept in the cache."""
+    found = file.stat()
+    identity = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+
+    def build(directory: Path) -> None:
+        (directory / "sha256").write_text(_digest(file))
+
+    return (built_once(cache / "digests" / identity, build) / "sha256").read_text()
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((directory / RECORD_FILE).read_text())
+    return record
+
+
+def _identity(file: Path) -> tuple[int, int, int, str]:
+    digest = _digest(file)
+    found = file.stat()
+    return found.st_size, found.st_ino, found.st_mtime_ns, digest
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()

@@ -1,0 +1,119 @@
+"""VMs that are clones of a booted one, and snapshots of a test's own, with both VMMs."""
+
+import socket
+import time
+
+import pytest
+
+from pytest_chvm import UnsupportedError, VmState
+
+# A clock's read takes a command's way to the guest and back; a clone's that is not set is off by the template's age.
+CLOCK_ERROR_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def clones(chvm_vm_factory, vmm):
+    """Two clones of one template, alive at once."""
+    with (
+        chvm_vm_factory(vmm=vmm, name=f"one-{vmm}", boot="clone") as one,
+        chvm_vm_factory(vmm=vmm, name=f"two-{vmm}", boot="clone") as two,
+    ):
+        yield one, two
+
+
+def test_clones_are_machines_of_their_own(clones):
+    def identity(vm):
+        nic = vm.check_output("cat /sys/class/net/eth0/address")
+        return vm.ip, nic, vm.check_output("hostname"), vm.check_output("cat /etc/machine-id"), vm.handle.nonce
+
+    one, two = (identity(vm) for vm in clones)
+    assert all(a != b for a, b in zip(one, two, strict=True)), (one, two)
+    assert one[2] == f"{clones[0].name}\n"
+
+
+def test_clones_draw_different_random_numbers_from_the_start(boot):
+    def drawn():
+        with boot(boot="clone", network="none") as vm:
+            return vm.check_output("head -c 16 /dev/urandom | od -An -tx1; cat /proc/sys/kernel/random/boot_id").split("\n")
+
+    streams = [drawn() for _ in range(4)]
+    assert len({stream[0] for stream in streams}) == 4, streams
+    assert len({stream[1] for stream in streams}) == 4, streams
+
+
+def test_a_clone_has_the_hosts_time(clones):
+    for vm in clones:
+        before = time.time()
+        guest = int(vm.check_output("date +%s"))
+        assert before - 1 - CLOCK_ERROR_S < guest < time.time() + CLOCK_ERROR_S
+
+
+def test_a_clone_has_nothing_of_its_siblings(clones):
+    one, two = clones
+    one.check_output("echo mine >/root/file; mkdir /tmp/dir; sleep 1000 >/dev/null 2>&1 &")
+    assert two.check_output("ls /root /tmp") == "/root:\n\n/tmp:\n"
+    assert two.run("pidof sleep").returncode == 1
+
+
+def test_a_clone_is_reachable_and_has_only_its_own_address(clones):
+    for vm in clones:
+        addresses = vm.check_output("ip -4 addr show dev eth0 | grep -c inet")
+        assert addresses == "1\n"
+        assert f"inet {vm.ip}/" in vm.check_output("ip -4 addr show dev eth0")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((vm.ip, 1), 10)
+
+
+def test_a_clones_console_has_its_own_ready_line(clones):
+    for vm in clones:
+        assert vm.origin.boot == "clone"
+        assert f"{vm.ip} nonce={vm.handle.nonce}\n" in vm.console.replace("\r", "")
+
+
+def test_clones_have_shared_dirs_of_their_own(boot, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    one = boot(boot="clone", network="none", shared_dirs={"dir": tmp_path / "a"})
+    two = boot(boot="clone", network="none", shared_dirs={"dir": tmp_path / "b"})
+    assert one.check_output("cat /mnt/dir/which; echo written >/mnt/dir/by-guest") == "a"
+    assert two.check_output("cat /mnt/dir/which") == "b"
+    assert (tmp_path / "a" / "by-guest").read_text() == "written\n"
+    assert not (tmp_path / "b" / "by-guest").exists()
+
+
+def test_a_snapshot_has_what_the_test_set_up(boot, tmp_path):
+    (tmp_path / "code").write_text("shared")
+    vm = boot(shared_dirs={"dir": tmp_path})
+    vm.check_output("echo loaded >/root/database; sleep 1000 >/dev/null 2>&1 & echo $! >/run/pid")
+    snapshot = vm.snapshot()
+    # It goes on, with all it had.
+    assert vm.check_output("kill -0 $(cat /run/pid) && cat /root/database /mnt/dir/code") == "loaded\nshared"
+    first = snapshot.clone()
+    first.check_output("echo changed >/root/database")
+    second = snapshot.clone()
+    assert second.check_output("kill -0 $(cat /run/pid) && cat /root/database /mnt/dir/code") == "loaded\nshared"
+    assert len({vm.ip, first.ip, second.ip}) == 3
+    assert second.check_output("hostname") == f"{second.name}\n"
+    # A snapshot of a clone of a snapshot.
+    assert first.snapshot().clone().check_output("cat /root/database") == "changed\n"
+
+
+def test_a_clone_reboots_as_itself(boot):
+    vm = boot(boot="clone")
+    address, name = vm.ip, vm.check_output("hostname")
+    vm.check_output("touch /root/gone")
+    vm.reboot()
+    assert (vm.ip, vm.check_output("hostname"), vm.check_output("ls /root")) == (address, name, "")
+    assert vm.status.state is VmState.READY
+
+
+def test_a_vm_that_cannot_be_a_clone_is_booted_and_says_why(boot, tmp_path):
+    disk = tmp_path / "data.img"
+    disk.write_bytes(bytes(1 << 20))
+    with pytest.raises(UnsupportedError, match=r"cannot be a clone: it has a data_disk"):
+        boot(boot="clone", network="none", data_disk=disk)
+    vm = boot(network="none", data_disk=disk)
+    assert (vm.origin.boot, vm.origin.why) == ("cold", "it has a data_disk")
+    with pytest.raises(UnsupportedError, match=r"cannot be saved: it has a data_disk"):
+        vm.snapshot()
