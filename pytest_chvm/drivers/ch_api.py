@@ -57,7 +57,7 @@ def call(
         value = answer.json() if answer.content else {}
         if not isinstance(value, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HypervisorError(
             f"VM {vm_name!r}: Cloud Hypervisor's answer to {endpoint!r} makes no sense ({error}): {answer.text[:200]!r}",
             vm_name=vm_name,
@@ -68,7 +68,7 @@ def call(
 def _reasons(text: str) -> str:
     try:
         reasons = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text[:500] or "no reason given"
     return ": ".join(str(reason) for reason in reasons) if isinstance(reasons, list) else text[:500]
 

@@ -53,7 +53,7 @@ class EventMonitor:
         while text:
             try:
                 event, end = decoder.raw_decode(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 if len(text) > LONGEST_EVENT:
                     logger.warning("%s: the event monitor says what is no event: %r", self.vm_name, text[:80])
                     text = ""

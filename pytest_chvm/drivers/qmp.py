@@ -54,8 +54,8 @@ async def _session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaita
 
 def forwarded_port(vm_name: str, answer: str, listing: str, port: int) -> tuple[str, int]:
     """Return the host's end of a forwarding from the monitor's `info usernet`; raises HypervisorError where it has none."""
-    rows = re.findall(r"TCP\[HOST_FORWARD\]\s+\d+\s+(127\.0\.0\.1)\s+(\d+)\s+\S+\s+(\d+)\s", listing)
+    rows = re.findall(r"TCP\[HOST_FORWARD\]\s+\d+\s+(127\.0\.0\.1)\s+(\d{1,5})\s+\S+\s+(\d{1,5})\s", listing)
     for host, host_port, guest_port in reversed(rows):
-        if int(guest_port) == port:
+        if int(guest_port) == port and 0 < int(host_port) < 65536:
             return host, int(host_port)
     raise HypervisorError(f"VM {vm_name!r}: QEMU did not forward port {port}: {answer.strip() or listing.strip()}", vm_name=vm_name)
