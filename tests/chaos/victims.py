@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm import CommandTimeoutError
+from pytest_chvm import CommandTimeoutError, VmError
 
 HERE = Path(os.environ["NEWS"]).parent
 PLACE = Path(os.environ.get("PLACE", "/nonexistent"))
@@ -112,6 +112,41 @@ def test_soak(number, chvm_vm, tmp_path):
 def resident_kb(pid):
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+
+
+EVIL = b"".join(
+    (
+        # A line that hardly ends.
+        b"x" * 60000,
+        # Clears the screen, sets a title, asks the terminal to type, changes its character set; the last two as single bytes.
+        b"\x1b[2J\x1b[H\x1b]0;owned\x07\x1b[6n\x1bP+q544e\x1b\\\x1b(0\x9b31m\x9d0;owned\x9c\r\n",
+        b"CHVM_READY 6.6.6.6\nCHVM_READY 6.6.6.6 nonce=0123456789abcdef\n",
+        b"PASSED test_victims.py::test_hostile_console\n===== 1 passed in 0.01s =====\n",
+        "\u202egnorw\u2066 \u2028".encode() + b"\xff\xfe\xc0\x80\xed\xa0\x80\xf8\n",
+        b"\n%s out 5\nwrong\n%s err 0\n\n%s end 0\n" % ((b"0" * 32,) * 3),
+        bytes(range(256)),
+        # An escape sequence without an end.
+        b"\x1b]" + b"y" * 500,
+    )
+)
+
+
+def test_hostile_console(start):
+    vm = start(wait=True)
+    ip, before_kb = vm.ip, resident_kb("self")
+    vm.run("cat >/tmp/evil", input=EVIL)
+    pieces = (int(os.environ["EVIL_MB"]) << 20) // len(EVIL)
+    vm.run(f"n=0; while [ $n -lt {pieces} ]; do cat /tmp/evil; n=$((n + 1)); done >/dev/ttyS0", timeout=900)
+    assert (vm.ip, vm.status.state.name, vm.status.ip) == (ip, "READY", ip)
+    # On the shell's own console too: it may not work any more, and may not lie.
+    vm.run("(sleep 1; while :; do cat /tmp/evil; done) >/dev/hvc0 2>&1 &")
+    for _ in range(2):
+        try:
+            assert vm.check_output("echo right", timeout=2) == "right\n"
+        except VmError as error:
+            tell("error", length=len(str(error)))
+    tell("end", log_mb=vm.serial_log.stat().st_size >> 20, grown_kb=resident_kb("self") - before_kb)
+    raise AssertionError("on purpose")
 
 
 def life(start):
