@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pytest_chvm.settings import count, seconds
+
+if TYPE_CHECKING:
+    from pytest_chvm.snapshots import TemplateStore
 
 T = TypeVar("T")
 
@@ -20,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="chvm", description="Virtual machines for tests.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_lab(commands)
+    _add_templates(commands)
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
@@ -72,6 +76,56 @@ def _run_lab(options: argparse.Namespace) -> int:
         kernel=options.kernel,
         force=options.force,
     )
+
+
+def _add_templates(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    templates = commands.add_parser(
+        "templates",
+        help="the saved VMs that clones start from",
+        description="List or remove the saved VMs that clones start from. They are made when they are needed, and removed when "
+        "they take too much of the disk: those used longest ago first, never one in use.",
+    )
+    actions = templates.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="show them, the one used last first")
+    listing.add_argument("--check", action="store_true", help="read all of each, and say whether it is as it was written")
+    listing.add_argument("--json", action="store_true", help="as a JSON array")
+    listing.set_defaults(run=_list_templates)
+    prune = actions.add_parser("prune", help="remove those used longest ago")
+    prune.add_argument("--keep-mb", type=int, default=0, metavar="N", help="until the rest takes N MiB (default: 0: remove all)")
+    prune.set_defaults(run=_prune_templates)
+
+
+def _template_store() -> TemplateStore:
+    from pytest_chvm.launcher import cache_dir
+    from pytest_chvm.settings import Settings
+    from pytest_chvm.snapshots import TemplateStore
+
+    return TemplateStore(cache_dir(Settings.resolve()))
+
+
+def _list_templates(options: argparse.Namespace) -> int:
+    import json
+
+    from pytest_chvm.snapshots import describe
+
+    templates = [describe(template, wholly=options.check) for template in _template_store().all()]
+    if options.json:
+        _say(json.dumps(templates, indent=2))
+        return 0
+    for row in templates:
+        state = "" if row["intact"] else "  damaged: it is made anew when it is needed"
+        _say(f"{row['key'][:12]}  {row['size_mb']:5} MiB  used {row['last_used']}  {row['what']}{state}")
+    return 0
+
+
+def _prune_templates(options: argparse.Namespace) -> int:
+    for template in _template_store().prune(options.keep_mb):
+        _say(f"removed {template.key[:12]}")
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
 
 
 def _argument(convert: Callable[[str], T]) -> Callable[[str], T]:

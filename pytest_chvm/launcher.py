@@ -230,7 +230,8 @@ class Launcher:
                 vm.save(directory, go_on=False)
 
         mode, _why = network_mode(self.settings, self.driver)
-        return store.get(made_of(plain.config, self.driver, mode, cache_dir(self.settings)), build)
+        parts = made_of(plain.config, self.driver, mode, cache_dir(self.settings))
+        return store.get(parts, plain.config.memory_mb, build)
 
     def _started(
         self, guest: Guest, origin: Origin, *, wait: bool, memory_file: Path | None = None, held: Sequence[Held] = ()

@@ -7,6 +7,7 @@ changed since it was written is made anew, never used.
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.cache import built_once
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.remains import boot_id
@@ -90,9 +92,9 @@ class Template:
         return (self.directory / RECORD_FILE).stat().st_mtime
 
     @property
-    def made_of(self) -> dict[str, object]:
-        """What it was made of, by name."""
-        made_of: dict[str, object] = _record(self.directory)["made_of"]
+    def made_of(self) -> dict[str, Any]:
+        """What it was made of, by name; see `templates.made_of`."""
+        made_of: dict[str, Any] = _record(self.directory)["made_of"]
         return made_of
 
     @contextmanager
@@ -129,16 +131,23 @@ class TemplateStore:
     def __init__(self, cache: Path) -> None:
         self.directory = cache / "templates"
 
-    def get(self, made_of: Mapping[str, object], build: Callable[[Path], None]) -> Template:
+    def get(self, made_of: Mapping[str, object], room_mb: int, build: Callable[[Path], None]) -> Template:
         """Return the template that is made of these, built at the first call; others that want it wait.
 
-        `build` is given an empty directory and has a VM saved there. Raises InvalidConfigError where the store cannot be written,
-        and what `build` raises.
+        `build` is given an empty directory and has a VM saved there, which takes `room_mb` at most. Raises InvalidConfigError
+        where the store cannot be written or has not so much room, and what `build` raises.
         """
         text = json.dumps({"recipe": RECIPE, **made_of}, sort_keys=True)
         directory = self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
 
         def build_and_record(unfinished: Path) -> None:
+            self.prune()
+            free_mb = shutil.disk_usage(unfinished).free >> 20
+            if free_mb < room_mb:
+                raise InvalidConfigError(
+                    f"a template may take {room_mb} MiB and {str(self.directory)!r} has {free_mb} MiB free: free some space, or set "
+                    "CHVM_CACHE_DIR to a directory with more"
+                )
             build(unfinished)
             files = {file.name: _identity(file) for file in sorted(unfinished.iterdir())}
             record = {"boot_id": boot_id(), "made_of": dict(made_of), "files": files}
@@ -166,6 +175,22 @@ class TemplateStore:
                 kept_mb -= template.size_mb if template.directory.exists() else 0
                 removed.append(template)
         return removed
+
+
+def describe(template: Template, *, wholly: bool) -> dict[str, Any]:
+    """Return what a person may want to know of a template, as JSON has it; `wholly`: check all of its content."""
+    made_of = template.made_of
+    used = datetime.datetime.fromtimestamp(template.last_used_s, datetime.UTC)
+    words = [str(made_of["vmm"][0]), f"{made_of['memory_mb'][0]} MiB", f"{made_of['processors'][0]} CPUs"]
+    words += [*made_of["networks"], *(["hotplug"] if made_of["hotplug"] else [])]
+    return {
+        "key": template.key,
+        "size_mb": template.size_mb,
+        "last_used": used.isoformat(timespec="seconds"),
+        "what": ", ".join(words),
+        "intact": template.is_intact(wholly=wholly),
+        "made_of": made_of,
+    }
 
 
 def _remove_unused(template: Template) -> bool:

@@ -1,0 +1,204 @@
+"""The store of templates: built once, used only when they are as they were written, and removed when they are too many."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from pytest_chvm import InvalidConfigError, VmConfig
+from pytest_chvm.guest import renew
+from pytest_chvm.model import SharedDir, Tap
+from pytest_chvm.snapshots import RECORD_FILE, Template, TemplateStore, content_key, describe
+from pytest_chvm.templates import template_config, why_no_clone
+
+MADE_OF = {"vmm": ["qemu", "7.2"], "memory_mb": [256, None], "processors": [1, None, None], "networks": ["tap"], "hotplug": False}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return TemplateStore(tmp_path)
+
+
+def save(directory):
+    (directory / "memory").write_bytes(b"memory" * 1000)
+    (directory / "state").write_bytes(b"state")
+
+
+def test_a_template_is_built_once_however_many_want_it(store):
+    built = []
+
+    def build(directory):
+        built.append(directory)
+        save(directory)
+
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(store.get(MADE_OF, 1, build))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert len({template.directory for template in found}) == 1
+    assert found[0].is_intact(wholly=True)
+
+
+def test_whatever_differs_has_a_template_of_its_own(store):
+    keys = {store.get({**MADE_OF, "memory_mb": [size, None]}, 1, save).key for size in (128, 256)}
+    assert len(keys) == 2
+
+
+def damage_size(template):
+    with (template.directory / "memory").open("ab") as file:
+        file.write(b"x")
+
+
+def damage_content(template):
+    with (template.directory / "memory").open("r+b") as file:
+        file.write(b"x")
+
+
+def lose_file(template):
+    (template.directory / "state").unlink()
+
+
+def swap_file(template):
+    state = template.directory / "state"
+    found = state.stat()
+    state.rename(template.directory / "old")
+    state.write_bytes(b"STATE")
+    os.utime(state, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def garble_record(template):
+    (template.directory / RECORD_FILE).write_text('{"files": {"memory": 7}}')
+
+
+def lose_everything(template):
+    for file in template.directory.iterdir():
+        file.unlink()
+    template.directory.rmdir()
+
+
+@pytest.mark.parametrize("damage", [damage_size, damage_content, lose_file, swap_file, garble_record, lose_everything])
+def test_a_damaged_template_is_built_again(store, damage):
+    damage(store.get(MADE_OF, 1, save))
+    again = store.get(MADE_OF, 1, save)
+    assert again.is_intact(wholly=True)
+    assert (again.directory / "memory").read_bytes() == b"memory" * 1000
+    assert not (again.directory / "old").exists()
+
+
+def test_a_template_that_was_not_written_out_before_the_host_went_down_is_not_used(store):
+    template = store.get(MADE_OF, 1, save)
+    memory = template.directory / "memory"
+    found = memory.stat()
+    memory.write_bytes(bytes(found.st_size))
+    os.utime(memory, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert template.is_intact()
+    record = json.loads((template.directory / RECORD_FILE).read_text())
+    (template.directory / RECORD_FILE).write_text(json.dumps({**record, "boot_id": "an earlier one"}))
+    assert not template.is_intact()
+
+
+def test_a_builder_that_fails_leaves_nothing(store):
+    def build(directory):
+        save(directory)
+        raise InvalidConfigError("the VM did not boot")
+
+    with pytest.raises(InvalidConfigError, match="did not boot"):
+        store.get(MADE_OF, 1, build)
+    assert [entry.name for entry in store.directory.iterdir() if entry.is_dir()] == []
+
+
+def test_a_builder_that_is_killed_holds_nobody_up_and_leaves_nothing(store):
+    script = """
+import sys, os, signal
+from pathlib import Path
+from pytest_chvm.snapshots import TemplateStore
+from tests.unit.test_templates import MADE_OF, save
+def build(directory):
+    save(directory)
+    os.kill(os.getpid(), signal.SIGKILL)
+TemplateStore(Path(sys.argv[1])).get(MADE_OF, 1, build)
+"""
+    done = subprocess.run([sys.executable, "-c", script, store.directory.parent], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    template = store.get(MADE_OF, 1, save)
+    assert template.is_intact(wholly=True)
+    assert [entry.name for entry in store.directory.iterdir() if entry.is_dir()] == [template.key]
+
+
+def test_a_store_that_cannot_be_written_says_so(store):
+    store.directory.write_text("a file")
+    with pytest.raises(InvalidConfigError, match=r"cannot be written.*CHVM_CACHE_DIR"):
+        store.get(MADE_OF, 1, save)
+
+
+def test_a_store_without_room_says_so_before_anything_is_booted(store):
+    with pytest.raises(InvalidConfigError, match=r"may take \d+ MiB and .* MiB free"):
+        store.get(MADE_OF, 1 << 40, save)
+
+
+def test_those_used_longest_ago_are_removed_but_for_those_in_use(store):
+    def big(directory):
+        (directory / "memory").write_bytes(os.urandom(2 << 20))
+
+    templates = [store.get({**MADE_OF, "memory_mb": [size, None]}, 1, big) for size in (1, 2, 3)]
+    for age, template in enumerate(templates):
+        os.utime(template.directory / RECORD_FILE, (1e9 - age, 1e9 - age))
+    assert [template.key for template in store.all()] == [template.key for template in templates]
+    with templates[2].in_use() as hold:
+        assert store.prune(limit_mb=2) == [templates[1]]
+        hold.release()
+    assert store.prune(limit_mb=2) == [templates[2]]
+    assert store.all() == [templates[0]]
+
+
+def test_a_template_says_what_it_is(store):
+    described = describe(store.get(MADE_OF, 1, save), wholly=True)
+    assert described["what"] == "qemu, 256 MiB, 1 CPUs, tap"
+    assert described["intact"]
+
+
+def test_a_file_is_read_again_only_when_it_changed(tmp_path):
+    file = tmp_path / "disk"
+    file.write_bytes(b"one")
+    first = content_key(file, tmp_path / "cache")
+    file.write_bytes(b"two")
+    assert content_key(file, tmp_path / "cache") != first
+    file.write_bytes(b"one")
+    assert content_key(file, tmp_path / "cache") == first
+
+
+def test_only_what_a_clone_can_have_is_cloned(tmp_path):
+    assert why_no_clone(VmConfig(networks=[Tap()], shared_dirs={"a": tmp_path}), built_in_guest=True) is None
+    for field in ("root_disk", "seed_iso", "data_disk"):
+        assert field in why_no_clone(VmConfig(**{field: tmp_path}), built_in_guest=True)
+    assert "channels" in why_no_clone(VmConfig(channels=["a"]), built_in_guest=True)
+    assert "of its own" in why_no_clone(VmConfig(), built_in_guest=False)
+
+
+def test_a_template_has_nothing_of_the_vm_that_asked_for_it(tmp_path):
+    asked = VmConfig(networks=[Tap("tap7", "52:54:00:00:00:07")], netns="mine", shared_dirs=[SharedDir("a", tmp_path)])
+    booted = template_config(asked)
+    assert (booted.networks, booted.netns, booted.shared_dirs, booted.hotplug) == ((Tap(),), None, (), True)
+
+
+def test_the_guests_program_takes_the_message_that_is_made_for_it(tmp_path):
+    program = tmp_path / "renew"
+    program.write_bytes(renew.program())
+    program.chmod(0o755)
+    # Half a message is none, and this machine's clock is left alone.
+    done = subprocess.run([program], input=renew.message(0, bytes(renew.SEED_SIZE))[:-1], timeout=10, check=False)
+    assert done.returncode == 1
+    with pytest.raises(ValueError, match="32 bytes"):
+        renew.message(0, b"short")
+
+
+def test_a_template_of_another_user_is_not_readable(store):
+    template: Template = store.get(MADE_OF, 1, save)
+    assert template.directory.stat().st_mode & 0o777 == 0o700
