@@ -75,7 +75,7 @@ class Rounds:
 def test_boots(chvm_vm: Any, rounds: Rounds, tmp_path: Path) -> None:
     """Measure in turn, each round beginning with another one: what comes first has the colder caches."""
     # Not counted: builds the guest, starts the keeper and has everything in the page cache.
-    first = chvm_vm(name="warm-up")
+    first = chvm_vm(name="warm-up", boot="cold")
     first.close()
     kinds = [
         lambda: _fixture(chvm_vm, rounds.measured, tmp_path),
@@ -97,7 +97,7 @@ def test_boots(chvm_vm: Any, rounds: Rounds, tmp_path: Path) -> None:
 def _fixture(chvm_vm: Any, measured: Measurements, directory: Path) -> None:
     """Boot through the fixture, end that VM, and boot the very same one bare."""
     started = time.perf_counter()
-    vm = chvm_vm(name="boot")
+    vm = chvm_vm(name="boot", boot="cold")
     measured.add("fixture", time.perf_counter() - started)
     command = list(vm.handle.command)
     started = time.perf_counter()
@@ -224,7 +224,7 @@ def boots_under_load(count: int, measured: Measurements) -> int:
         for number in range(count):
             started = time.perf_counter()
             try:
-                launch(vmm="qemu").close()
+                launch(vmm="qemu", boot="cold").close()
             except BootFailedError as error:
                 print(f"boot {number + 1} under load: {error}", file=sys.stderr)
                 continue

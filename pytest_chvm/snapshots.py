@@ -134,8 +134,8 @@ class TemplateStore:
     def get(self, made_of: Mapping[str, object], room_mb: int, build: Callable[[Path], None]) -> Template:
         """Return the template that is made of these, built at the first call; others that want it wait.
 
-        `build` is given an empty directory and has a VM saved there, which takes `room_mb` at most. Raises InvalidConfigError
-        where the store cannot be written or has not so much room, and what `build` raises.
+        `build` has a VM saved in an empty directory, which takes `room_mb` at most. Raises InvalidConfigError where the store
+        cannot be written or has not so much room, and what `build` raises.
         """
         text = json.dumps({"recipe": RECIPE, **made_of}, sort_keys=True)
         directory = self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -145,7 +145,7 @@ class TemplateStore:
             free_mb = shutil.disk_usage(unfinished).free >> 20
             if free_mb < room_mb:
                 raise InvalidConfigError(
-                    f"a template may take {room_mb} MiB and {str(self.directory)!r} has {free_mb} MiB free: free some space, or set "
+                    f"a template may take {room_mb} MiB and {str(self.directory)!r} has {free_mb} MiB free: free some, or set "
                     "CHVM_CACHE_DIR to a directory with more"
                 )
             build(unfinished)
