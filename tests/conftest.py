@@ -6,6 +6,7 @@ descriptors and exit statuses. It writes down what it was given, and does what t
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,9 @@ import uuid
 import pytest
 
 from pytest_chvm.deadline import Deadline
-from pytest_chvm.host.networks import why_no_taps
+from pytest_chvm.host.networks import interface_exists, why_no_taps
+from pytest_chvm.host.processes import keeper
+from pytest_chvm.host.remains import start_time_ticks
 from pytest_chvm.host.watch import FileWatch
 
 PROLOGUE = """\
@@ -299,3 +302,37 @@ def wait_ended():
             os.close(fd)
 
     return wait
+
+
+def kept():
+    """What this process's keeper has: its children, its leases, and the locks and sockets held here."""
+    mine = keeper()
+    pid = mine._process.pid
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        # One that is a zombie has ended, and is about to be reaped.
+        children = {f"process {child}" for child in file.read().split() if start_time_ticks(int(child)) is not None}
+    leases = {f"lease {path}" for path in mine.directory.iterdir() if path.is_dir()}
+    descriptors = set()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue
+        # The rest is pytest's, and files that a garbage collection closes.
+        if re.search(r"pytest-chvm|/dev/net/tun|inotify|pidfd|socket:", target):
+            descriptors.add(f"descriptor {fd}: {target}")
+    return children | leases | descriptors
+
+
+@pytest.fixture
+def nothing_left():
+    """Fails a test after which a process, lease, lock, socket or watch is there that was not before."""
+    before = kept()
+    yield
+    left = kept() - before
+    assert not left, f"left behind: {sorted(left)}"
+
+
+@pytest.fixture
+def link_exists():
+    return lambda name: interface_exists(name, None)

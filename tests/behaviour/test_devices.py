@@ -6,7 +6,9 @@ import subprocess
 
 import pytest
 
-from pytest_chvm import BootFailedError, HypervisorError, SharedDir, UnsupportedError
+from pytest_chvm import BootFailedError, HypervisorError, Settings, SharedDir, Tap, UnsupportedError, VmConfig
+from pytest_chvm.launcher import choose_guest
+from pytest_chvm.model import mac_for
 
 WAIT_FOR = "n=0; until {}; do n=$((n+1)); [ $n -lt 100 ] || exit 1; usleep 100000; done"
 
@@ -19,21 +21,38 @@ def disk(tmp_path):
     return image
 
 
-def test_a_root_disk_is_not_written_and_a_data_disk_is(boot, disk, tmp_path):
-    data = tmp_path / "data.img"
+def test_all_that_a_config_names_is_what_the_guest_has(boot, disk, tmp_path, tap_name, link_exists):
+    subprocess.run(["ip", "tuntap", "add", "dev", tap_name, "mode", "tap"], check=True)
+    data, seed, log = tmp_path / "data.img", tmp_path / "seed.iso", tmp_path / "serial.log"
     data.write_bytes(bytes(4 << 20))
-    seed = tmp_path / "seed.iso"
     seed.write_bytes(b"seed" + bytes((1 << 20) - 4))
-    # The built-in guest's own initramfs, given by hand: with a root disk there is none by itself.
-    initramfs = boot(name="first", network="none").config.initramfs
-    vm = boot(root_disk=disk, seed_iso=seed, data_disk=data, initramfs=initramfs, cmdline="console=ttyS0 quiet")
+    # With a root disk there is no initramfs by itself; an old marker is no marker.
+    initramfs = choose_guest(VmConfig(), Settings.resolve()).config.initramfs
+    log.write_text("CHVM_READY 192.0.2.99\n")
+    cpus = min(2, os.cpu_count())
+    vm = boot(
+        cpus=cpus, memory_mb=300, root_disk=disk, seed_iso=seed, data_disk=data, initramfs=initramfs, serial_log=log,
+        networks=[Tap(), Tap(tap_name), Tap(mac="52:54:00:AA:bb:cc")],
+    )  # fmt: skip
+    assert vm.ip == "127.0.0.1"
+    assert vm.check_output("nproc") == f"{cpus}\n"
+    assert 250 < int(vm.check_output("sed -n 's/MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo")) >> 10 <= 300
+    assert "console=ttyS0 root=/dev/vda1 rw ds=nocloud" in vm.check_output("cat /proc/cmdline")
+    macs = vm.check_output("cat /sys/class/net/eth0/address /sys/class/net/eth1/address /sys/class/net/eth2/address").split()
+    assert macs == [mac_for(vm.name, 0), mac_for(vm.name, 1), "52:54:00:aa:bb:cc"]
     assert vm.check_output("head -c 4 /dev/vda; head -c 4 /dev/vdb") == "markseed"
     vm.check_output("printf over | dd of=/dev/vda conv=notrunc; printf kept | dd of=/dev/vdc conv=notrunc; sync")
     assert vm.run("printf x >/dev/vdb; sync").returncode != 0 or seed.read_bytes()[:4] == b"seed"
+    taps = vm.handle.taps
     vm.shutdown()
     assert disk.read_bytes()[:4] == b"mark"
     assert data.read_bytes()[:4] == b"kept"
     assert seed.read_bytes()[:4] == b"seed"
+    assert log.exists()
+    # What was somebody else's is left, what was made for the VM is not.
+    assert link_exists(tap_name)
+    assert len(taps) == 2
+    assert not any(map(link_exists, taps))
 
 
 def test_a_disk_that_another_vm_has_is_refused(boot, disk):

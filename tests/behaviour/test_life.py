@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from pytest_chvm import BootFailedError, GuestPanicError, GuestShutdownError, HypervisorError, VmHandle, VmState
+from pytest_chvm import BootFailedError, GuestPanicError, GuestShutdownError, HypervisorError, InvalidConfigError, VmHandle, VmState
 from pytest_chvm.deadline import Deadline, wait_readable
 from pytest_chvm.host.remains import start_time_ticks
 
@@ -14,6 +14,26 @@ def test_a_vm_is_ready_with_the_ip_that_its_guest_has(vm):
     assert vm.status.state is VmState.READY
     assert vm.status.ip == vm.ip
     assert f"inet {vm.ip}/" in vm.check_output("ip -4 addr show dev eth0")
+    # Both logs are where a person looks, and asking has changed nothing.
+    assert vm.wait_for_console("CHVM_READY (.*) nonce").group(1) == vm.ip
+    assert vm.vmm_log == vm.serial_log.with_suffix(".vmm.log")
+    assert vm.vmm_log.exists()
+
+
+def test_a_vm_has_its_name_alone(vm, boot):
+    with pytest.raises(InvalidConfigError, match="is running already"):
+        boot(name=vm.name, namespace=vm.handle.namespace)
+    assert vm.status.state is VmState.READY
+
+
+def test_the_power_button_is_the_guests_to_heed(vm):
+    vm._driver.power_button(vm.handle)
+    assert vm.check_output("echo on") == "on\n"
+
+
+def test_a_guest_that_is_late_is_an_error_that_says_what_was_waited_for(boot):
+    with pytest.raises(BootFailedError, match=r"was not ready within 0.3 s: expected a line 'CHVM_READY IP'"):
+        boot(boot_timeout=0.3)
 
 
 def test_the_guest_is_reachable_at_its_address(vm):

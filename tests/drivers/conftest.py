@@ -1,43 +1,14 @@
-"""Every test here must leave the host as it was."""
-
-import os
-import re
+"""The drivers as tests use them: with stand-ins and with real VMMs."""
 
 import pytest
 
 from pytest_chvm import CloudHypervisorDriver, QemuDriver, VmConfig, VmError
-from pytest_chvm.host.networks import interface_exists
-from pytest_chvm.host.processes import keeper
-from pytest_chvm.host.remains import start_time_ticks
-
-
-def kept():
-    """What this process's keeper has: its children, its leases, and the locks and sockets held here."""
-    mine = keeper()
-    pid = mine._process.pid
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        # One that is a zombie has ended, and is about to be reaped.
-        children = {f"process {child}" for child in file.read().split() if start_time_ticks(int(child)) is not None}
-    leases = {f"lease {path}" for path in mine.directory.iterdir() if path.is_dir()}
-    descriptors = set()
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-        except FileNotFoundError:
-            continue
-        # The rest is pytest's, and files that a garbage collection closes.
-        if re.search(r"pytest-chvm|/dev/net/tun|inotify|pidfd|socket:", target):
-            descriptors.add(f"descriptor {fd}: {target}")
-    return children | leases | descriptors
+from tests.relay import CLOUD_HYPERVISOR, require_binary
 
 
 @pytest.fixture(autouse=True)
-def nothing_left():
-    """Fails a test after which a process, lease, lock, socket or watch is there that was not before."""
-    before = kept()
-    yield
-    left = kept() - before
-    assert not left, f"left behind: {sorted(left)}"
+def nothing_left_of_any(nothing_left):
+    """Every test here must leave the host as it was."""
 
 
 class Booted:
@@ -81,12 +52,18 @@ def qemu(guest, tmp_path):
     booted.end()
 
 
-@pytest.fixture(params=["cloud-hypervisor", "qemu"])
-def vmm(request):
-    """Both drivers, one after the other."""
-    return request.getfixturevalue({"cloud-hypervisor": "ch", "qemu": "qemu"}[request.param])
-
-
 @pytest.fixture
-def link_exists():
-    return lambda name: interface_exists(name, None)
+def real_ch(guest, tmp_path):
+    """Cloud Hypervisor's driver, with the real one. The guest is not waited for."""
+    require_binary()
+    booted = Booted(
+        CloudHypervisorDriver(), {"kernel": guest.kernel, "initramfs": guest.initramfs, "serial_log": tmp_path / "serial.log"}
+    )
+    yield booted
+    booted.end()
+
+
+@pytest.fixture(params=["stand-in", "qemu", CLOUD_HYPERVISOR])
+def vmm(request):
+    """The drivers: Cloud Hypervisor's with the stand-in, QEMU's, and Cloud Hypervisor's with the real one (see `tests/relay.py`)."""
+    return request.getfixturevalue({"stand-in": "ch", "qemu": "qemu", CLOUD_HYPERVISOR: "real_ch"}[request.param])

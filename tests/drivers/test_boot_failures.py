@@ -342,7 +342,12 @@ def test_interrupted_wait_leaves_nothing(launch_ch, stand_in_ch, wait_ended):
     assert wait_ended(record["pid"], 0)
 
 
-# Bad input: nothing is started.
+# Bad input: nothing is started, and so the real Cloud Hypervisor has no part in it.
+
+
+@pytest.fixture(params=["ch", "qemu"])
+def vmm(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 import os
 import shutil
 import stat
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pytest_chvm import BootFailedError, CloudHypervisorDriver, MissingRequirementError, Settings, SharedDir, VmState, launch
+from pytest_chvm.drivers.disks import backing_files
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.host import virtiofsd
 from pytest_chvm.host.directories import LONGEST_RUNTIME_DIR, runtime_dir
@@ -280,4 +280,4 @@ def test_overlay_can_stand_on_a_base_that_another_vm_uses(vmm, tmp_path):
     root = make_image(tmp_path / "root.img", 1)
     first, second = vmm.boot(name="one", root_disk=root), vmm.boot(name="two", root_disk=root, serial_log=None)
     assert {vmm.driver.state(handle).state for handle in (first, second)} == {VmState.RUNNING}
-    assert subprocess.run(["cmp", first.run_dir / "root.qcow2", second.run_dir / "root.qcow2"], check=False).returncode == 0
+    assert {tuple(backing_files(handle.run_dir / "root.qcow2")) for handle in (first, second)} == {(root,)}

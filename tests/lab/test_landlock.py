@@ -9,7 +9,7 @@ from pytest_chvm.guest.cache import default_cache_dir
 from pytest_chvm.guest.kernel import PackageError, fetch_kernel_package
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.launcher import show_progress
-from tests.behaviour.conftest import why_no_binary
+from tests.relay import require_binary
 
 # Debian 12's newer kernel; elsewhere the built-in guest's own has it, and tests/behaviour shows it.
 PACKAGE = "linux-image-6.12-cloud-amd64"
@@ -17,8 +17,7 @@ PACKAGE = "linux-image-6.12-cloud-amd64"
 
 @pytest.mark.skipif(why_no_kvm() is None, reason="KVM works here: tests/behaviour shows it")
 def test_landlock_confines_the_real_one_in_a_lab_with_another_kernel():
-    if reason := why_no_binary():
-        pytest.skip(reason)
+    require_binary()
     try:
         # Not where the built-in guest's kernels are looked for.
         tree = fetch_kernel_package(PACKAGE, default_cache_dir() / "newer", show_progress)
