@@ -148,7 +148,7 @@ def test_death_by_a_signal_is_named(launch_ch, stand_in_ch):
 def test_repeated_command_has_no_descriptors(ch, stand_in_ch, needs_taps):
     handle = ch.boot(networks=[Tap()])
     assert "--api-socket" not in handle.command
-    assert not [word for word in handle.command if "fd" in word]
+    assert not [word for word in handle.command if "fd=" in word]
 
 
 def test_exit_of_real_qemu(guest, tmp_path):
