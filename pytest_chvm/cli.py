@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_lab(commands)
     _add_templates(commands)
+    _add_ps(commands)
+    _add_reap(commands)
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
@@ -104,8 +108,6 @@ def _template_store() -> TemplateStore:
 
 
 def _list_templates(options: argparse.Namespace) -> int:
-    import json
-
     from pytest_chvm.snapshots import describe
 
     templates = [describe(template, wholly=options.check) for template in _template_store().all()]
@@ -126,6 +128,56 @@ def _prune_templates(options: argparse.Namespace) -> int:
 
 def _say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
+
+
+def _add_ps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    ps = commands.add_parser("ps", help="list the VMs of your test runs", description="List the VMs of your test runs.")
+    ps.add_argument("--json", action="store_true", help="print a JSON array")
+    ps.set_defaults(run=_run_ps)
+
+
+def _run_ps(options: argparse.Namespace) -> int:
+    from pytest_chvm.host.registry import running_vms
+    from pytest_chvm.report.listing import duration, table
+
+    vms, problems = running_vms()
+    for problem in problems:
+        sys.stderr.write(f"chvm: {problem}\n")
+    if options.json:
+        sys.stdout.write(json.dumps([dataclasses.asdict(vm) for vm in vms], indent=1) + "\n")
+        return 0
+    heads = ("VM", "STATE", "TEST", "WORKER", "AGE", "MIB", "IP", "VMM", "PID", "CONSOLE")
+    rows = [
+        [vm.name, vm.state, vm.test, vm.worker, duration(vm.age_s), vm.memory_mb, vm.ip, vm.vmm, vm.pid, vm.console] for vm in vms
+    ]
+    sys.stdout.write(table(heads, [["-" if cell is None else str(cell) for cell in row] for row in rows]) if rows else "no VMs\n")
+    return 0
+
+
+def _add_reap(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    reap = commands.add_parser(
+        "reap",
+        help="remove what killed test runs left",
+        description="Remove what test runs of yours left that were killed together with what cleans up after them. What "
+        "belongs to a living run is left alone. The next run does the same by itself.",
+        epilog="Exit status: 1 where something could not be removed or understood.",
+    )
+    reap.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    reap.add_argument("--json", action="store_true", help="print a JSON object with the arrays 'removed' and 'failures'")
+    reap.set_defaults(run=_run_reap)
+
+
+def _run_reap(options: argparse.Namespace) -> int:
+    from pytest_chvm.host.registry import reap
+
+    removed, failures = reap(dry_run=options.dry_run)
+    if options.json:
+        sys.stdout.write(json.dumps({"removed": removed, "failures": failures}, indent=1) + "\n")
+        return int(bool(failures))
+    done = "would remove" if options.dry_run else "removed"
+    sys.stdout.write("".join(f"{done} {what}\n" for what in removed) or "nothing to remove\n")
+    sys.stderr.write("".join(f"chvm: {failure}\n" for failure in failures))
+    return int(bool(failures))
 
 
 def _argument(convert: Callable[[str], T]) -> Callable[[str], T]:

@@ -11,11 +11,12 @@ from typing import TypeVar
 from pytest_chvm.deadline import Deadline, wait_readable
 from pytest_chvm.drivers.base import VmDriver
 from pytest_chvm.errors import BootFailedError, GuestPanicError, HypervisorError, VmError, VmIOError
-from pytest_chvm.guest.ready import PanicScanner, ReadyScanner, last_lines
+from pytest_chvm.guest.ready import PanicScanner, ReadyScanner
 from pytest_chvm.host.processes import keeper
 from pytest_chvm.host.remains import start_time_ticks
 from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle
+from pytest_chvm.text import last_lines
 
 Found = TypeVar("Found")
 VMM_END_S = 0.5

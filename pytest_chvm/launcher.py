@@ -29,6 +29,7 @@ from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.host import networks
 from pytest_chvm.host.budget import Budget, default_memory_mb, take_share
 from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.locks import held_under
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.model import LAUNCH_FIELDS, NAME_PATTERN, Network, VmConfig, check_argument_names
 from pytest_chvm.nics import lease_nics, network_mode
@@ -45,14 +46,17 @@ BUILT_IN_CMDLINE = (
     "console=ttyS0 quiet mitigations=off nokaslr no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on"
 )
 
+# Of all VMs and networks of one fixture, which end at once.
+TEARDOWN_S = 3.0
+
 _numbers = itertools.count(1)
 
 
 class Held(Protocol):
     """Something that a VM has until it ends."""
 
-    def release(self) -> None:
-        """Give it back."""
+    def release(self) -> list[str] | None:
+        """Give it back; returns what could not be, in words, where it can tell."""
 
 
 def launch(
@@ -193,6 +197,9 @@ def show_progress(text: str) -> None:
 class Owner(Protocol):
     """Who is told of each VM and snapshot before it is waited for, and ends them; `end_with_test` is for clones of snapshots."""
 
+    def add_lease(self, lease: Lease) -> None:
+        """Remember the record of what a VM, which is not there yet, has on the host."""
+
     def add_vm(self, vm: Vm) -> None:
         """End this VM with the others."""
 
@@ -257,6 +264,10 @@ class Launcher:
         settings, driver = self.settings, self.driver
         lease = Lease()
         undo.callback(_log_failures, lease.release)
+        if self.owner is not None:
+            self.owner.add_lease(lease)
+        config = guest.config
+        lease.describe(name=config.name, vmm=driver.vmm, cpus=config.cpus, memory_mb=config.memory_mb)
         budget = Budget(settings.memory_budget_mb or default_memory_mb(), settings.max_vms)
         share = take_share(budget, guest.config.memory_mb, lease, guest.config.name, show_progress)
         undo.callback(share.release)
@@ -270,6 +281,9 @@ class Launcher:
         options = BootOptions(lease, True, settings.ready_marker, guest.nonce, memory_file, snapshots)
         handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
         undo.callback(driver.kill, handle)
+        assert handle.process is not None
+        pid, ticks = handle.process.pid, handle.process.start_time_ticks
+        lease.describe(pid=pid, start_time_ticks=ticks, console=os.fspath(handle.serial_log))
         vm = Vm(
             config,
             handle,
@@ -280,7 +294,7 @@ class Launcher:
             virtiofsd=settings.virtiofsd,
             origin=origin,
             snapshot=lambda vm: self._snapshot(vm, guest),
-            release=lambda: _release([share, *nics.held, *held]),
+            release=lambda: _release([share, *nics.held, *held, lease]),
         )
         return vm, words
 
@@ -290,6 +304,8 @@ class Launcher:
         if why is not None:
             raise UnsupportedError(f"VM {vm.name!r} cannot be saved: {why}", vm_name=vm.name)
         lease = Lease()
+        if self.owner is not None:
+            self.owner.add_lease(lease)
         try:
             directory = new_directory(snapshots_dir(cache_dir(self.settings)), lease)
             vm.save(directory)
@@ -316,8 +332,8 @@ def _release(held: Sequence[Held]) -> list[str]:
     failures = []
     for part in held:
         try:
-            part.release()
-        except OSError as error:
+            failures += part.release() or []
+        except Exception as error:  # one that fails must not keep the others
             failures.append(f"{part}: {error}")
     return failures
 
@@ -353,8 +369,11 @@ class VmFactory:
         defaults: dict[str, Any] | None = None,
         longest_boot_s: float | None = None,
         at_test_end: Callable[[Callable[[], None]], None] | None = None,
+        test: str | None = None,
     ) -> None:
         self.settings = settings
+        self._test = test or name
+        self._leases: list[Lease] = []
         self.vms: list[Vm] = []
         self._snapshots: list[Snapshot] = []
         self._at_test_end = at_test_end
@@ -400,33 +419,52 @@ class VmFactory:
 
     def network(self, name: str | None = None) -> Network:
         """Make an isolated network for several VMs; see `host.networks.lease_network`."""
-        leased = networks.lease_network(networks.parse_pool(self.settings.subnet_pool), name)
+        leased = networks.lease_network(networks.parse_pool(self.settings.subnet_pool), name, self.add_lease)
         self._networks.append(leased)
         return leased.network
+
+    def add_lease(self, lease: Lease) -> None:
+        """Remember the record of what a VM or network, which is not there yet, has on the host."""
+        self._leases.append(lease)
+        lease.describe(test=self._test, worker=self._namespace)
 
     def close(self) -> None:
         """End all VMs, at once, then the networks; raises StopFailedError with everything that is left."""
         failures: list[str] = []
         self.closed = True
 
-        def end(vm: Vm) -> None:
+        def end(what: Vm | Snapshot | networks.LeasedNetwork) -> None:
             try:
-                vm.close()
-            except VmError as error:
+                failures.extend(what.close() or ())
+            except Exception as error:  # one that fails must not keep the others
                 failures.append(str(error))
 
-        threads = [threading.Thread(target=end, args=(vm,)) for vm in self.vms[1:]]
+        deadline = Deadline.after(TEARDOWN_S)
+        threads = [(vm.name, threading.Thread(target=end, args=(vm,), daemon=True)) for vm in self.vms[1:]]
         try:
-            for thread in threads:
+            for _name, thread in threads:
                 thread.start()
             for vm in self.vms[:1]:
                 end(vm)
         finally:
-            for thread in threads:
-                thread.join()
+            for name, thread in threads:
+                thread.join(deadline.remaining_s)
+                if thread.is_alive():
+                    failures.append(f"VM {name!r} is still being ended after {deadline.total_s:g} s")
             for snapshot in self._snapshots:
-                failures += snapshot.close()
+                end(snapshot)
             for network in self._networks:
-                failures += network.close()
+                end(network)
         if failures:
             raise StopFailedError("; ".join(failures))
+
+    def end_what_is_left(self) -> list[str]:
+        """Return what should be gone with `close` and is not, in words, and end it: a teardown can be interrupted anywhere."""
+        left = []
+        for lease in self._leases:
+            locks = held_under(lease)
+            left += [*lease.left(), *(f"lock {lock.name}" for lock in locks)]
+            for lock in locks:
+                lock.release()
+            left += [f"it cannot be removed: {failure}" for failure in lease.release(search=True)]
+        return left

@@ -16,8 +16,10 @@ import pytest
 from pytest_chvm.settings import OPTIONS, Settings
 
 if TYPE_CHECKING:
+    from pytest_chvm.controller import Controller
     from pytest_chvm.drivers.base import VmDriver
     from pytest_chvm.launcher import VmFactory
+    from pytest_chvm.sigterm import OrderlyEnd
     from pytest_chvm.vm import Vm
 
 VM_FIXTURES = {"chvm_vm", "chvm_vm_factory", "chvm_network"}
@@ -26,6 +28,10 @@ _settings_key = pytest.StashKey[Settings]()
 _factories_key = pytest.StashKey[list[Any]]()
 _failed_key = pytest.StashKey[bool]()
 _item_key = pytest.StashKey[pytest.Item]()
+_summed_up_key = pytest.StashKey[bool]()
+_failures_key = pytest.StashKey[list[str]]()
+_controller_key: pytest.StashKey[Controller] = pytest.StashKey()
+_sigterm_key: pytest.StashKey[OrderlyEnd] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "chvm(**config): arguments of chvm_vm for this test; every test that uses a VM has this marker"
     )
     config.stash[_factories_key] = []
+    config.stash[_failures_key] = []
     command_line = {option.name: config.getoption(option.ini_key) for option in OPTIONS}
     try:
         config.stash[_settings_key] = Settings.resolve(command_line, ini=_ini_values(config))
@@ -91,6 +98,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("chvm_kernel", kernels, ids=ids, indirect=True, scope="session")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Prepare for VMs where there are tests that use them."""
+    if any(item.get_closest_marker("chvm") for item in session.items):
+        _expect_vms(session.config, session)
+
+
+def _expect_vms(config: pytest.Config, session: pytest.Session | None = None) -> None:
+    if _sigterm_key not in config.stash:
+        from pytest_chvm import sigterm
+
+        controller = config.stash.get(_controller_key, None)
+        is_worker = hasattr(config, "workerinput")
+        workers = controller.workers if controller else {}
+        config.stash[_sigterm_key] = sigterm.OrderlyEnd(session if is_worker else None, workers)
+        if journal := _worker_input(config).get("journal"):
+            # An xdist controller hears of nothing that a worker has collected but the names; this it sees.
+            Path(journal).write_text(f"{os.getpid()}\n")
+
+
+def _worker_input(config: pytest.Config) -> dict[str, Any]:
+    given: dict[str, Any] = getattr(config, "workerinput", {}).get("chvm", {})
+    return given
+
+
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
     """Say which VMM and network the VM tests get, and why; nothing in a run without them."""
     if not any(item.get_closest_marker("chvm") for item in items):
@@ -114,11 +146,97 @@ def _choices(settings: Settings) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Under xdist, where the controller collects nothing, say at the end what the VM tests got."""
+    """Say what was started and that it is gone; under xdist, where the controller collects nothing, also what the VM tests got."""
     used = any(getattr(report, "chvm_used", False) for reports in terminalreporter.stats.values() for report in reports)
     if used and config.pluginmanager.hasplugin("dsession"):
         for line in _choices(config.stash[_settings_key]).splitlines():
             terminalreporter.write_line(line)
+    _say_what_is_left(config)
+
+
+def _say_what_is_left(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    controller = config.stash.get(_controller_key, None)
+    if reporter is None or _summed_up_key in config.stash:
+        return
+    if "pytest_chvm.host.runs" in sys.modules or (controller and controller.journals):
+        config.stash[_summed_up_key] = True
+        lines = _summary(config, controller)
+        if lines and (reporter.stats.get("failed") or reporter.stats.get("error")):
+            # What is above may be a guest's.
+            reporter.write_sep("-", "virtual machines")
+        for line in lines:
+            reporter.write_line(line)
+
+
+def _summary(config: pytest.Config, controller: Controller | None) -> list[str]:
+    from pytest_chvm.host import registry, runs
+    from pytest_chvm.report.listing import run_summary
+
+    started = runs.started(controller.journals if controller else ())
+    failures = config.stash[_failures_key] + (controller.failures if controller else [])
+    left = list(dict.fromkeys([*failures, *registry.left_by(_run_id(config))]))
+    return run_summary({kind: started[kind] for kind in runs.KINDS}, left) if started or left else []
+
+
+def _run_id(config: pytest.Config) -> str:
+    """Return what the processes of this run have in common, and no other run has."""
+    given: str | None = _worker_input(config).get("run")
+    if given:
+        return given
+    from pytest_chvm.host.remains import start_time_ticks
+
+    return f"{os.getpid()}-{start_time_ticks(os.getpid())}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Look after the VMs of an xdist worker, from its controller."""
+    from pytest_chvm.controller import Controller
+
+    controller = node.config.stash.get(_controller_key, None)
+    if controller is None:
+        controller = node.config.stash[_controller_key] = Controller(_run_id(node.config), lambda: _expect_vms(node.config))
+        node.config.pluginmanager.register(controller, "chvm-controller")
+    controller.configure_node(node)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """End whatever a test's VMs have left, and have the test fail for it."""
+    factories: list[VmFactory] = item.config.stash[_factories_key]
+    try:
+        result = yield
+    except BaseException as error:
+        if left := _end_what_is_left(factories):
+            error.add_note(_left_behind(item, left))
+        raise
+    if left := _end_what_is_left(factories):
+        from pytest_chvm.errors import StopFailedError
+
+        raise StopFailedError(_left_behind(item, left))
+    return result
+
+
+def _end_what_is_left(factories: list[VmFactory]) -> list[str]:
+    return [what for factory in factories if factory.closed for what in factory.end_what_is_left()]
+
+
+def _left_behind(item: pytest.Item, left: list[str]) -> str:
+    return (
+        f"{item.nodeid} has left behind: {', '.join(left)}. It should have been gone with the test's fixtures, and was ended now."
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End the keeper process once the last fixture is gone, before the run's summary."""
+    processes = sys.modules.get("pytest_chvm.host.processes")
+    if processes is not None:
+        failures = processes.close_keeper()
+        session.config.stash[_failures_key] += failures
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["chvm_failures"] = failures
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -158,10 +276,14 @@ def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[Vm
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the keeper process, if a VM was started, so that nothing outlives the run."""
+    """End the keeper process, if one is left, so that nothing outlives the run."""
     processes = sys.modules.get("pytest_chvm.host.processes")
     if processes is not None:
         processes.close_keeper()
+    # Pytest has no summary after pytest.exit with a status of one's own, as SIGTERM has.
+    _say_what_is_left(config)
+    if (sigterm := config.stash.get(_sigterm_key, None)) is not None:
+        sigterm.let_go()
 
 
 @pytest.fixture(scope="session")
@@ -227,6 +349,9 @@ def _factory(
 
     from pytest_chvm.launcher import VmFactory
 
+    _expect_vms(request.config, request.session)
+    _begin_run(request.config)
+
     class SkippingFactory(VmFactory):
         def __call__(self, *args: Any, **arguments: Any) -> Vm:
             with _skipping(settings):
@@ -244,12 +369,27 @@ def _factory(
         defaults=defaults,
         longest_boot_s=longest_boot_s,
         at_test_end=lambda end: request.config.stash[_item_key].addfinalizer(end),
+        test=getattr(request.node, "nodeid", None) or "(session)",
     )
     request.config.stash[_factories_key].append(factory)
     try:
         yield factory
     finally:
         factory.close()
+
+
+def _begin_run(config: pytest.Config) -> None:
+    from pytest_chvm.host.remains import boot_id
+    from pytest_chvm.host.runs import Run, begin_run
+    from pytest_chvm.model import ProcessIdentity
+
+    given = _worker_input(config)
+    # A worker may be on another machine.
+    here = given.get("boot_id") == boot_id()
+    controller = ProcessIdentity(**given["controller"]) if here else None
+    journal = Path(given["journal"]) if here and "journal" in given else None
+    worker = getattr(config, "workerinput", {}).get("workerid", "main")
+    begin_run(Run(_run_id(config), worker, controller, journal))
 
 
 class _skipping:  # noqa: N801 - reads like the statement it is

@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,6 @@ from pytest_chvm.errors import (
     VmIOError,
 )
 from pytest_chvm.guest import files
-from pytest_chvm.guest.ready import read_tail
 from pytest_chvm.guest.shell import GuestShell, shown_outputs
 from pytest_chvm.health import Health, ends_with
 from pytest_chvm.host.leases import Lease
@@ -33,6 +32,7 @@ from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.hotplug import Device
 from pytest_chvm.model import CommandResult, SharedDir, Tap, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, as_path
 from pytest_chvm.snapshots import Snapshot
+from pytest_chvm.text import read_tail
 
 RUN_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 30.0
@@ -80,6 +80,7 @@ class Vm:
         self._release = release
         self._closed = False
         self._ended = False
+        self._removed = False
         self._last_console: str | None = None
         self._relays: dict[int, NamespaceRelay] = {}
         self._forwarded: dict[int, tuple[str, int]] = {}
@@ -161,7 +162,7 @@ class Vm:
                 vm_name=self.name,
             )
 
-        self._health.wait_for(self._health.ready.scan, deadline, not_ready)
+        self._lease.describe(ip=self._health.wait_for(self._health.ready.scan, deadline, not_ready))
         return self
 
     def wait_for_console(self, pattern: str | re.Pattern[str], timeout: float = RUN_TIMEOUT_S) -> re.Match[str]:
@@ -387,31 +388,49 @@ class Vm:
         self._finish(self._driver.kill)
 
     def _finish(self, end: Callable[[VmHandle], None]) -> None:
-        if self._ended:
-            return
-        # The log may go with the run directory.
-        self._last_console = self.console
-        self._ended = True
+        if not self._ended:
+            try:
+                self._end(end)
+            finally:
+                self.close()
+
+    def _end(self, end: Callable[[VmHandle], None]) -> None:
+        """Take each step whatever becomes of those before it: the test may be interrupted in any of them."""
         try:
-            self._shell.close()
-            end(self.handle)
+            # The log may go with the run directory.
+            self._last_console = self._last_console or self.console
         finally:
-            self.close()
+            self._ended = True
+            try:
+                self._shell.close()
+            finally:
+                try:
+                    end(self.handle)
+                except VmError:
+                    self._removed = True
+                    raise
+                self._removed = True
 
     def close(self) -> None:
         """End the VM if it still runs and give back all it had; called by the fixture. Raises StopFailedError for what is left."""
         if self._closed:
             return
         self._closed = True
-        failures = []
-        try:
-            self.kill()
-        except VmError as error:
-            failures.append(str(error))
-        finally:
+        failures: list[str] = []
+
+        def attempt(step: Callable[[], None]) -> None:
+            try:
+                step()
+            except Exception as error:
+                failures.append(str(error))
+
+        # The last one first, and each whatever becomes of the others.
+        with ExitStack() as steps:
+            steps.callback(attempt, lambda: failures.extend(self._release()))
+            steps.callback(attempt, self._health.close)
             for relay in self._relays.values():
-                relay.close()
-            self._health.close()
-            failures += self._release()
+                steps.callback(attempt, relay.close)
+            if not self._removed:
+                steps.callback(attempt, lambda: self._end(self._driver.kill))
         if failures:
             raise StopFailedError("; ".join(failures), vm_name=self.name)

@@ -18,6 +18,7 @@ import pytest
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.host.networks import interface_exists, why_no_taps
 from pytest_chvm.host.processes import keeper
+from pytest_chvm.host.records import read_pairs
 from pytest_chvm.host.remains import start_time_ticks
 from pytest_chvm.host.watch import FileWatch
 
@@ -307,10 +308,12 @@ def wait_ended():
 def kept():
     """What this process's keeper has: its children, its leases, and the locks and sockets held here."""
     mine = keeper()
-    pid = mine._process.pid
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        # One that is a zombie has ended, and is about to be reaped.
-        children = {f"process {child}" for child in file.read().split() if start_time_ticks(int(child)) is not None}
+    children = set()
+    # The keeper is two processes.
+    for pid in read_pairs(str(mine.directory / "lock")):
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            # One that is a zombie has ended, and is about to be reaped.
+            children |= {f"process {child}" for child in file.read().split() if start_time_ticks(int(child)) is not None}
     leases = {f"lease {path}" for path in mine.directory.iterdir() if path.is_dir()}
     descriptors = set()
     for fd in os.listdir("/proc/self/fd"):

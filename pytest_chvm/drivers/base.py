@@ -28,15 +28,17 @@ from pytest_chvm.errors import (
     VmIOError,
     VmNotFoundError,
 )
-from pytest_chvm.guest.ready import DEFAULT_MARKER, ReadyScanner, last_lines
-from pytest_chvm.host import remains
+from pytest_chvm.guest.ready import DEFAULT_MARKER, ReadyScanner
+from pytest_chvm.host import records, remains
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap, remove_taps
-from pytest_chvm.host.processes import end_process, is_running, keeper
+from pytest_chvm.host.processes import end_all, end_process, is_running, keeper
+from pytest_chvm.host.runs import count_started
 from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
 from pytest_chvm.host.virtiofsd import find_virtiofsd, lease_lock_file, start_virtiofsd
 from pytest_chvm.model import ProcessIdentity, SharedDir, SocketPairFd, Tap, VmConfig, VmHandle, VmState, VmStatus, mac_for
+from pytest_chvm.text import last_lines
 
 logger = logging.getLogger("pytest_chvm")
 
@@ -300,7 +302,7 @@ class VmmProcess:
         except BaseException as error:
             _names.free(config.namespace, config.name, None)
             # With those it had started: they name the lease in their arguments.
-            failures = remains.remove_lease(mine.directory) if mine is not None else []
+            failures = records.remove_lease(mine.directory) if mine is not None else []
             for failure in failures:
                 logger.error("%s: left behind by a failed boot: %s", config.name, failure)
             if isinstance(error, VmError):
@@ -343,6 +345,7 @@ class VmmProcess:
         finally:
             for fd in plan.fds:
                 os.close(fd)
+        count_started("VM")
         _names.started(config, process)
         self._booted_here.add(plan.machine_id)
         return replace(
@@ -387,7 +390,9 @@ class VmmProcess:
             refused = error
         except TimeoutError as error:
             failures.append(f"the VMM: {error}")
-        failures += self._remove(handle)
+        finally:
+            # Also when the test is interrupted just here.
+            failures += self._remove(handle)
         if refused is not None:
             refused.vm_name = handle.name
             raise refused
@@ -395,15 +400,11 @@ class VmmProcess:
             raise StopFailedError(f"VM {handle.name!r}: {'; '.join(failures)}", vm_name=handle.name)
 
     def _remove(self, handle: VmHandle) -> list[str]:
-        failures = []
-        for sidecar in handle.sidecars:
-            try:
-                end_process(sidecar, SIDECAR_PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
-            except (StateFailedError, TimeoutError) as error:
-                failures.append(f"virtiofsd: {error}")
+        ended = end_all(handle.sidecars, SIDECAR_PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
+        failures = [f"virtiofsd: {failure}" for failure in ended]
         failures += remove_taps(handle.taps, handle.netns)
         if handle.run_dir is not None:
-            failures += remains.remove_lease(handle.run_dir, search=False)
+            failures += records.remove_lease(handle.run_dir, search=False)
         _names.free(handle.namespace, handle.name, handle.process)
         self._scanners.pop(handle.machine_id, None)
         self._paused.discard(handle.machine_id)

@@ -1,7 +1,7 @@
-"""The serial log, read as it grows: the ready marker, a kernel panic, and text fit for a person.
+"""The serial log, read as it grows: the ready marker and a kernel panic.
 
 Whatever is in the log comes from the guest and is not trusted: it is parsed strictly, every read is bounded,
-and nothing of it is shown before `clean`.
+and nothing of it is shown before `text.clean`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pytest_chvm.text import clean
+
 DEFAULT_MARKER = "CHVM_READY"
 # A marker line is the marker and at most this many bytes: an address, a nonce and spaces; then the line's end, in which a
 # terminal may have doubled the carriage return.
@@ -22,9 +24,6 @@ CHUNK = 1 << 20
 
 # printk's time stamp may be before it (Documentation/admin-guide/kernel-parameters, printk.time).
 PANIC = re.compile(rb"(?:^|[\r\n])(?:\[ *\d+\.\d+\] )?(Kernel panic - not syncing: [^\r\n]{0,200})")
-# ECMA-48: CSI, OSC and the like, then two-byte sequences.
-ESCAPE = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]{0,4096}(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]")
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass
@@ -147,26 +146,3 @@ class PanicScanner:
                     self.panic = clean(match[1])
                     break
         return self.panic
-
-
-def read_tail(path: Path, limit: int) -> bytes:
-    """Return the last `limit` bytes of a file; none where it is not there."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - limit))
-            return file.read(limit)
-    except FileNotFoundError:
-        return b""
-
-
-def clean(raw: bytes) -> str:
-    """Return guest output as text that can be shown: no escape sequences, no control characters."""
-    text = ESCAPE.sub(b"", raw).replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode(errors="replace")
-    return CONTROL.sub("\ufffd", text)
-
-
-def last_lines(path: Path, count: int = 20, limit: int = 16384) -> str:
-    """Return the last lines of a log, cleaned and bounded, each cut at 500 characters."""
-    lines = [line for line in clean(read_tail(path, limit)).split("\n") if line.strip()]
-    return "\n".join(line[:500] for line in lines[-count:])

@@ -339,7 +339,7 @@ def _escaped(script: bytes) -> bytes:
 
 def shown_outputs(stdout: str, stderr: str, limit: int = 4000) -> str:
     """Return both outputs of a command for a message, the last `limit` characters of each, cleaned."""
-    from pytest_chvm.guest.ready import clean
+    from pytest_chvm.text import clean
 
     parts = []
     for name, text in (("stdout", stdout), ("stderr", stderr)):

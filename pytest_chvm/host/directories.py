@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.host import remains
+from pytest_chvm.host import records, remains
+from pytest_chvm.host.runs import Run
 
 # sun_path is 108 bytes with its NUL (unix(7)); the longest name below a VM's directory is well below 40.
 LONGEST_RUNTIME_DIR = 60
@@ -32,29 +33,46 @@ def runtime_dir() -> Path:
         directory = Path(temporary, f"pytest-chvm-{os.geteuid()}")
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = directory.lstat()
     except OSError as error:
         raise InvalidConfigError(f"the run directory {str(directory)!r} cannot be made: {error}; set XDG_RUNTIME_DIR") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    if not _is_private(directory):
         raise InvalidConfigError(
             f"the run directory {str(directory)!r} is not a directory of yours alone (0700); remove it, or set XDG_RUNTIME_DIR"
         )
     return directory
 
 
-def make_owner_dir() -> Path:
+def runtime_dirs() -> list[Path]:
+    """Return the directories of that kind that there are, whichever environment the processes had that made them."""
+    user = os.geteuid()
+    bases = [os.environ.get("XDG_RUNTIME_DIR"), "/run" if user == 0 else None, f"/run/user/{user}"]
+    places = [Path(base, "pytest-chvm") for base in bases if base]
+    places += [Path(base, f"pytest-chvm-{user}") for base in dict.fromkeys((tempfile.gettempdir(), "/tmp"))]
+    return [place for place in dict.fromkeys(places) if _is_private(place)]
+
+
+def _is_private(directory: Path) -> bool:
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+
+
+def make_owner_dir(run: Run) -> Path:
     """Make the directory of this process's VMs, with who owns it in `owner.json`."""
+    me = os.getpid()
+    owner = {"boot_id": remains.boot_id(), "pid": me, "start_time_ticks": remains.start_time_ticks(me)}
+    record = json.dumps({**owner, "run": run.id, "worker": run.worker})
     while True:
         directory = runtime_dir() / secrets.token_hex(4)
         try:
             directory.mkdir(mode=0o700)
-            break
+            (directory / records.OWNER_FILE).write_text(record)
         except (FileExistsError, FileNotFoundError):
             # Taken, or the last worker of another run has just removed the directory above.
             continue
-    owner = {"boot_id": remains.boot_id(), "pid": os.getpid(), "start_time_ticks": remains.start_time_ticks(os.getpid())}
-    (directory / "owner.json").write_text(json.dumps(owner))
-    return directory
+        return directory
 
 
 def common_lock_dir() -> Path:

@@ -8,7 +8,7 @@ import os
 import threading
 from pathlib import Path
 
-from pytest_chvm.host import remains
+from pytest_chvm.host import records, remains
 from pytest_chvm.host.processes import keeper
 
 _numbers = itertools.count(1)
@@ -22,10 +22,18 @@ class Lease:
     """
 
     def __init__(self) -> None:
-        self.directory = keeper().directory / str(next(_numbers))
+        self._keeper = keeper()
+        self.directory = self._keeper.directory / str(next(_numbers))
         self._record: dict[str, list[object]] = {}
+        self._vm: dict[str, object] = {}
         self._lock = threading.Lock()
         self.directory.mkdir(mode=0o700)
+
+    def describe(self, **facts: object) -> None:
+        """Record what people are to know of the VM: `test`, `worker`, `name`, `vmm`, `memory_mb`, `console`, `ip`, `pid`..."""
+        with self._lock:
+            self._vm.update(facts)
+            self._write()
 
     def add_tap(self, name: str, netns: str | None) -> None:
         """Record a TAP that is to be removed."""
@@ -45,11 +53,41 @@ class Lease:
 
     def _add(self, kind: str, entry: object) -> None:
         with self._lock:
-            self._record.setdefault(kind, []).append(entry)
-            unfinished = self.directory / "lease.new"
-            unfinished.write_text(json.dumps(self._record))
-            unfinished.replace(self.directory / remains.LEASE_FILE)
+            if entry in self._record.setdefault(kind, []):
+                return
+            self._record[kind].append(entry)
+            self._write()
+            if kind in ("taps", "bridges", "paths"):
+                self._keeper.remember(self.directory, self._record)
 
-    def release(self) -> list[str]:
-        """End and remove all that is left of it; returns what could not be removed, in words."""
-        return remains.remove_lease(self.directory, search=False)
+    def _write(self) -> None:
+        unfinished = self.directory / "lease.new"
+        try:
+            unfinished.write_text(json.dumps({**self._record, "vm": self._vm}))
+            unfinished.replace(self.directory / records.LEASE_FILE)
+        except FileNotFoundError:
+            # Somebody has removed the directory. This process and its keeper know what is in the record.
+            return
+
+    def left(self) -> list[str]:
+        """Return what of it is still there, in words, also where somebody has removed the directory."""
+        with self._lock:
+            taps, bridges, paths = (list(self._record.get(kind, ())) for kind in ("taps", "bridges", "paths"))
+        left = records.left_of(os.fspath(self.directory))
+        left += [f"TAP {tap['name']}" for tap in taps if remains.interface_is_there(tap["name"], tap["netns"])]  # type: ignore[index]
+        left += [f"bridge {name}" for name in bridges if remains.interface_is_there(str(name), None)]
+        left += [str(path) for path in paths if os.path.lexists(str(path))]
+        return list(dict.fromkeys(left))
+
+    def release(self, *, search: bool = False) -> list[str]:
+        """End and remove all that is left of it; returns what could not be removed, in words.
+
+        With `search` processes of it that nobody has ended are looked for.
+        """
+        recorded = (self.directory / records.LEASE_FILE).exists()
+        failures = records.remove_lease(self.directory, search=search)
+        if not recorded:
+            failures += records.remove_named(self._record)
+        if not failures:
+            self._keeper.remember(self.directory, None)
+        return failures

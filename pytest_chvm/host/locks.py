@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 from pathlib import Path
 
+from pytest_chvm.deadline import Deadline
+from pytest_chvm.host import processes
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.watch import FileWatch
+
+_held: dict[HeldLock, Lease] = {}
 
 
 class HeldLock:
@@ -21,6 +25,7 @@ class HeldLock:
         from filelock import FileLock
 
         self._owner_pid = os.getpid()
+        deadline = Deadline.after(timeout_s if timeout_s >= 0 else float("inf"))
         while True:
             path = common_lock_dir() / name
             lease.add_lock(path)
@@ -31,8 +36,12 @@ class HeldLock:
             except FileNotFoundError:
                 # The last one who left took the directory along.
                 continue
-        # An interrupted teardown gives nothing back, and the keeper leaves a lock that this process still holds.
-        atexit.register(self.release)
+            except PermissionError:
+                # Another user's, whose file the kernel keeps from us (fs.protected_regular): it goes when they let go.
+                if deadline.expired:
+                    raise TimeoutError(f"{path} is held by another user") from None
+                _wait_until_gone(path)
+        _held[self] = lease
 
     @property
     def name(self) -> str:
@@ -41,7 +50,7 @@ class HeldLock:
 
     def release(self) -> None:
         """Give it back; its file goes too. Once more, or in a forked child, it does nothing."""
-        atexit.unregister(self.release)
+        _held.pop(self, None)
         # The file may be somebody else's by now.
         if not self._lock.is_locked or self._owner_pid != os.getpid():
             return
@@ -54,3 +63,28 @@ class HeldLock:
         except OSError:
             # Other locks are in it.
             return
+
+
+def _wait_until_gone(path: Path) -> None:
+    try:
+        with FileWatch(path.parent) as watch:
+            if path.exists():
+                # One who was killed leaves it without an event.
+                watch.wait(Deadline.after(1.0))
+    except FileNotFoundError:
+        return
+
+
+def held_under(lease: Lease) -> list[HeldLock]:
+    """Return the locks that are in a lease and have not been given back."""
+    return [lock for lock, its_lease in list(_held.items()) if its_lease is lease]
+
+
+def release_all() -> None:
+    """Give back all that this process holds: an interrupted teardown has not."""
+    for lock in list(_held):
+        lock.release()
+
+
+# A keeper leaves a lock alone that its owner still holds.
+processes.before_leases_end.append(release_all)

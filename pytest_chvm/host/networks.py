@@ -11,7 +11,7 @@ import itertools
 import os
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIO
 from pytest_chvm.host import remains
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import HeldLock
+from pytest_chvm.host.runs import count_started
 from pytest_chvm.model import Network, NicAddress, Tap, UserNetwork
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def make_tap(
                 if bridge is not None:
                     route.link("set", index=index, master=route.link_lookup(ifname=bridge)[0])
                 route.link("set", index=index, state="up")
+            count_started("TAP")
             return chosen
         except NetlinkError as error:
             if name is None and error.code == 17 and attempt < 5:  # EEXIST
@@ -260,18 +262,20 @@ class LeasedNetwork:
     def close(self) -> list[str]:
         """Remove it; returns what could not be removed, in words."""
         _next_hosts.pop(self.network.name, None)
-        failures = self._lease.release()
-        self._subnet.release()
-        return failures
+        try:
+            return self._lease.release()
+        finally:
+            self._subnet.release()
 
 
-def lease_network(pool: IPv4Net, name: str | None = None) -> LeasedNetwork:
+def lease_network(pool: IPv4Net, name: str | None = None, on_lease: Callable[[Lease], None] = lambda _lease: None) -> LeasedNetwork:
     """Make an isolated network: a bridge of the host's where one can be made, else multicast on loopback (QEMU only).
 
     Raises VmIOError where the kernel refuses.
     """
     lease = Lease()
     try:
+        on_lease(lease)
         subnet = take_subnet(pool, NETWORK_PREFIX, lease)
         try:
             bridge = multicast = None

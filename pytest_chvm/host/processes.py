@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import marshal
 import os
@@ -11,21 +12,24 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pytest_chvm.deadline import Deadline, wait_readable
 from pytest_chvm.errors import BootFailedError, StateFailedError, VmIOError
 from pytest_chvm.host import keeper as keeper_script
-from pytest_chvm.host import remains
-from pytest_chvm.host.directories import make_owner_dir, runtime_dir
+from pytest_chvm.host import records, remains
+from pytest_chvm.host.directories import make_owner_dir, runtime_dirs
+from pytest_chvm.host.runs import Run, current_run
 from pytest_chvm.model import ProcessIdentity
 
 logger = logging.getLogger("pytest_chvm")
 
 # Long, for an emulated machine on a busy host.
 KEEPER_START_TIMEOUT_S = 30.0
-KEEPER_END_TIMEOUT_S = 4.0
+KEEPER_ANSWER_TIMEOUT_S = 30.0
+KEEPER_END_TIMEOUT_S = 2.5
 KILLED_TIMEOUT_S = 2.0
 # All of the test's environment that a VMM or sidecar gets to see.
 PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL")
@@ -90,6 +94,28 @@ def end_process(process: ProcessIdentity, programs: Sequence[str], *, term_timeo
         os.close(pidfd)
 
 
+def end_all(
+    processes: Sequence[ProcessIdentity], programs: Sequence[str], *, term_timeout_s: float, kill_timeout_s: float
+) -> list[str]:
+    """End processes as `end_process` does, all at once; returns what went wrong, in words."""
+    failures = []
+
+    def end(process: ProcessIdentity) -> None:
+        try:
+            end_process(process, programs, term_timeout_s=term_timeout_s, kill_timeout_s=kill_timeout_s)
+        except (StateFailedError, TimeoutError, OSError) as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=end, args=(process,), daemon=True) for process in processes[1:]]
+    for thread in threads:
+        thread.start()
+    for process in processes[:1]:
+        end(process)
+    for thread in threads:
+        thread.join()
+    return failures
+
+
 def _signal(pidfd: int, number: signal.Signals) -> None:
     try:
         signal.pidfd_send_signal(pidfd, number)
@@ -104,46 +130,77 @@ class Keeper:
     `directory` is where the leases of this process's VMs are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: Run) -> None:
         self.owner_pid = os.getpid()
         # Before anything is started: what a run left that was killed together with its keeper.
-        _removed, failures = remains.remove_abandoned(runtime_dir())
-        for failure in failures:
-            logger.warning("left by an earlier run: %s", failure)
-        self.directory = make_owner_dir()
+        for place in runtime_dirs():
+            for failure in records.remove_abandoned(place)[1]:
+                logger.warning("left by an earlier run: %s", failure)
+        self.directory = make_owner_dir(run)
+        self.pid = 0
+        self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        script = os.path.abspath(keeper_script.__file__)
+        owners = [identity_of(self.owner_pid), *([run.controller] if run.controller else [])]
+        words = [",".join(f"{owner.pid}:{owner.start_time_ticks}" for owner in owners), str(self.directory), str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", script, str(self.owner_pid), str(self.directory), str(theirs.fileno())],
+                [sys.executable, "-I", "-S", "-c", keeper_script.START, os.path.abspath(keeper_script.__file__), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 cwd="/",
             )
-        self._receive(KEEPER_START_TIMEOUT_S, "start")
+        self.pid = self._process.pid
+        self._receive(0, Deadline.after(KEEPER_START_TIMEOUT_S), "start")
 
-    def _receive(self, timeout_s: float, what: str) -> dict[str, object]:
-        if not wait_readable([self._socket.fileno()], Deadline.after(timeout_s)):
-            raise VmIOError(f"the keeper process (pid {self._process.pid}) did not answer {what!r} within {timeout_s:g} s")
-        packet = self._socket.recv(keeper_script.LARGEST_REQUEST)
-        if not packet:
-            raise VmIOError(
-                f"the keeper process (pid {self._process.pid}) is gone: something killed it, and with it its VMs; "
-                "start the run again"
-            )
-        reply: dict[str, object] = marshal.loads(packet)  # noqa: S302 - from our own keeper
-        return reply
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can still be asked; what one had that was killed is gone by the time it cannot."""
+        return self._process.poll() is None and not self._at_end()
 
-    def _ask(self, request: Mapping[str, object], fds: Sequence[int] = ()) -> dict[str, object]:
-        with self._lock:
+    @property
+    def has_directory(self) -> bool:
+        """Whether nobody has removed its directory."""
+        return (self.directory / records.OWNER_FILE).exists()
+
+    def _at_end(self) -> bool:
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def _receive(self, number: int, deadline: Deadline, what: str) -> dict[str, object]:
+        while True:
+            if not wait_readable([self._socket.fileno()], deadline):
+                raise VmIOError(f"the keeper process (pid {self.pid}) did not answer {what!r} within {deadline.total_s:g} s")
             try:
-                socket.send_fds(self._socket, [marshal.dumps(dict(request))], list(fds))
-            except BrokenPipeError as error:
-                raise VmIOError(f"the keeper process (pid {self._process.pid}) is gone: start the run again") from error
-            return self._receive(KEEPER_START_TIMEOUT_S, next(iter(request)))
+                packet = self._socket.recv(keeper_script.LARGEST_REQUEST)
+            except ConnectionError:
+                packet = b""
+            if not packet:
+                raise VmIOError(_gone(self.pid))
+            reply: dict[str, object] = marshal.loads(packet)  # noqa: S302 - from our own keeper
+            # A test that is interrupted does not wait for the answer; the next one finds it.
+            if reply.get("id") == number:
+                return reply
+
+    def _ask(
+        self, request: Mapping[str, object], fds: Sequence[int] = (), timeout_s: float = KEEPER_ANSWER_TIMEOUT_S
+    ) -> dict[str, object]:
+        deadline = Deadline.after(timeout_s)
+        with self._lock:
+            if self._socket.fileno() < 0:
+                raise VmIOError(_gone(self.pid))
+            number = next(self._numbers)
+            try:
+                socket.send_fds(self._socket, [marshal.dumps({**request, "id": number})], list(fds))
+            except ConnectionError as error:
+                raise VmIOError(_gone(self.pid)) from error
+            return self._receive(number, deadline, next(iter(request)))
 
     def spawn(self, argv: Sequence[str], log: Path, fds: Sequence[int] = ()) -> ProcessIdentity:
         """Start a program below the keeper, its outputs appended to `log`.
@@ -156,10 +213,22 @@ class Keeper:
         pid, ticks = reply.get("pid"), reply.get("start_time_ticks")
         if not isinstance(pid, int):
             raise BootFailedError(f"{argv[0]} could not be started: {reply.get('error')} (its log was to be {log})")
+        _keeper_of[pid] = self.pid
         return ProcessIdentity(pid, ticks if isinstance(ticks, int) else None)
+
+    def remember(self, lease: Path, record: Mapping[str, object] | None) -> None:
+        """Have the keeper know what a lease names, in case somebody removes its file; None: it was released."""
+        try:
+            self._ask({"lease": os.fspath(lease), "record": None if record is None else dict(record)})
+        except VmIOError:
+            # It was killed: what names the lease now is the file alone, and it removes that.
+            if record is not None:
+                raise
 
     def returncode(self, process: ProcessIdentity) -> int | None:
         """Return how a program of this keeper's ended: its status, or minus the signal; None while it runs."""
+        if _keeper_of.get(process.pid) != self.pid:
+            raise VmIOError(_gone(_keeper_of.get(process.pid, 0)))
         try:
             pidfd = os.pidfd_open(process.pid)
         except ProcessLookupError:
@@ -173,36 +242,95 @@ class Keeper:
         code = self._ask({"status": process.pid}).get("returncode")
         return code if isinstance(code, int) else None
 
-    def close(self) -> None:
-        """Let the keeper remove what is left and wait for its end."""
-        self._socket.close()
-        if self.owner_pid != os.getpid():
-            return
+    def close(self) -> list[str]:
+        """End and remove all that is left and wait for the keeper's end; returns what could not be removed, in words."""
+        deadline = Deadline.after(KEEPER_END_TIMEOUT_S)
+        failures: list[str] = []
         try:
-            self._process.wait(KEEPER_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            # It goes on by itself; waiting longer would only hold up the end of the run.
-            sys.stderr.write(f"pytest-chvm: the keeper (pid {self._process.pid}) is still cleaning up\n")
+            failures += self._end("processes", deadline)
+            for give_back in before_leases_end:
+                give_back()
+            failures += self._end("leases", deadline)
+        except VmIOError as error:
+            if self.is_alive:
+                failures.append(str(error))
+        finally:
+            # Whoever has forked from this process may have the socket open too.
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
+            hung = not self._wait_end(deadline)
+            self._socket.close()
+        if hung:
+            failures.append(f"the keeper (pid {self.pid}) was still there after {deadline.total_s:g} s and was killed")
+            pids = records.read_pairs(os.fspath(self.directory / records.LOCK_FILE))
+            remains.kill_and_wait(pids, KILLED_TIMEOUT_S)
+        if self.directory.exists():
+            failures += records.remove_owner_directory(os.fspath(self.directory))
+        return failures
+
+    def _end(self, what: str, deadline: Deadline) -> list[str]:
+        failures = self._ask({"end": what}, timeout_s=deadline.remaining_s).get("failures")
+        return [str(failure) for failure in failures] if isinstance(failures, list) else []
+
+    def _wait_end(self, deadline: Deadline) -> bool:
+        while not self._at_end():
+            if not wait_readable([self._socket.fileno()], deadline):
+                return False
+            self._socket.recv(keeper_script.LARGEST_REQUEST)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILLED_TIMEOUT_S)
+        return True
+
+    def forget(self) -> None:
+        """Let go of it, in a forked child: it is the parent's."""
+        self._socket.close()
+        # Not this process's to wait for.
+        self._process.returncode = 0
 
 
-_keeper: Keeper | None = None
+def _gone(pid: int) -> str:
+    return f"the keeper process (pid {pid}) is gone: it was killed, and its VMs were ended; the next VM gets a new one"
+
+
+# Of each program started, the pid of the keeper that did.
+_keeper_of: dict[int, int] = {}
+# What is to happen between the end of the processes and the removal of the records.
+before_leases_end: list[Callable[[], None]] = []
+_keepers: list[Keeper] = []
 _keeper_lock = threading.Lock()
 
 
 def keeper() -> Keeper:
-    """Return this process's keeper, started at the first call; a forked child gets one of its own."""
-    global _keeper
+    """Return this process's keeper, started at the first call; after one that was killed, or lost its directory, another."""
     with _keeper_lock:
-        if _keeper is None or _keeper.owner_pid != os.getpid():
-            _keeper = Keeper()
-            atexit.register(close_keeper)
-        return _keeper
+        if not _keepers or not _keepers[-1].is_alive or not _keepers[-1].has_directory:
+            if not _keepers:
+                atexit.register(close_keeper)
+            _close(gone=True)
+            _keepers.append(Keeper(current_run()))
+        return _keepers[-1]
 
 
-def close_keeper() -> None:
-    """End this process's keeper, if it has one, and wait for it."""
-    global _keeper
+def close_keeper() -> list[str]:
+    """End this process's keepers, if it has any, and wait for them; returns what could not be removed, in words."""
     with _keeper_lock:
-        mine, _keeper = _keeper, None
-    if mine is not None:
-        mine.close()
+        return _close()
+
+
+def _close(*, gone: bool = False) -> list[str]:
+    failures = []
+    for one in [one for one in _keepers if not (gone and one.is_alive)]:
+        failures += one.close()
+        # Not before: an interrupted close is begun again at the end of the process.
+        _keepers.remove(one)
+    return failures
+
+
+def _forget() -> None:
+    global _keeper_lock
+    _keeper_lock = threading.Lock()
+    while _keepers:
+        _keepers.pop().forget()
+
+
+os.register_at_fork(after_in_child=_forget)

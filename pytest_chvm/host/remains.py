@@ -1,24 +1,19 @@
-"""What a VM leaves on the host, and how to remove it, for those who outlive it.
+"""Processes of the host, told apart for certain, and the removal of what a VM leaves behind, piece by piece.
 
 Standard library only, as little of it as possible, and nothing of this package: the keeper, which must start in
 milliseconds and stay small, runs it as well as the process that owns the VM.
-
-Each VM has a *lease*: a directory of its own below the directory of the process that owns it, with a file
-`lease.json` that names what lives elsewhere. It is written before anything of that is made:
-
-    {"taps": [{"name": ..., "netns": ...}], "bridges": [...], "paths": [...], "locks": [...]}
 """
 
 from __future__ import annotations
 
+# The module `signal` imports `enum`, which costs the keeper a third of its start.
+import _signal as signal  # type: ignore[import-not-found]
 import fcntl
 import os
 import select
-import signal
 import time
 
-LEASE_FILE = "lease.json"
-COMMAND_TIMEOUT_S = 2.0
+COMMAND_TIMEOUT_S = 1.0
 
 
 def boot_id() -> str:
@@ -28,13 +23,25 @@ def boot_id() -> str:
 
 def start_time_ticks(pid: int) -> int | None:
     """Return field 22 of `/proc/PID/stat` (proc(5)); None where there is no such process, or only a zombie."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[19])
+
+
+def session_id(pid: int) -> int | None:
+    """Return the session of a process; None where there is no such process, or only a zombie."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[3])
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """Return the fields of `/proc/PID/stat` from the third on; None where there is no such process, or only a zombie."""
     try:
         stat = _read(f"/proc/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The command name, field 2, is in parentheses and may contain spaces and parentheses itself.
     fields = stat[stat.rindex(b")") + 2 :].split()
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    return None if fields[0] in (b"Z", b"X") else fields
 
 
 def command_line(pid: int) -> tuple[str, ...]:
@@ -51,29 +58,51 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def processes_naming(directory: str | os.PathLike[str]) -> list[int]:
-    """Return the pids of this user's processes that have a path below `directory` in an argument."""
+def interface_is_there(name: str, netns: str | None) -> bool:
+    """Tell whether a network interface is there, as far as this process can see it."""
+    if netns is None:
+        return os.path.exists(f"/sys/class/net/{name}")
+    return os.path.exists(f"/run/netns/{netns}") and not _run_ip(netns, "link", "show", "dev", name, absent="")
+
+
+def processes_naming(directory: str | os.PathLike[str], sessions: dict[int, int]) -> dict[int, int]:
+    """Return pid and start time of the processes of those sessions that have a path below `directory` in an argument.
+
+    `sessions`: pid and start time of the process that began each. Neither alone will do: a pid may be another's by now, and an
+    editor that has one of the files open names it too.
+    """
     needle = os.fspath(directory) + "/"
-    found = []
+    found = {}
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
-            try:
-                if any(needle in word for word in command_line(int(entry))):
-                    found.append(int(entry))
-            except PermissionError:
+        if not entry.isdigit():
+            continue
+        pid = int(entry)
+        try:
+            leader = session_id(pid)
+            if leader not in sessions or start_time_ticks(leader) not in (None, sessions[leader]):
                 continue
+            started = start_time_ticks(pid)
+            if started is not None and any(needle in word for word in command_line(pid)):
+                found[pid] = started
+        except OSError:
+            continue
     return found
 
 
-def kill_and_wait(pids: list[int], timeout_s: float) -> list[int]:
-    """SIGKILL processes, by pidfd, and wait for their end; returns those still there at the deadline."""
+def kill_and_wait(processes: dict[int, int], timeout_s: float) -> list[int]:
+    """SIGKILL processes, told by pid and start time, and wait for their end; returns the pids still there at the deadline."""
     deadline = time.monotonic() + timeout_s
     descriptors = {}
-    for pid in pids:
+    for pid, started in processes.items():
         try:
             descriptors[pid] = os.pidfd_open(pid)
+            # Looked at once the descriptor is open: what that refers to cannot change any more.
+            if start_time_ticks(pid) != started:
+                os.close(descriptors.pop(pid))
+                continue
             signal.pidfd_send_signal(descriptors[pid], signal.SIGKILL)
-        except ProcessLookupError:
+        except OSError:
+            # Gone, or not ours to signal: it then survives, and that is told.
             continue
     survivors = [pid for pid, fd in descriptors.items() if not pidfd_ended(fd, deadline - time.monotonic())]
     for fd in descriptors.values():
@@ -88,58 +117,20 @@ def pidfd_ended(pidfd: int, timeout_s: float) -> bool:
     return bool(poll.poll(max(0, timeout_s * 1000)))
 
 
-def remove_lease(directory: str | os.PathLike[str], *, search: bool = True) -> list[str]:
-    """End and remove all that a lease names, and its directory; returns what could not be removed, in words.
-
-    With `search` the processes that name the directory are ended too. Each step is tried whatever became of those before
-    it. What is already gone is no failure.
-    """
-    place = os.fspath(directory)
-    failures = []
-    if search:
-        failures += [f"process {pid} outlived SIGKILL" for pid in kill_and_wait(processes_naming(place), COMMAND_TIMEOUT_S)]
-    try:
-        lease = _read_lease(os.path.join(place, LEASE_FILE))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        failures.append(f"{place}/{LEASE_FILE} cannot be read ({error}): what it named is left")
-        lease = {}
-    for tap in lease.get("taps", ()):
-        failures += remove_tap(tap["name"], tap.get("netns"))
-    for bridge in lease.get("bridges", ()):
-        failures += _run_ip(None, "link", "del", "dev", bridge, absent="Cannot find device")
-    for path in lease.get("paths", ()):
-        failures += remove_tree(path)
-    for path in lease.get("locks", ()):
-        failures += remove_free_lock(path)
-    return failures + remove_tree(place)
-
-
-def _read_lease(path: str) -> dict[str, list]:  # type: ignore[type-arg]
-    import json
-
-    try:
-        lease = json.loads(_read(path))
-    except FileNotFoundError:
-        return {}
-    for name in [tap["name"] for tap in lease.get("taps", ())] + lease.get("bridges", []):
-        # Read from a file, and given to ip(8).
-        if not isinstance(name, str) or not name or name.startswith("-") or "/" in name or len(name) > 15:
-            raise ValueError(f"{name!r} is no interface")
-    for entry in lease.get("paths", []) + lease.get("locks", []):
-        if not isinstance(entry, str) or not os.path.isabs(entry):
-            raise ValueError(f"{entry!r} is no absolute path")
-    return lease  # type: ignore[no-any-return]
-
-
 def remove_tap(name: str, netns: str | None) -> list[str]:
     """Remove a persistent TAP, in a named network namespace if one is given; returns failures in words."""
     if netns is None:
-        if not os.path.exists(f"/sys/class/net/{name}"):
+        if not interface_is_there(name, None):
             return []
         return _run_ip(None, "tuntap", "del", "dev", name, "mode", "tap", absent="No such device")
     if not os.path.exists(f"/run/netns/{netns}"):
         return []
     return _run_ip(netns, "link", "del", "dev", name, absent="Cannot find device")
+
+
+def remove_bridge(name: str) -> list[str]:
+    """Remove a bridge; returns failures in words."""
+    return _run_ip(None, "link", "del", "dev", name, absent="Cannot find device") if interface_is_there(name, None) else []
 
 
 def _run_ip(netns: str | None, *arguments: str, absent: str) -> list[str]:
@@ -150,7 +141,7 @@ def _run_ip(netns: str | None, *arguments: str, absent: str) -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"{' '.join(command)}: {error}"]
-    if done.returncode == 0 or absent in done.stderr:
+    if done.returncode == 0 or (absent and absent in done.stderr):
         return []
     return [f"{' '.join(command)}: {done.stderr.strip()}"]
 
@@ -190,52 +181,3 @@ def remove_tree(path: str | os.PathLike[str]) -> list[str]:
     except OSError as error:
         return [f"{place}: {error.strerror}"]
     return failures
-
-
-def remove_abandoned(runtime_dir: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[list[str], list[str]]:
-    """Remove what runs left whose keeper and owner are both gone; returns what was removed and what could not be, in words.
-
-    A directory whose lock is held, or whose owner lives, is somebody's and is left alone.
-    """
-    removed: list[str] = []
-    failures: list[str] = []
-    try:
-        names = os.listdir(runtime_dir)
-    except FileNotFoundError:
-        return removed, failures
-    for name in sorted(names):
-        directory = os.path.join(os.fspath(runtime_dir), name)
-        try:
-            if not os.path.isdir(directory) or not _is_abandoned(directory):
-                continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            failures.append(f"{directory} is not understood ({type(error).__name__}: {error}): left as it is")
-            continue
-        removed.append(directory)
-        if not dry_run:
-            for entry in sorted(os.listdir(directory)):
-                lease = os.path.join(directory, entry)
-                if os.path.isdir(lease):
-                    failures += remove_lease(lease)
-            failures += remove_tree(directory)
-    return removed, failures
-
-
-def _is_abandoned(directory: str) -> bool:
-    import json
-
-    owner = json.loads(_read(os.path.join(directory, "owner.json")))
-    if owner["boot_id"] == boot_id() and start_time_ticks(int(owner["pid"])) == owner["start_time_ticks"]:
-        return False
-    try:
-        fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        # Its owner died before its keeper was there.
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True

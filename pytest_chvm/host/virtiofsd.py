@@ -16,6 +16,7 @@ from pytest_chvm.errors import BootFailedError, InvalidConfigError, MissingRequi
 from pytest_chvm.host.binaries import find_binary
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.processes import keeper
+from pytest_chvm.host.runs import count_started
 from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.model import ProcessIdentity, SharedDir
 
@@ -130,6 +131,7 @@ def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log
                 break
             if ended or deadline.expired:
                 raise BootFailedError(_why(share, process, ended, log))
+    count_started("share")
     return process
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -86,7 +88,7 @@ def test_nothing_is_left_when_tests_pass_fail_or_raise_in_set_up(
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGINT, 2), (signal.SIGTERM, None), (signal.SIGKILL, -signal.SIGKILL), (signal.SIGHUP, None)],
+    [(signal.SIGINT, 2), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL), (signal.SIGHUP, None)],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else "",
 )
 def test_nothing_is_left_2_s_after_a_signal_ended_the_run(
@@ -197,39 +199,164 @@ def test_nothing_is_left_when_an_xdist_worker_is_killed(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_nothing_is_left_when_xdist_s_controller_alone_gets_a_signal(
+def test_nothing_is_left_2_s_after_xdist_s_controller_alone_got_a_signal(
     pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox, number: signal.Signals
 ) -> None:
     pytester.makepyfile(WAITING_TEST)
     run = start_pytest("-n", "1")
     run.news()
     run.signal(number)
-    run.wait(60)
-    # A worker whose controller is gone ends itself, after up to 10 s.
-    assert not sandbox.left_behind(timeout_s=15)
+    status = run.wait(60)
+    assert not sandbox.left_behind()
+    assert number != signal.SIGTERM or status == 143
 
 
-def test_what_a_killed_keeper_could_not_remove_the_next_run_removes(
-    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox
+def _keepers(sandbox: Sandbox) -> list[str]:
+    """Return the pids of a keeper's two processes, the parent first."""
+    found = [line.split()[1] for line in sandbox.left_behind(timeout_s=0).things if "keeper.py" in line]
+
+    def parent(pid: str) -> str:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+
+    return sorted(found, key=lambda pid: parent(pid) in found)
+
+
+GOES_ON = (
+    PREAMBLE
+    + """
+    def test_goes_on(chvm_vm, chvm_network, tmp_path):
+        chvm_network()
+        vm = start(chvm_vm, tmp_path).wait_ready()
+        os.mkfifo("go")
+        tell(os.getpid())
+        pathlib.Path("go").read_bytes()
+        with pytest.raises(Exception) as caught:
+            vm.run("true")
+        tell(type(caught.value).__name__, caught.value)
+        assert chvm_vm(name="next").check_output("echo works") == "works\\n"
+"""
+)
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["first process", "second process"])
+def test_a_killed_keeper_takes_its_vms_along_is_named_and_has_a_successor(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox, victim: int
+) -> None:
+    pytester.makepyfile(GOES_ON)
+    run = start_pytest()
+    run.news()
+    sandbox.run("kill", "-KILL", _keepers(sandbox)[victim])
+    left = sandbox.left_behind(but=[run.pid])
+    # The locks are the test's own, which lives.
+    assert not {thing for thing in left.things if "/lock" not in thing}
+    pytester.path.joinpath("run0", "go").write_bytes(b"")
+    error = run.news()
+    assert error.startswith("HypervisorError")
+    assert "keeper" in error
+    assert run.wait() == 0, run.output
+    assert not sandbox.left_behind()
+
+
+NEXT_TEST = (
+    PREAMBLE
+    + """
+    def test_next(chvm_vm, tmp_path):
+        start(chvm_vm, tmp_path)
+"""
+)
+
+
+@pytest.mark.parametrize("by", ["next run", "reap"])
+def test_what_a_killed_keeper_could_not_remove_the_next_run_or_reap_removes(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox, by: str
 ) -> None:
     pytester.makepyfile(WAITING_TEST)
     run = start_pytest()
     run.news()
-    (keeper,) = (line.split()[1] for line in sandbox.left_behind(timeout_s=0).things if "keeper.py" in line)
-    sandbox.run("kill", "-KILL", keeper)
-    run.signal(signal.SIGKILL)
+    # Both at once, before either can clean up after the other.
+    sandbox.run("kill", "-KILL", str(run.pid), *_keepers(sandbox))
     run.wait()
-    assert not sandbox.left_behind().pids
+    left = sandbox.left_behind()
+    assert not left.pids
+    assert any(thing.startswith("link chvmbr") for thing in left.things)
+    if by == "reap":
+        sandbox.run(sys.executable, "-m", "pytest_chvm.cli", "reap")
+    else:
+        pytester.makepyfile(NEXT_TEST)
+        assert start_pytest().wait() == 0
+    assert not sandbox.left_behind()
+
+
+def test_a_run_directory_that_somebody_removed_is_survived(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox
+) -> None:
     pytester.makepyfile(
         PREAMBLE
         + """
-    def test_next(chvm_vm, tmp_path):
+    def test_goes_on(chvm_vm, chvm_network, tmp_path):
+        chvm_network()
         start(chvm_vm, tmp_path)
+        os.mkfifo("go")
+        tell("started")
+        pathlib.Path("go").read_bytes()
+        chvm_vm(name="next", networks=[])
+        tell("next")
+        threading.Event().wait()
 """
     )
     run = start_pytest()
-    assert run.wait() == 0
+    run.news()
+    sandbox.run("rm", "-r", "/run/pytest-chvm")
+    pytester.path.joinpath("run0", "go").write_bytes(b"")
+    assert run.news() == "next"
+    run.signal(signal.SIGKILL)
+    run.wait()
     assert not sandbox.left_behind()
+
+
+def test_nothing_is_left_when_a_forked_process_outlives_the_run_with_all_its_descriptors(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox
+) -> None:
+    pytester.makepyfile(
+        PREAMBLE
+        + """
+    def test_forks(chvm_vm, tmp_path):
+        start(chvm_vm, tmp_path)
+        pid = os.fork()
+        if pid == 0:
+            threading.Event().wait()
+        tell(pid)
+        if not (tmp_path.parent / "waits").exists():
+            threading.Event().wait()
+"""
+    )
+    run = start_pytest()
+    forked = int(run.news())
+    run.signal(signal.SIGKILL)
+    run.wait()
+    assert not sandbox.left_behind(but=[forked])
+
+
+def test_a_forked_process_that_is_told_to_end_ends_and_the_run_goes_on(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox
+) -> None:
+    pytester.makepyfile(
+        """
+    import multiprocessing, signal, threading
+
+    def test_forks(chvm_vm):
+        process = multiprocessing.get_context("fork").Process(target=threading.Event().wait, daemon=True)
+        process.start()
+        # At once, when the child has hardly begun.
+        process.terminate()
+        process.join(10)
+        exitcode = process.exitcode
+        process.kill()
+        assert exitcode == -signal.SIGTERM
+"""
+    )
+    run = start_pytest()
+    assert run.wait() == 0, run.output
 
 
 def test_two_runs_side_by_side_have_vms_of_the_same_name_and_leave_nothing(

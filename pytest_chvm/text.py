@@ -1,0 +1,34 @@
+"""Text that came from a guest or a file, made fit for a person: no escape sequences, no control characters, bounded."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+# ECMA-48: CSI, OSC and the like, then two-byte sequences.
+ESCAPE = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]{0,4096}(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def read_tail(path: Path, limit: int) -> bytes:
+    """Return the last `limit` bytes of a file; none where it is not there."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - limit))
+            return file.read(limit)
+    except FileNotFoundError:
+        return b""
+
+
+def clean(raw: bytes) -> str:
+    """Return guest output as text that can be shown: no escape sequences, no control characters."""
+    text = ESCAPE.sub(b"", raw).replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode(errors="replace")
+    return CONTROL.sub("\ufffd", text)
+
+
+def last_lines(path: Path, count: int = 20, limit: int = 16384) -> str:
+    """Return the last lines of a log, cleaned and bounded, each cut at 500 characters."""
+    lines = [line for line in clean(read_tail(path, limit)).split("\n") if line.strip()]
+    return "\n".join(line[:500] for line in lines[-count:])
