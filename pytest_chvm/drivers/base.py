@@ -341,7 +341,7 @@ class VmmProcess:
             command = build(plan)
             argv = [*command.machine, *command.control]
             logger.info("%s: %s", config.name, shlex.join(argv))
-            process = keeper().spawn(argv, handle.vmm_log, plan.fds)
+            process = keeper().spawn(argv, handle.vmm_log, lease.directory, plan.fds)
         finally:
             for fd in plan.fds:
                 os.close(fd)

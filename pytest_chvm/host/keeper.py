@@ -14,10 +14,11 @@ Standard library only, and of that what is small: it starts once per worker, wit
 dict per packet (importing json would take a third of the start-up), with file descriptors beside it; each has an "id" and
 gets one marshalled dict back that has it too:
 
-    {"spawn": [ARGV...], "environment": {...}, "log": PATH}   -> {"pid": N, "start_time_ticks": N}
+    {"spawn": [ARGV...], "environment": {...}, "log": PATH, "lease": PATH}
+                                                              -> {"pid": N, "start_time_ticks": N}
         "{fd0}", "{fd1}" in an argument become the numbers of the descriptors sent along
     {"status": PID}                                           -> {"returncode": N or None}
-    {"lease": PATH, "record": {...} or None}                  -> {}
+    {"remember": PATH, "record": {...} or None}               -> {}
         what a lease names, in case somebody removes the file; None: it was released
     {"end": "processes"}                                      -> {"failures": [TEXT...]}
     {"end": "leases"}                                         -> {"failures": [TEXT...]}
@@ -133,10 +134,10 @@ class Keeper:
         if "status" in request:
             self.reap()
             return {"returncode": self.returncodes.get(request["status"])}
-        if "lease" in request:
-            self.leases.pop(request["lease"], None)
+        if "remember" in request:
+            self.leases.pop(request["remember"], None)
             if request["record"] is not None:
-                self.leases[request["lease"]] = request["record"]
+                self.leases[request["remember"]] = request["record"]
             return {}
         return {"failures": end_processes() if request["end"] == "processes" else self.end_leases()}
 
@@ -149,7 +150,7 @@ class Keeper:
         keeper_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            registry = os.path.join(self.directory, records.PROCESSES_FILE)
+            registry = os.path.join(request["lease"], records.PROCESSES_FILE)
             run_child(argv, request["environment"], request["log"], fds, its_end, registry, keeper_pid)
         os.close(its_end)
         with open(failure, "rb") as pipe:

@@ -202,14 +202,15 @@ class Keeper:
                 raise VmIOError(_gone(self.pid)) from error
             return self._receive(number, deadline, next(iter(request)))
 
-    def spawn(self, argv: Sequence[str], log: Path, fds: Sequence[int] = ()) -> ProcessIdentity:
-        """Start a program below the keeper, its outputs appended to `log`.
+    def spawn(self, argv: Sequence[str], log: Path, lease: Path, fds: Sequence[int] = ()) -> ProcessIdentity:
+        """Start a program below the keeper, its outputs appended to `log`; it is written down in `lease`, the directory of one.
 
         `{fd0}` in an argument becomes the number that `fds[0]` has in the program. It gets no other descriptor
         and next to nothing of the environment. Raises BootFailedError where it cannot be started.
         """
         environment = {key: os.environ[key] for key in PASSED_ENVIRONMENT if key in os.environ}
-        reply = self._ask({"spawn": list(argv), "environment": environment, "log": os.fspath(log)}, fds)
+        request = {"spawn": list(argv), "environment": environment, "log": os.fspath(log), "lease": os.fspath(lease)}
+        reply = self._ask(request, fds)
         pid, ticks = reply.get("pid"), reply.get("start_time_ticks")
         if not isinstance(pid, int):
             raise BootFailedError(f"{argv[0]} could not be started: {reply.get('error')} (its log was to be {log})")
@@ -219,7 +220,7 @@ class Keeper:
     def remember(self, lease: Path, record: Mapping[str, object] | None) -> None:
         """Have the keeper know what a lease names, in case somebody removes its file; None: it was released."""
         try:
-            self._ask({"lease": os.fspath(lease), "record": None if record is None else dict(record)})
+            self._ask({"remember": os.fspath(lease), "record": None if record is None else dict(record)})
         except VmIOError:
             # It was killed: what names the lease now is the file alone, and it removes that.
             if record is not None:

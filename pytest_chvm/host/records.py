@@ -5,8 +5,8 @@ directory below the runtime directory:
 
     owner.json      who it is: {"boot_id", "pid", "start_time_ticks", "run", "worker"}
     lock            locked as long as its keeper lives; the pid and start time of both of the keeper's processes
-    processes       the pid and start time of everything started for its VMs, a line each, before it is started
     NUMBER/         the *lease* of one VM or network: its sockets and disks, and
+        processes   the pid and start time of each process started for it, a line each, before it is what it is to be
         lease.json  what it has elsewhere, written before that is made, and what is to be known of it:
                     {"taps": [{"name", "netns"}], "bridges": [], "paths": [], "locks": [], "vm": {...}}
 
@@ -121,7 +121,7 @@ def leases_of(directory: str) -> list[str]:
 
 def processes_of(lease: str) -> dict[int, int]:
     """Return pid and start time of the living processes of a lease."""
-    found: dict[int, int] = remains.processes_naming(lease, read_pairs(os.path.join(os.path.dirname(lease), PROCESSES_FILE)))
+    found: dict[int, int] = remains.processes_of_sessions(read_pairs(os.path.join(lease, PROCESSES_FILE)), lease)
     return found
 
 
@@ -149,7 +149,7 @@ def remove_lease(place: str | os.PathLike[str], *, search: bool = True, same_boo
         failures += remains.remove_tree(directory)
         return failures
     for entry in os.listdir(directory) if os.path.isdir(directory) else ():
-        if entry != LEASE_FILE:
+        if entry not in (LEASE_FILE, PROCESSES_FILE):
             failures += remains.remove_tree(os.path.join(directory, entry))
     return failures
 

@@ -65,24 +65,20 @@ def interface_is_there(name: str, netns: str | None) -> bool:
     return os.path.exists(f"/run/netns/{netns}") and not _run_ip(netns, "link", "show", "dev", name, absent="")
 
 
-def processes_naming(directory: str | os.PathLike[str], sessions: dict[int, int]) -> dict[int, int]:
-    """Return pid and start time of the processes of those sessions that have a path below `directory` in an argument.
+def processes_of_sessions(leaders: dict[int, int], directory: str) -> dict[int, int]:
+    """Return pid and start time of the processes of sessions, which are told by pid and start time of those that began them.
 
-    `sessions`: pid and start time of the process that began each. Neither alone will do: a pid may be another's by now, and an
-    editor that has one of the files open names it too.
+    Where that one is gone, its pid may have been another's since, and only those count that name a path below `directory`.
     """
-    needle = os.fspath(directory) + "/"
+    needle = directory + "/"
     found = {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        pid = int(entry)
+    for pid in [int(entry) for entry in os.listdir("/proc") if entry.isdigit()] if leaders else ():
         try:
-            leader = session_id(pid)
-            if leader not in sessions or start_time_ticks(leader) not in (None, sessions[leader]):
+            leader, started = session_id(pid), start_time_ticks(pid)
+            if leader not in leaders or started is None:
                 continue
-            started = start_time_ticks(pid)
-            if started is not None and any(needle in word for word in command_line(pid)):
+            leader_started = start_time_ticks(leader)
+            if leader_started == leaders[leader] or (leader_started is None and any(needle in word for word in command_line(pid))):
                 found[pid] = started
         except OSError:
             continue

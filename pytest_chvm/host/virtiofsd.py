@@ -123,7 +123,7 @@ def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log
     # The Rust one locks it beside the socket; one that still serves an earlier connection holds it.
     Path(f"{socket_path}.pid").unlink(missing_ok=True)
     with FileWatch(socket_path.parent) as watch:
-        process = keeper().spawn(program.command(share, socket_path), log)
+        process = keeper().spawn(program.command(share, socket_path), log, socket_path.parent)
         deadline = Deadline.after(SOCKET_TIMEOUT_S)
         while not socket_path.exists():
             ended = watch.wait(deadline, process.pid)

@@ -17,8 +17,8 @@ TWO_VMS = """
     import os, threading
 
     def test_two(chvm_vm):
-        ready = chvm_vm(name="ready", memory_mb=128)
-        booting = chvm_vm(name="booting", networks=[], cmdline="console=ttyS0", wait=False)
+        ready = chvm_vm(name="ready", memory_mb=128, boot="cold")
+        booting = chvm_vm(name="booting", networks=[], cmdline="console=ttyS0", wait=False, boot="cold")
         with open(os.environ["NEWS"], "w") as news:
             print(ready.ip, ready.pid, ready.serial_log, booting.pid, file=news)
         threading.Event().wait()

@@ -30,7 +30,8 @@ def test_a_run_says_what_it_started_and_that_all_is_gone(
     pytester: pytest.Pytester, run_pytest: RunPytest, arguments: tuple[str, ...]
 ) -> None:
     pytester.makepyfile(STARTS_VMS)
-    result = run_pytest(*arguments)
+    # Where it is the first of its kind, a VM for its template is started too.
+    result = run_pytest("--chvm-boot=cold", *arguments)
     result.assert_outcomes(passed=4)
     (line,) = (line for line in result.outlines if line.startswith("chvm: ") and "started" in line)
     assert line == "chvm: 4 VMs, 2 shares, 1 TAP started; all gone"
@@ -53,7 +54,7 @@ def test_a_crashed_worker_is_cleaned_up_at_once_and_its_vms_are_counted(
         chvm_vm(wait=False, networks=[])
 """
     )
-    run = start_pytest("-n", "1")
+    run = start_pytest("-n", "1", "--chvm-boot=cold")
     assert run.wait(60) == 1
     assert "1 failed, 1 passed" in run.output
     assert "chvm: 2 VMs, 1 share started; all gone" in run.output
@@ -79,7 +80,7 @@ def test_what_cannot_be_removed_is_an_error_of_its_test_and_named_at_the_end(
     pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox, arguments: tuple[str, ...]
 ) -> None:
     pytester.makepyfile(LEAVES_A_MOUNT)
-    run = start_pytest(*arguments)
+    run = start_pytest("--chvm-boot=cold", *arguments)
     assert run.wait(60) == 1
     assert "2 passed, 1 error" in run.output
     (mount,) = (thing.split()[1] for thing in sandbox.left_behind().things if thing.startswith("mount "))
@@ -142,7 +143,7 @@ def test_sigterm_is_an_orderly_end_in_which_finalizers_run(
         tell("run all the same")
 """
     )
-    run = start_pytest(*arguments)
+    run = start_pytest("--chvm-boot=cold", *arguments)
     assert run.news() == "waits"
     run.signal(signal.SIGTERM)
     assert run.news() == "finalizer"
@@ -165,7 +166,7 @@ def test_a_worker_alone_that_gets_sigterm_ends_the_run_in_order(
         threading.Event().wait()
 """
     )
-    run = start_pytest("-n", "1")
+    run = start_pytest("-n", "1", "--chvm-boot=cold")
     assert run.wait() == 2
     assert "SIGTERM" in run.output
     assert "INTERNALERROR" not in run.output

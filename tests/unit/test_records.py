@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_chvm.host import records, remains
@@ -53,7 +53,7 @@ def program(tmp_path):
 
 def register(directory, process, ticks=None):
     started = remains.start_time_ticks(process.pid) if ticks is None else ticks
-    with (directory / "processes").open("a") as file:
+    with (directory / "1/processes").open("a") as file:
         file.write(f"{process.pid} {started}\n")
 
 
@@ -111,13 +111,40 @@ def test_a_process_with_a_recycled_pid_is_not_touched(runtime_dir, program):
     directory = own(runtime_dir)
     recycled = program(directory / "1/api.sock")
     register(directory, recycled, ticks=remains.start_time_ticks(recycled.pid) - 1)
-    other = program("/somewhere/else")
-    register(directory, other)
 
     records.remove_abandoned(runtime_dir)
 
     assert recycled.poll() is None
-    assert other.poll() is None
+
+
+FORKS_AND_ENDS = """
+import os, sys, time
+if os.fork():
+    os._exit(0)
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("place", ["of the lease", "elsewhere"])
+def test_what_a_process_has_forked_is_ended_after_it_where_it_names_the_lease(runtime_dir, place):
+    directory = own(runtime_dir)
+    path = directory / "1/fs0.sock" if place == "of the lease" else "/elsewhere"
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS_AND_ENDS, path], stdout=subprocess.PIPE, start_new_session=True, text=True
+    ) as process:
+        register(directory, process)
+        pidfd = os.pidfd_open(int(process.stdout.readline()))
+        process.wait()
+        records.remove_abandoned(runtime_dir)
+        try:
+            assert remains.pidfd_ended(pidfd, 0) is (place == "of the lease")
+        finally:
+            if place == "elsewhere":
+                import signal
+
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
 
 
 def test_of_another_boot_no_process_and_no_interface_is_touched(runtime_dir, program, tap_name):
@@ -214,6 +241,7 @@ def test_a_lease_that_names_what_none_can_is_refused(tmp_path, lease):
         records.read_lease(str(tmp_path))
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=200)
     | st.recursive(
