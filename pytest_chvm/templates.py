@@ -83,7 +83,4 @@ def renewal(words: Sequence[str], *, stale_nics: int = 0) -> str:
     message = renew.message(time.time_ns(), os.urandom(renew.SEED_SIZE))
     octal = "".join(f"\\{byte:03o}" for byte in message)
     # The pool first: nothing may be drawn from it before.
-    return (
-        f"printf '{octal}' >/run/chvm-renew; /lib/chvm/renew </run/chvm-renew; rm /run/chvm-renew; {flush}"
-        f". /lib/chvm/configure.sh; chvm_configure {' '.join(words)}"
-    )
+    return f"printf '{octal}' | /lib/chvm/renew; {flush}. /lib/chvm/configure.sh; chvm_configure {' '.join(words)}"
