@@ -121,7 +121,17 @@ class Floor:
             command = [word.replace(str(log), f"{directory}/floor.log").replace(tap, "chvmfloor") for word in vm.handle.command]
         for name in ("qmp", "console"):
             command += ["-chardev", f"socket,id={name},path={directory}/{name}.sock,server=on,wait=off"]
-        command += ["-mon", "chardev=qmp,mode=control", "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console"]
+        command += [
+            "-incoming",
+            "defer",
+            "-S",
+            "-mon",
+            "chardev=qmp,mode=control",
+            "-device",
+            "virtio-serial-pci",
+            "-device",
+            "virtconsole,chardev=console",
+        ]
         self.command = command
 
     def measure(self) -> float:

@@ -34,7 +34,7 @@ from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.model import LAUNCH_FIELDS, NAME_PATTERN, Network, VmConfig, check_argument_names
 from pytest_chvm.nics import lease_nics, network_mode
 from pytest_chvm.settings import Settings
-from pytest_chvm.snapshots import Snapshot, Template, TemplateStore, new_directory, snapshots_dir
+from pytest_chvm.snapshots import HeldTemplate, Snapshot, TemplateStore, new_directory, snapshots_dir
 from pytest_chvm.templates import clone_config, made_of, renewal, template_config, why_no_clone, why_no_snapshot
 from pytest_chvm.vm import Origin, Vm
 
@@ -93,8 +93,7 @@ def launch(
         template = None
         try:
             template = launcher.template(guest)
-            with template.in_use() as held:
-                return launcher.clone(guest, template.directory, wait=wait, held=[held])
+            return launcher.clone(guest, template.directory, wait=wait, held=[template])
         except VmError as error:
             # A template that does not boot is a VM that does not.
             if settings.boot == "clone" or (template is None and isinstance(error, BootFailedError)):
@@ -227,7 +226,7 @@ class Launcher:
         guest = replace(guest, config=clone_config(guest.config))
         return self._started(guest, Origin("clone", "", saved, stale_nics), wait=wait, held=held)
 
-    def template(self, guest: Guest) -> Template:
+    def template(self, guest: Guest) -> HeldTemplate:
         """Return the template for a VM, from the store; the first call boots and saves it."""
         store = TemplateStore(cache_dir(self.settings))
         plain = Guest(template_config(guest.config), secrets.token_hex(8))
@@ -262,6 +261,8 @@ class Launcher:
         self, guest: Guest, origin: Origin, memory_file: Path | None, held: Sequence[Held], undo: ExitStack
     ) -> tuple[Vm, list[str]]:
         settings, driver = self.settings, self.driver
+        for part in held:
+            undo.callback(part.release)
         lease = Lease()
         undo.callback(_log_failures, lease.release)
         if self.owner is not None:

@@ -15,8 +15,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,17 +59,6 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class TemplateHold:
-    """Keeps a template from being pruned until `release`, or the end of this process."""
-
-    _fd: int
-
-    def release(self) -> None:
-        """Let go of it."""
-        os.close(self._fd)
-
-
-@dataclass(frozen=True, slots=True)
 class Template:
     """A saved VM in the store; `key` names it, `made_of` says in words what it is."""
 
@@ -97,18 +85,6 @@ class Template:
         made_of: dict[str, Any] = _record(self.directory)["made_of"]
         return made_of
 
-    @contextmanager
-    def in_use(self) -> Iterator[TemplateHold]:
-        """Keep it from being pruned; what is given is for the VM that is made of it, and let go of where that failed."""
-        fd = os.open(self.directory / RECORD_FILE, os.O_RDONLY | os.O_CLOEXEC)
-        hold = TemplateHold(fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            yield hold
-        except BaseException:
-            hold.release()
-            raise
-
     def is_intact(self, *, wholly: bool = False) -> bool:
         """Tell whether its files are those that were written: by size, inode and time, or `wholly` by content."""
         try:
@@ -125,13 +101,25 @@ class Template:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class HeldTemplate:
+    """A template that is not pruned until `release`, or the end of this process."""
+
+    directory: Path
+    _fd: int
+
+    def release(self) -> None:
+        """Let go of it."""
+        os.close(self._fd)
+
+
 class TemplateStore:
     """The templates of one cache directory."""
 
     def __init__(self, cache: Path) -> None:
         self.directory = cache / "templates"
 
-    def get(self, made_of: Mapping[str, object], room_mb: int, build: Callable[[Path], None]) -> Template:
+    def get(self, made_of: Mapping[str, object], room_mb: int, build: Callable[[Path], None]) -> HeldTemplate:
         """Return the template that is made of these, built at the first call; others that want it wait.
 
         `build` has a VM saved in an empty directory, which takes `room_mb` at most. Raises InvalidConfigError where the store
@@ -153,9 +141,10 @@ class TemplateStore:
             record = {"boot_id": boot_id(), "made_of": dict(made_of), "files": files}
             (unfinished / RECORD_FILE).write_text(json.dumps(record))
 
-        template = Template(built_once(directory, build_and_record, lambda found: Template(found).is_intact(), mode=0o700))
-        os.utime(directory / RECORD_FILE)
-        return template
+        while True:
+            built_once(directory, build_and_record, lambda found: Template(found).is_intact(), mode=0o700)
+            if (fd := _hold(directory)) is not None:
+                return HeldTemplate(directory, fd)
 
     def all(self) -> list[Template]:
         """Return all templates, the one used last first; a directory that is none is passed over."""
@@ -175,6 +164,26 @@ class TemplateStore:
                 kept_mb -= template.size_mb if template.directory.exists() else 0
                 removed.append(template)
         return removed
+
+
+def _hold(directory: Path) -> int | None:
+    """Return a descriptor that keeps a template from being pruned while it is open; None where it was just pruned."""
+    record = directory / RECORD_FILE
+    try:
+        fd = os.open(record, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    try:
+        # It may have been removed while the lock was waited for.
+        if os.fstat(fd).st_nlink:
+            os.utime(fd)
+            return fd
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
 
 
 def describe(template: Template, *, wholly: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -83,4 +84,4 @@ def renewal(words: Sequence[str], *, stale_nics: int = 0) -> str:
     message = renew.message(time.time_ns(), os.urandom(renew.SEED_SIZE))
     octal = "".join(f"\\{byte:03o}" for byte in message)
     # The pool first: nothing may be drawn from it before.
-    return f"printf '{octal}' | /lib/chvm/renew; {flush}. /lib/chvm/configure.sh; chvm_configure {' '.join(words)}"
+    return f"printf '{octal}' | /lib/chvm/renew; {flush}. /lib/chvm/configure.sh; chvm_configure {shlex.join(words)}"

@@ -86,12 +86,10 @@ class QemuDriver:
             number = plan.add_fd(fd)
             machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
             shown[f",vhostfd={number}"] = ""
-        if plan.restoring is not None:
-            # The shared dirs are plugged in before the guest goes on.
-            machine += ["-incoming", "defer", "-S"]
-        else:
-            machine += self._shares(plan)
-        control = ["-chardev", f"socket,id=qmp,fd={plan.add_listener('qmp.sock')},server=on,wait=off"]
+        # Those of a clone are plugged in before it goes on.
+        machine += self._shares(plan) if plan.restoring is None else []
+        control = ["-incoming", "defer", "-S"] if plan.restoring is not None else []
+        control += ["-chardev", f"socket,id=qmp,fd={plan.add_listener('qmp.sock')},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control"]
         return VmmCommand(machine, control + self._serial_ports(plan), shown)
 

@@ -13,7 +13,7 @@ from pytest_chvm import InvalidConfigError, VmConfig
 from pytest_chvm.guest import renew
 from pytest_chvm.model import SharedDir, Tap
 from pytest_chvm.snapshots import RECORD_FILE, Template, TemplateStore, content_key, describe
-from pytest_chvm.templates import template_config, why_no_clone
+from pytest_chvm.templates import renewal, template_config, why_no_clone
 
 MADE_OF = {"vmm": ["qemu", "7.2"], "memory_mb": [256, None], "processors": [1, None, None], "networks": ["tap"], "hotplug": False}
 
@@ -43,12 +43,19 @@ def test_a_template_is_built_once_however_many_want_it(store):
         thread.join()
     assert len(built) == 1
     assert len({template.directory for template in found}) == 1
-    assert found[0].is_intact(wholly=True)
+    assert Template(found[0].directory).is_intact(wholly=True)
 
 
 def test_whatever_differs_has_a_template_of_its_own(store):
-    keys = {store.get({**MADE_OF, "memory_mb": [size, None]}, 1, save).key for size in (128, 256)}
+    keys = {get(store, {**MADE_OF, "memory_mb": [size, None]}).key for size in (128, 256)}
     assert len(keys) == 2
+
+
+def get(store, made_of=MADE_OF, build=save):
+    """Return a template that nobody holds."""
+    held = store.get(made_of, 1, build)
+    held.release()
+    return Template(held.directory)
 
 
 def damage_size(template):
@@ -85,15 +92,15 @@ def lose_everything(template):
 
 @pytest.mark.parametrize("damage", [damage_size, damage_content, lose_file, swap_file, garble_record, lose_everything])
 def test_a_damaged_template_is_built_again(store, damage):
-    damage(store.get(MADE_OF, 1, save))
-    again = store.get(MADE_OF, 1, save)
+    damage(get(store))
+    again = get(store)
     assert again.is_intact(wholly=True)
     assert (again.directory / "memory").read_bytes() == b"memory" * 1000
     assert not (again.directory / "old").exists()
 
 
 def test_a_template_that_was_not_written_out_before_the_host_went_down_is_not_used(store):
-    template = store.get(MADE_OF, 1, save)
+    template = get(store)
     memory = template.directory / "memory"
     found = memory.stat()
     memory.write_bytes(bytes(found.st_size))
@@ -127,7 +134,7 @@ TemplateStore(Path(sys.argv[1])).get(MADE_OF, 1, build)
 """
     done = subprocess.run([sys.executable, "-c", script, store.directory.parent], timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
-    template = store.get(MADE_OF, 1, save)
+    template = get(store)
     assert template.is_intact(wholly=True)
     assert [entry.name for entry in store.directory.iterdir() if entry.is_dir()] == [template.key]
 
@@ -147,19 +154,20 @@ def test_those_used_longest_ago_are_removed_but_for_those_in_use(store):
     def big(directory):
         (directory / "memory").write_bytes(os.urandom(2 << 20))
 
-    templates = [store.get({**MADE_OF, "memory_mb": [size, None]}, 1, big) for size in (1, 2, 3)]
+    templates = [get(store, {**MADE_OF, "memory_mb": [size, None]}, big) for size in (1, 2)]
+    held = store.get({**MADE_OF, "memory_mb": [3, None]}, 1, big)
+    templates.append(Template(held.directory))
     for age, template in enumerate(templates):
         os.utime(template.directory / RECORD_FILE, (1e9 - age, 1e9 - age))
     assert [template.key for template in store.all()] == [template.key for template in templates]
-    with templates[2].in_use() as hold:
-        assert store.prune(limit_mb=2) == [templates[1]]
-        hold.release()
+    assert store.prune(limit_mb=2) == [templates[1]]
+    held.release()
     assert store.prune(limit_mb=2) == [templates[2]]
     assert store.all() == [templates[0]]
 
 
 def test_a_template_says_what_it_is(store):
-    described = describe(store.get(MADE_OF, 1, save), wholly=True)
+    described = describe(get(store), wholly=True)
     assert described["what"] == "qemu, 256 MiB, 1 CPUs, tap"
     assert described["intact"]
 
@@ -200,5 +208,11 @@ def test_the_guests_program_takes_the_message_that_is_made_for_it(tmp_path):
 
 
 def test_a_template_of_another_user_is_not_readable(store):
-    template: Template = store.get(MADE_OF, 1, save)
+    template = get(store)
     assert template.directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_ready_marker_is_text_to_the_guests_shell():
+    line = renewal(["chvm.marker=$(poweroff);x"])
+    assert line.isascii()
+    assert "chvm_configure 'chvm.marker=$(poweroff);x'" in line
