@@ -22,10 +22,15 @@ REPORTS = "CHVM_TEST_REPORTS"
 # A kernel for the lab, to run the tests with another than the built-in guest's.
 KERNEL = "CHVM_TEST_LAB_KERNEL"
 LAB_TIMEOUT_S = 900
+NOT_RUN = "not run with the real Cloud Hypervisor"
 _results_key = pytest.StashKey[dict]()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_logreport(report):
+    if report.skipped and isinstance(report.longrepr, tuple) and NOT_RUN in report.longrepr[2]:
+        # One place for all, so that the summary has one line for them, with their number.
+        report.longrepr = (__file__, 1, report.longrepr[2])
     path = os.environ.get(REPORTS)
     if path and "PYTEST_XDIST_WORKER" not in os.environ:
         with open(path, "a") as file:
@@ -91,7 +96,7 @@ def require_binary():
     if reason := why_no_binary():
         if os.environ.get("CHVM_REQUIRE_CLOUD_HYPERVISOR"):
             pytest.fail(f"CHVM_REQUIRE_CLOUD_HYPERVISOR is set, and {reason}")
-        pytest.skip(f"not run with the real Cloud Hypervisor: {reason}")
+        pytest.skip(f"{NOT_RUN}: {reason}")
 
 
 @functools.cache
