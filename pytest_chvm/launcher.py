@@ -10,7 +10,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
 from pytest_chvm.guest.ready import DEFAULT_MARKER
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.host import networks
-from pytest_chvm.host.budget import Budget, default_memory_mb, take_share
+from pytest_chvm.host.budget import budget_of, take_share
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import held_under
 from pytest_chvm.host.virtiofsd import find_virtiofsd
@@ -183,14 +183,24 @@ def _built_in_initramfs(kernel: Kernel, cache: Path) -> Path:
     return build_initramfs(kernel, cache, show_progress)
 
 
+_uncaptured: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def show_progress_with(uncaptured: Callable[[], AbstractContextManager[object]]) -> None:
+    """Have progress shown within such a context: a test runner's, that does not capture what is written in it."""
+    global _uncaptured
+    _uncaptured = uncaptured
+
+
 def show_progress(text: str) -> None:
     """Tell the person at the terminal what takes long just now."""
     logger.info("%s", text)
-    # The descriptor that pytest does not capture: what takes half a minute must not be silent.
+    # What takes half a minute must not be silent.
     stream = sys.__stderr__
     if stream is not None:
-        stream.write(f"pytest-chvm: {text}\n")
-        stream.flush()
+        with _uncaptured():
+            stream.write(f"pytest-chvm: {text}\n")
+            stream.flush()
 
 
 class Owner(Protocol):
@@ -269,8 +279,8 @@ class Launcher:
             self.owner.add_lease(lease)
         config = guest.config
         lease.describe(name=config.name, vmm=driver.vmm, cpus=config.cpus, memory_mb=config.memory_mb)
-        budget = Budget(settings.memory_budget_mb or default_memory_mb(), settings.max_vms)
-        share = take_share(budget, guest.config.memory_mb, lease, guest.config.name, show_progress)
+        budget = budget_of(settings.memory_budget_mb, settings.max_vms)
+        share = take_share(budget, config.memory_mb, config.cpus, lease, config.name, show_progress)
         undo.callback(share.release)
         nics = lease_nics(guest.config, driver, settings, lease, undo)
         words = guest.words(settings.ready_marker) + (

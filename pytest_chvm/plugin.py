@@ -347,8 +347,10 @@ def _factory(
 ) -> Iterator[VmFactory]:
     from functools import cache
 
-    from pytest_chvm.launcher import VmFactory
+    from pytest_chvm.launcher import VmFactory, show_progress_with
 
+    if capture := request.config.pluginmanager.get_plugin("capturemanager"):
+        show_progress_with(capture.global_and_fixture_disabled)
     _expect_vms(request.config, request.session)
     _begin_run(request.config)
 

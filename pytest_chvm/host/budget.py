@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pytest_chvm.deadline import Deadline, wait_readable
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.host import remains
+from pytest_chvm.host import limits, records, remains
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import HeldLock
@@ -25,32 +25,36 @@ from pytest_chvm.host.watch import FileWatch
 
 # Of the memory that this process may have at all: the rest is for the host, and for what a VMM needs beside its guest.
 DEFAULT_PART = 0.9
+# Guests in tests wait more than they compute; with more than this each becomes so slow that its boot may time out. A VM
+# that has more by itself runs alone.
+VCPUS_PER_PROCESSOR = 4
 PATIENCE_BEFORE_MESSAGE_S = 3.0
 # Against a holder that ends without an event, which none should.
 LOOK_AGAIN_S = 5.0
-FILE_PATTERN = re.compile(r"(share|ticket)-(\d+)-(\d+)-(\d+)-(\d+)\.lock")
+FILE_PATTERN = re.compile(r"(share|ticket)-(\d+)-(\d+)-(\d+)-(\d+)-(\d+)\.lock")
 
 _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What all VMs of the machine may have at once: MiB of guest memory, and how many they may be (None: any number)."""
+    """What all VMs of the machine may have at once: MiB of guest memory, processors, and how many they may be (None: any number).
+
+    `reserve_mb`: MiB that must stay free on the host while other VMs run.
+    """
 
     memory_mb: int
+    cpus: int
     max_vms: int | None = None
+    reserve_mb: int = 0
 
 
-def default_memory_mb() -> int:
-    """Return nine tenths of the memory that this process may have: the host's, or its container's limit (cgroup v2, memory.max)."""
-    import psutil
-
-    limits = [int(psutil.virtual_memory().total)]
-    container = Path("/sys/fs/cgroup/memory.max")
-    # Not there without cgroup v2 and in its root, and "max" where there is no limit.
-    if container.exists() and (text := container.read_text().strip()).isdigit():
-        limits.append(int(text))
-    return int(min(limits) * DEFAULT_PART) >> 20
+def budget_of(memory_mb: int | None, max_vms: int | None) -> Budget:
+    """Return the budget; without `memory_mb` nine tenths of what this process may have, and never the last tenth of it."""
+    limit_mb = limits.memory_limit() >> 20
+    default_mb = int(limit_mb * DEFAULT_PART)
+    reserve_mb = limit_mb - default_mb if memory_mb is None else 0
+    return Budget(memory_mb or default_mb, limits.processors() * VCPUS_PER_PROCESSOR, max_vms, reserve_mb)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class Share:
         self._lock.release()
 
 
-def take_share(budget: Budget, memory_mb: int, lease: Lease, vm_name: str, tell: Callable[[str], None]) -> Share:
+def take_share(budget: Budget, memory_mb: int, cpus: int, lease: Lease, vm_name: str, tell: Callable[[str], None]) -> Share:
     """Block until the budget has room for a VM, and return its share; after a few seconds `tell` is told what is waited for.
 
     Raises InvalidConfigError at once for a VM that can never fit.
@@ -76,39 +80,51 @@ def take_share(budget: Budget, memory_mb: int, lease: Lease, vm_name: str, tell:
             "--chvm-memory-budget-mb",
             vm_name=vm_name,
         )
-    ticket = _hold("ticket", memory_mb, lease)
+    cpus = min(cpus, budget.cpus)
+    ticket = _hold("ticket", memory_mb, cpus, lease)
     directory = common_lock_dir()
     try:
         with FileWatch(directory) as watch:
             tell_at = Deadline.after(PATIENCE_BEFORE_MESSAGE_S)
             told = False
-            while (share := _try_to_take(directory, budget, memory_mb, ticket, lease)) is None:
+            while (share := _try_to_take(directory, budget, memory_mb, cpus, ticket, lease)) is None:
                 if tell_at.expired and not told:
                     told = True
-                    tell(f"VM {vm_name!r} waits for {memory_mb} MiB: {_in_words(directory, budget)}")
+                    tell(f"VM {vm_name!r} waits for {memory_mb} MiB and {cpus} processor(s): {_in_words(directory, budget)}")
                 _wait(directory, watch, Deadline.after(LOOK_AGAIN_S if told else max(0.01, tell_at.remaining_s)))
             return share
     finally:
         ticket.release()
 
 
-def _hold(kind: str, memory_mb: int, lease: Lease) -> HeldLock:
+def _hold(kind: str, memory_mb: int, cpus: int, lease: Lease) -> HeldLock:
     # Ordered by the clock that no one sets; the pid is whose end is waited for.
-    return HeldLock(f"{kind}-{time.monotonic_ns():020}-{os.getpid()}-{next(_numbers)}-{memory_mb}.lock", lease)
+    return HeldLock(f"{kind}-{time.monotonic_ns():020}-{os.getpid()}-{next(_numbers)}-{memory_mb}-{cpus}.lock", lease)
 
 
-def _try_to_take(directory: Path, budget: Budget, memory_mb: int, ticket: HeldLock, lease: Lease) -> Share | None:
+def _try_to_take(directory: Path, budget: Budget, memory_mb: int, cpus: int, ticket: HeldLock, lease: Lease) -> Share | None:
     gate = HeldLock("budget.lock", lease)
     try:
         files = _held(directory)
         if min(name for name in files if name.startswith("ticket")) != ticket.name:
             return None
-        shares = [int(match[5]) for name in files if (match := FILE_PATTERN.fullmatch(name)) and match[1] == "share"]
-        if sum(shares) + memory_mb > budget.memory_mb or (budget.max_vms is not None and len(shares) >= budget.max_vms):
+        shares = _shares(files)
+        if sum(share[0] for share in shares) + memory_mb > budget.memory_mb:
             return None
-        return Share(memory_mb, _hold("share", memory_mb, lease))
+        if sum(share[1] for share in shares) + cpus > budget.cpus or (budget.max_vms is not None and len(shares) >= budget.max_vms):
+            return None
+        # Where no VM runs there is nobody to wait for.
+        if shares and budget.reserve_mb and memory_mb + budget.reserve_mb > limits.memory_available() >> 20:
+            return None
+        return Share(memory_mb, _hold("share", memory_mb, cpus, lease))
     finally:
         gate.release()
+
+
+def _shares(files: list[str]) -> list[tuple[int, int]]:
+    """Return MiB and processors of each share."""
+    matches = [match for name in files if (match := FILE_PATTERN.fullmatch(name))]
+    return [(int(match[5]), int(match[6])) for match in matches if match[1] == "share"]
 
 
 def _held(directory: Path) -> list[str]:
@@ -116,18 +132,26 @@ def _held(directory: Path) -> list[str]:
     held = []
     for name in os.listdir(directory):
         if FILE_PATTERN.fullmatch(name):
-            remains.remove_free_lock(os.fspath(directory / name))
-            if (directory / name).exists():
+            path = os.fspath(directory / name)
+            remains.remove_free_lock(path)
+            # Another user's cannot be removed, and does not count for that.
+            try:
+                if records.is_locked(path):
+                    held.append(name)
+            except PermissionError:
                 held.append(name)
     return held
 
 
 def _in_words(directory: Path, budget: Budget) -> str:
-    matches = [match for name in _held(directory) if (match := FILE_PATTERN.fullmatch(name))]
-    shares = [int(match[5]) for match in matches if match[1] == "share"]
-    waiting = sum(match[1] == "ticket" for match in matches)
+    files = _held(directory)
+    shares = _shares(files)
     most = f", at most {budget.max_vms} VMs" if budget.max_vms is not None else ""
-    return f"{len(shares)} VMs have {sum(shares)} of {budget.memory_mb} MiB{most}; {waiting} wait"
+    free = f", {limits.memory_available() >> 20} MiB are free on the host, less {budget.reserve_mb}" if budget.reserve_mb else ""
+    return (
+        f"{len(shares)} VMs have {sum(share[0] for share in shares)} of {budget.memory_mb} MiB and "
+        f"{sum(share[1] for share in shares)} of {budget.cpus} processors{most}{free}; {len(files) - len(shares)} wait"
+    )
 
 
 def _wait(directory: Path, watch: FileWatch, deadline: Deadline) -> None:
