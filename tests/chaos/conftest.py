@@ -30,6 +30,6 @@ def neighbourhood(guest_cache: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A sandbox in which others live, for runs that come to grief."""
     if os.geteuid() != 0:
         pytest.skip("what is beside the runs takes root to make")
-    options = (f"--chvm-vmm={os.environ.get('CHVM_CHAOS_VMM', 'qemu')}",)
+    options = (f"--chvm-vmm={'cloud-hypervisor' if 'CHVM_CHAOS_IN_LAB' in os.environ else 'qemu'}",)
     with Neighbourhood(tmp_path_factory.mktemp("neighbourhood"), users_environment(guest_cache), options) as neighbourhood:
         yield neighbourhood

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
+from pytest_chvm.host.remains import boot_id
 from tests.chaos.scene import Scene, pause
 
 PLAIN, WORKERS = "plain", "n2"
@@ -38,6 +41,8 @@ class Event:
     set_ups: tuple[str, ...] = BOTH
     quick: tuple[str, ...] = ()
     of_the_vmm: bool = False
+    # What it does to the machine is for none but the lab.
+    in_lab_only: bool = False
     environment: tuple[tuple[str, str], ...] = ()
     prepare: Act = lambda scene: None
     clean_up: Act = lambda scene: None
@@ -157,6 +162,34 @@ def remove_small_disk(scene: Scene) -> None:
         scene.sandbox.run("umount", "-l", SMALL_DISK)
         scene.sandbox.run("rmdir", SMALL_DISK)
         assert not left
+
+
+def set_clock_back(scene: Scene) -> None:
+    """The machine's clock goes back an hour, as when it is set for the first time after a boot."""
+    check_lab()
+    time.clock_settime(time.CLOCK_REALTIME, time.time() - 3600)
+
+
+def take_memory_away(scene: Scene) -> None:
+    """The VMM may have no more memory than it has: the kernel kills it for the next page."""
+    check_lab()
+    root = Path("/sys/fs/cgroup")
+    (root / "cgroup.subtree_control").write_text("+memory")
+    group = root / "victim"
+    group.mkdir()
+    (group / "memory.max").write_text("1M")
+    (group / "cgroup.procs").write_text(str(scene.victim["vmm"]))
+
+
+def check_lab() -> None:
+    """Raise where this is somebody's machine."""
+    assert boot_id() != os.environ["CHVM_CHAOS_IN_LAB"], "this is for the lab alone"
+
+
+def remove_group(scene: Scene) -> None:
+    """The group, which is empty by now."""
+    if (group := Path("/sys/fs/cgroup/victim")).exists():
+        group.rmdir()
 
 
 EVENTS = (
@@ -321,5 +354,23 @@ EVENTS = (
         environment=(("PLACE", SMALL_DISK),),
         prepare=mount_small_disk,
         clean_up=remove_small_disk,
+    ),
+    Event(
+        "clock-set-back",
+        "test_survives_a_command_that_hangs",
+        set_clock_back,
+        status=0,
+        of_the_vmm=True,
+        in_lab_only=True,
+    ),
+    Event(
+        "vmm-killed-for-want-of-memory",
+        "test_uses_more_memory",
+        take_memory_away,
+        status=1,
+        says="was killed by signal 9",
+        of_the_vmm=True,
+        in_lab_only=True,
+        clean_up=remove_group,
     ),
 )

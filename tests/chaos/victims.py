@@ -300,6 +300,10 @@ def test_ends_on_its_own_after_what_was_done(ready):
     pass
 
 
+def test_uses_more_memory(ready):
+    ready.check_output("dd if=/dev/zero of=/tmp/fill bs=1M count=64", timeout=60)
+
+
 def test_powers_off(ready):
     ready.run("poweroff -f", timeout=20)
 
