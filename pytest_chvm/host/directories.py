@@ -7,6 +7,7 @@ import os
 import secrets
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError
@@ -72,6 +73,14 @@ def make_owner_dir(run: Run) -> Path:
         except (FileExistsError, FileNotFoundError):
             # Taken, or the last worker of another run has just removed the directory above.
             continue
+        except OSError as error:
+            # A full disk, most likely.
+            remains.remove_tree(directory)
+            with suppress(OSError):
+                directory.parent.rmdir()
+            raise InvalidConfigError(
+                f"the disk of the run directory {str(directory.parent)!r}: {error.strerror}; free it, or set XDG_RUNTIME_DIR"
+            ) from error
         return directory
 
 

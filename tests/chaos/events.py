@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,6 +121,14 @@ def kill_keepers_and_all_and_run_again(scene: Scene) -> None:
     with scene.start("test_bystander") as run:
         run.release("go")
         assert run.wait() == 0, run.output
+
+
+def kill_keepers_and_all_and_reap(scene: Scene) -> None:
+    """The person at the terminal cleans up."""
+    kill_keepers_and_all(scene)
+    reap = scene.sandbox.command(sys.executable, "-m", "pytest_chvm.cli", "reap")
+    done = subprocess.run(reap, capture_output=True, text=True, timeout=30, check=False, env=scene.neighbourhood.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def stop_vmm_and_kill_all(scene: Scene) -> None:
@@ -270,6 +280,7 @@ EVENTS = (
     Event(
         "keeper-and-pytest-killed", "test_waits", once("waits", kill_keepers_and_all_and_run_again), status=-SIGKILL, quick=(PLAIN,)
     ),
+    Event("keeper-and-pytest-killed-then-reap", "test_waits", once("waits", kill_keepers_and_all_and_reap), status=-SIGKILL),
     # The VMM, the guest, the sidecars.
     Event(
         "vmm-killed",
