@@ -13,6 +13,7 @@ import subprocess
 import sys
 import uuid
 
+import hypothesis
 import pytest
 
 from pytest_chvm.deadline import Deadline
@@ -21,6 +22,10 @@ from pytest_chvm.host.processes import keeper
 from pytest_chvm.host.records import read_pairs
 from pytest_chvm.host.remains import start_time_ticks
 from pytest_chvm.host.watch import FileWatch
+
+# How long an example takes says how busy the machine is, not how good the code.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 PROLOGUE = """\
 #!{python} -IS
