@@ -15,6 +15,8 @@ from tests.relay import require_binary
 PACKAGE = "linux-image-6.12-cloud-amd64"
 
 
+# A guest within a machine, both emulated.
+@pytest.mark.timeout(420)
 @pytest.mark.skipif(why_no_kvm() is None, reason="KVM works here: tests/behaviour shows it")
 def test_landlock_confines_the_real_one_in_a_lab_with_another_kernel():
     require_binary()
@@ -26,5 +28,5 @@ def test_landlock_confines_the_real_one_in_a_lab_with_another_kernel():
     (kernel,) = (tree / "boot").glob("vmlinuz-*")
     command = [sys.executable, "-m", "pytest_chvm.cli", "lab", "--kernel", kernel, "--", sys.executable, "-m", "pytest"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-rA", "tests/behaviour/test_security.py", "-k", "landlock and cloud"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=170, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=400, check=False)
     assert "1 passed" in done.stdout, done.stdout[-8000:] + done.stderr[-2000:]
