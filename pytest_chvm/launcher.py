@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import platform
-import re
 import secrets
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -26,12 +24,10 @@ from pytest_chvm.guest.initramfs import build_initramfs
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
 from pytest_chvm.guest.ready import DEFAULT_MARKER
 from pytest_chvm.guest.vmlinux import unpacked_kernel
-from pytest_chvm.host import networks
 from pytest_chvm.host.budget import budget_of, take_share
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.locks import held_under
 from pytest_chvm.host.virtiofsd import find_virtiofsd
-from pytest_chvm.model import LAUNCH_FIELDS, NAME_PATTERN, Network, VmConfig, check_argument_names
+from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, check_argument_names
 from pytest_chvm.nics import lease_nics, network_mode
 from pytest_chvm.settings import Settings
 from pytest_chvm.snapshots import HeldTemplate, Snapshot, TemplateStore, new_directory, snapshots_dir
@@ -45,9 +41,6 @@ PLAIN_CMDLINE = "console=ttyS0"
 BUILT_IN_CMDLINE = (
     "console=ttyS0 quiet mitigations=off nokaslr no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on"
 )
-
-# Of all VMs and networks of one fixture, which end at once.
-TEARDOWN_S = 3.0
 
 _numbers = itertools.count(1)
 
@@ -360,122 +353,3 @@ def _close_quietly(vm: Vm) -> None:
     except StopFailedError as error:
         # The failed boot is what the test is to see.
         logger.error("%s", error)
-
-
-class VmFactory:
-    """What the fixtures give: called like `launch`, it ends all its VMs and networks when it is closed.
-
-    `defaults` are arguments of every call (a marker's); logs go below `log_dir`. VMs without a name get `name` and a number. No
-    boot is waited for longer than `longest_boot_s`, whoever asks for more. `at_test_end` has something done at the end of the test
-    that runs.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        name: str,
-        namespace: str,
-        log_dir: Callable[[], Path],
-        defaults: dict[str, Any] | None = None,
-        longest_boot_s: float | None = None,
-        at_test_end: Callable[[Callable[[], None]], None] | None = None,
-        test: str | None = None,
-    ) -> None:
-        self.settings = settings
-        self._test = test or name
-        self._leases: list[Lease] = []
-        self.vms: list[Vm] = []
-        self._snapshots: list[Snapshot] = []
-        self._at_test_end = at_test_end
-        self._networks: list[networks.LeasedNetwork] = []
-        self._name = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:50] or "vm"
-        self._namespace = namespace
-        self._log_dir = log_dir
-        self._defaults = defaults or {}
-        self._longest_boot_s = longest_boot_s
-        self._count = itertools.count(1)
-        self.closed = False
-
-    def __call__(self, config: VmConfig | None = None, **arguments: Any) -> Vm:
-        """Boot a VM; see `launch`."""
-        check_argument_names(arguments)
-        given = {**(self._defaults if config is None else {}), **arguments}
-        if config is None:
-            number = next(self._count)
-            given.setdefault("name", self._name if number == 1 else f"{self._name}-{number}")
-            given.setdefault("namespace", self._namespace)
-        if given.get("serial_log") is None and (config is None or config.serial_log is None):
-            name = given.get("name", config.name if config else "")
-            # A name that is none is for VmConfig to refuse.
-            if isinstance(name, str) and NAME_PATTERN.fullmatch(name):
-                given["serial_log"] = self._log_dir() / f"{name}.serial.log"
-        settings = self.settings.with_arguments({"boot_timeout": given.pop("boot_timeout", None)})
-        if self._longest_boot_s is not None and settings.boot_timeout > self._longest_boot_s:
-            settings = settings.with_arguments({"boot_timeout": self._longest_boot_s})
-        return launch(config, settings=settings, owner=self, **given)
-
-    def add_vm(self, vm: Vm) -> None:
-        """End this VM with the others."""
-        self.vms.append(vm)
-
-    def add_snapshot(self, snapshot: Snapshot) -> None:
-        """Remove this snapshot after the VMs."""
-        self._snapshots.append(snapshot)
-
-    def end_with_test(self, vm: Vm) -> None:
-        """End this VM at the end of the test that runs, if that is sooner."""
-        if self._at_test_end is not None:
-            self._at_test_end(vm.close)
-
-    def network(self, name: str | None = None) -> Network:
-        """Make an isolated network for several VMs; see `host.networks.lease_network`."""
-        leased = networks.lease_network(networks.parse_pool(self.settings.subnet_pool), name, self.add_lease)
-        self._networks.append(leased)
-        return leased.network
-
-    def add_lease(self, lease: Lease) -> None:
-        """Remember the record of what a VM or network, which is not there yet, has on the host."""
-        self._leases.append(lease)
-        lease.describe(test=self._test, worker=self._namespace)
-
-    def close(self) -> None:
-        """End all VMs, at once, then the networks; raises StopFailedError with everything that is left."""
-        failures: list[str] = []
-        self.closed = True
-
-        def end(what: Vm | Snapshot | networks.LeasedNetwork) -> None:
-            try:
-                failures.extend(what.close() or ())
-            except Exception as error:  # one that fails must not keep the others
-                failures.append(str(error))
-
-        deadline = Deadline.after(TEARDOWN_S)
-        threads = [(vm.name, threading.Thread(target=end, args=(vm,), daemon=True)) for vm in self.vms[1:]]
-        try:
-            for _name, thread in threads:
-                thread.start()
-            for vm in self.vms[:1]:
-                end(vm)
-        finally:
-            for name, thread in threads:
-                thread.join(deadline.remaining_s)
-                if thread.is_alive():
-                    failures.append(f"VM {name!r} is still being ended after {deadline.total_s:g} s")
-            for snapshot in self._snapshots:
-                end(snapshot)
-            for network in self._networks:
-                end(network)
-        if failures:
-            raise StopFailedError("; ".join(failures))
-
-    def end_what_is_left(self) -> list[str]:
-        """Return what should be gone with `close` and is not, in words, and end it: a teardown can be interrupted anywhere."""
-        left = []
-        for lease in self._leases:
-            locks = held_under(lease)
-            left += [*lease.left(), *(f"lock {lock.name}" for lock in locks)]
-            for lock in locks:
-                lock.release()
-            left += [f"it cannot be removed: {failure}" for failure in lease.release(search=True)]
-        return left

@@ -18,7 +18,7 @@ from pytest_chvm.settings import OPTIONS, Settings
 if TYPE_CHECKING:
     from pytest_chvm.controller import Controller
     from pytest_chvm.drivers.base import VmDriver
-    from pytest_chvm.launcher import VmFactory
+    from pytest_chvm.factory import VmFactory
     from pytest_chvm.sigterm import OrderlyEnd
     from pytest_chvm.vm import Vm
 
@@ -264,15 +264,19 @@ def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[Vm
     from pytest_chvm.report.sections import VmRecord, keep_logs, sections_of
 
     settings = item.config.stash[_settings_key]
-    records = [VmRecord(vm.name, vm.serial_log, vm.vmm_log) for factory in factories for vm in factory.vms]
+    # A template and the VM it was booted for have one log.
+    vms = {vm.serial_log: vm for factory in factories for vm in factory.vms}
+    records = [VmRecord(vm.name, vm.serial_log, vm.vmm_log, vm.origin.in_words) for vm in vms.values()]
     if report.failed:
         report.sections.extend(sections_of(records))
     if report.when == "teardown":
         failed = item.stash.get(_failed_key, False)
         if settings.keep == "always" or (settings.keep == "failed" and failed):
             keep_logs(records, item.nodeid, settings.artifacts or item.config.rootpath / "chvm-artifacts")
-        # Those of the session's go on.
+        # Those of the session's go on, but for the clones that ended with this test.
         factories[:] = [factory for factory in factories if not factory.closed]
+        for factory in factories:
+            factory.forget_ended()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -347,7 +351,8 @@ def _factory(
 ) -> Iterator[VmFactory]:
     from functools import cache
 
-    from pytest_chvm.launcher import VmFactory, show_progress_with
+    from pytest_chvm.factory import VmFactory
+    from pytest_chvm.launcher import show_progress_with
 
     if capture := request.config.pluginmanager.get_plugin("capturemanager"):
         show_progress_with(capture.global_and_fixture_disabled)

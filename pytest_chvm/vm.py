@@ -50,6 +50,11 @@ class Origin:
     # How many of its NICs have the saved VM's addresses at first.
     stale_nics: int = 0
 
+    @property
+    def in_words(self) -> str:
+        """How it came to be, for a person."""
+        return "a clone" if self.boot == "clone" else f"booted: {self.why}"
+
 
 class Vm:
     """A virtual machine of a test's. Made by `launch` and `chvm_vm`; a context manager that ends it."""
@@ -78,7 +83,7 @@ class Vm:
         self.plugged: dict[str, Device] = {}
         self._snapshot = snapshot
         self._release = release
-        self._closed = False
+        self.closed = False
         self._ended = False
         self._removed = False
         self._last_console: str | None = None
@@ -413,9 +418,9 @@ class Vm:
 
     def close(self) -> None:
         """End the VM if it still runs and give back all it had; called by the fixture. Raises StopFailedError for what is left."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         failures: list[str] = []
 
         def attempt(step: Callable[[], None]) -> None:

@@ -16,16 +16,15 @@ from pytest_chvm.drivers.base import (
     BootOptions,
     Plan,
     VmmCommand,
-    VmmProcess,
     binary_key,
-    copy_sparse,
-    inherited_memory,
     logger,
     share_id,
     taps_of,
 )
 from pytest_chvm.drivers.ch_events import EventMonitor, event_log, open_event_log
 from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
+from pytest_chvm.drivers.memory import copy_sparse, inherited_memory
+from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, MissingRequirementError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.drivers import qemu_devices, qemu_state, qemu_vsock, qmp
-from pytest_chvm.drivers.base import DEFAULT_OPTIONS, MEMORY_FILE, BootOptions, Plan, VmmCommand, VmmProcess, binary_key, taps_of
+from pytest_chvm.drivers.base import DEFAULT_OPTIONS, MEMORY_FILE, BootOptions, Plan, VmmCommand, binary_key, taps_of
 from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
+from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm

@@ -29,6 +29,7 @@ INPUT_PIECE = 1 << 18
 # As in shell.sh: what may be on its way from the guest at once. QEMU's virtio console drops what does not fit into the socket.
 OUTPUT_PIECE = 1 << 15
 KILL_TIMEOUT_S = 5.0
+LARGEST_STATUS = 255
 NO_SHELL = (
     "no shell answers on the guest's virtio console (hvc0). The built-in guest has one; an image of your own needs a "
     "service that runs 'sh </dev/hvc0 >/dev/hvc0 2>&1'"
@@ -218,7 +219,7 @@ class GuestShell:
                 answer.left[name] -= piece
                 self._write(b"more\n", deadline)
         status = self._read_until(re.compile(rb"\n%s end ([^\n]{0,40})\n" % mark), deadline)[1]
-        if not re.fullmatch(rb"\d{1,3}", status):
+        if not re.fullmatch(rb"\d{1,3}", status) or int(status) > LARGEST_STATUS:
             raise VmIOError(f"VM {self.vm_name!r}: the guest's shell gave {status!r} as an exit status", vm_name=self.vm_name)
         return int(status)
 

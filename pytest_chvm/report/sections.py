@@ -21,12 +21,16 @@ class VmRecord:
     name: str
     serial_log: Path
     vmm_log: Path
+    origin: str
 
 
 def sections_of(records: Iterable[VmRecord]) -> Iterator[tuple[str, str]]:
     """Yield title and text of the report sections for VMs: the console, and the VMM's log where it has anything."""
     for record in records:
-        yield f"console of VM {record.name}", last_lines(record.serial_log, CONSOLE_LINES) or f"(nothing in {record.serial_log})"
+        yield (
+            f"console of VM {record.name}, {record.origin}",
+            last_lines(record.serial_log, CONSOLE_LINES) or f"(nothing in {record.serial_log})",
+        )
         said = last_lines(record.vmm_log, VMM_LINES)
         if said:
             yield f"VMM log of VM {record.name}", said

@@ -22,7 +22,7 @@ from pytest_chvm import (
     VmState,
     VmStatus,
 )
-from pytest_chvm.drivers import base
+from pytest_chvm.drivers import process as vmm_process
 from pytest_chvm.host import remains
 from pytest_chvm.host.processes import identity_of
 
@@ -44,8 +44,8 @@ def in_another_process(handle, call, patience_s=10.0):
     script = f"""
         import sys
         from pytest_chvm import *
-        from pytest_chvm.drivers import base, make_driver
-        base.STOP_TIMEOUT_S = {patience_s}
+        from pytest_chvm.drivers import make_driver, process as vmm_process
+        vmm_process.STOP_TIMEOUT_S = {patience_s}
         handle = VmHandle.from_json(sys.stdin.read())
         driver = make_driver(handle.vmm)
         try:
@@ -122,7 +122,7 @@ def test_kill_ends_it_with_sigkill_and_reaps_it(vmm, freeze, settled, tap_name, 
     started = time.monotonic()
     vmm.driver.kill(handle)
     while os.path.exists(f"/proc/{handle.process.pid}"):
-        assert time.monotonic() - started < base.KILL_TIMEOUT_S == 2
+        assert time.monotonic() - started < vmm_process.KILL_TIMEOUT_S == 2
     assert not link_exists(tap_name)
     assert not handle.run_dir.exists()
 
@@ -130,8 +130,8 @@ def test_kill_ends_it_with_sigkill_and_reaps_it(vmm, freeze, settled, tap_name, 
 def test_vmm_that_ignores_sigterm_is_killed_and_that_is_an_error(
     vmm, freeze, settled, monkeypatch, tap_name, wait_ended, link_exists
 ):
-    assert base.STOP_TIMEOUT_S == 10
-    monkeypatch.setattr(base, "STOP_TIMEOUT_S", 0.3)
+    assert vmm_process.STOP_TIMEOUT_S == 10
+    monkeypatch.setattr(vmm_process, "STOP_TIMEOUT_S", 0.3)
     handle = settled(vmm.boot(networks=[Tap(tap_name)]))
     freeze(handle.process.pid)
     with pytest.raises(StopFailedError, match=r"ignored SIGTERM for 0.3 s and was killed") as caught:
@@ -143,7 +143,7 @@ def test_vmm_that_ignores_sigterm_is_killed_and_that_is_an_error(
 
 
 def test_vmm_that_ignores_sigterm_by_itself(ch, stand_in_ch, settled, monkeypatch):
-    monkeypatch.setattr(base, "STOP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(vmm_process, "STOP_TIMEOUT_S", 0.3)
     stand_in_ch.does(ignores_sigterm=True)
     handle = settled(ch.boot())
     with pytest.raises(StopFailedError, match="was killed"):
@@ -170,7 +170,7 @@ def test_ending_it_twice_is_no_error(vmm, end):
 @pytest.mark.parametrize("ignores", [False, True])
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_sidecars_end_with_it(ch, stand_in_ch, stand_in_virtiofsd, settled, tmp_path, wait_ended, end, ignores):
-    assert base.SIDECAR_TIMEOUT_S == 1
+    assert vmm_process.SIDECAR_TIMEOUT_S == 1
     stand_in_virtiofsd.does(ignores_sigterm=ignores)
     handle = settled(ch.boot(shared_dirs={"a": tmp_path, "b": tmp_path}))
     assert len(handle.sidecars) == 2

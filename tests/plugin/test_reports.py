@@ -14,7 +14,7 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def _section(result: pytest.RunResult, title: str) -> list[str]:
     """Return the lines of a report's section."""
-    (start,) = (number for number, line in enumerate(result.outlines) if re.fullmatch(rf"-+ {title} -+", line))
+    (start,) = (number for number, line in enumerate(result.outlines) if re.fullmatch(rf"-+ {title}(, .*)? -+", line))
     lines = []
     for line in result.outlines[start + 1 :]:
         if re.match(r"(---|===|___)", line):

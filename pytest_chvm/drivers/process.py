@@ -1,0 +1,272 @@
+"""The life of a VMM's process, the same for every driver: the order of a boot, stop, kill and state."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pytest_chvm.drivers.base import CONSOLE_FILE, MEMORY_FILE, BootOptions, Plan, VmmCommand, logger
+from pytest_chvm.drivers.memory import Memory, copied_to_memory
+from pytest_chvm.drivers.preflight import preflight
+from pytest_chvm.errors import (
+    HypervisorError,
+    InvalidConfigError,
+    StateFailedError,
+    StopFailedError,
+    VmError,
+    VmIOError,
+    VmNotFoundError,
+)
+from pytest_chvm.guest.ready import ReadyScanner
+from pytest_chvm.host import records, remains
+from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.networks import remove_taps
+from pytest_chvm.host.processes import end_all, end_process, is_running, keeper
+from pytest_chvm.host.runs import count_started
+from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
+from pytest_chvm.host.virtiofsd import find_virtiofsd, lease_lock_file, start_virtiofsd
+from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle, VmState, VmStatus
+from pytest_chvm.text import last_lines
+
+STOP_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 2.0
+SIDECAR_TIMEOUT_S = 1.0
+
+
+class _LiveNames:
+    """The names in use in this run: two VMs of one name and namespace at once are refused."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders: dict[tuple[str, str], ProcessIdentity | None] = {}
+
+    def claim(self, config: VmConfig) -> None:
+        key = (config.namespace, config.name)
+        with self._lock:
+            if key in self._holders:
+                holder = self._holders[key]
+                # Held without a process: it is being booted. One that is gone holds nothing.
+                if holder is None or remains.start_time_ticks(holder.pid) == holder.start_time_ticks:
+                    raise InvalidConfigError(
+                        f"a VM named {config.name!r} in namespace {config.namespace!r} is running already: "
+                        "give this one another name, or stop that one first",
+                        vm_name=config.name,
+                    )
+            self._holders[key] = None
+
+    def started(self, config: VmConfig, process: ProcessIdentity) -> None:
+        with self._lock:
+            self._holders[config.namespace, config.name] = process
+
+    def free(self, namespace: str, name: str, process: ProcessIdentity | None) -> None:
+        with self._lock:
+            if (namespace, name) in self._holders and self._holders[namespace, name] in (None, process):
+                del self._holders[namespace, name]
+
+
+_names = _LiveNames()
+
+
+@dataclass
+class VmmProcess:
+    """The life of a VMM's process, for the drivers to delegate to.
+
+    `programs` are the names one of which must be in the command line of a process before it is signalled.
+    """
+
+    vmm: str
+    programs: Sequence[str]
+    virtiofsd: Path | None
+
+    def __post_init__(self) -> None:
+        self._scanners: dict[str, ReadyScanner] = {}
+        self._paused: set[str] = set()
+        self._booted_here: set[str] = set()
+
+    def boot(
+        self,
+        config: VmConfig,
+        build: Callable[[Plan], VmmCommand],
+        options: BootOptions,
+        restoring: Path | None = None,
+    ) -> VmHandle:
+        """Start a VMM: checks first, then the sidecars, then it. Whatever fails leaves nothing behind."""
+        preflight(config)
+        _names.claim(config)
+        mine = None
+        try:
+            mine = options.lease or Lease()
+            return self._start(config, build, mine, options, restoring)
+        except BaseException as error:
+            _names.free(config.namespace, config.name, None)
+            # With those it had started: they name the lease in their arguments.
+            failures = records.remove_lease(mine.directory) if mine is not None else []
+            for failure in failures:
+                logger.error("%s: left behind by a failed boot: %s", config.name, failure)
+            if isinstance(error, VmError):
+                error.vm_name = error.vm_name or config.name
+            elif isinstance(error, OSError):
+                raise VmIOError(f"VM {config.name!r} could not be started: {error}", vm_name=config.name) from error
+            raise
+
+    def _start(
+        self, config: VmConfig, build: Callable[[Plan], VmmCommand], lease: Lease, options: BootOptions, restoring: Path | None
+    ) -> VmHandle:
+        serial_log = config.serial_log or lease.directory / "serial.log"
+        plan = Plan(config, lease, serial_log, options.console, restoring=restoring, snapshots=options.snapshots)
+        if restoring is not None:
+            plan.memory = _restored_memory(plan, restoring)
+        elif options.memory_file is not None:
+            plan.memory = Memory(os.fspath(options.memory_file), shared=True)
+            with options.memory_file.open("xb") as file:
+                file.truncate(config.memory_mb << 20)
+        handle = VmHandle(
+            config.name, config.namespace, self.vmm, VmState.STARTING, None, serial_log, plan.machine_id,
+            lease.directory, options.ready_marker, options.nonce, netns=config.netns,
+        )  # fmt: skip
+        _start_log(serial_log, config, restoring and restoring / CONSOLE_FILE)
+        _start_log(handle.vmm_log, config)
+        sidecars = []
+        program = find_virtiofsd(self.virtiofsd) if config.shared_dirs else None
+        for index, share in enumerate(config.shared_dirs):
+            assert program is not None
+            path = plan.socket(f"fs{index}.sock")
+            logger.debug("%s: starting virtiofsd for %s", config.name, share.tag)
+            lease_lock_file(program, path, lease)
+            sidecars.append(start_virtiofsd(program, share, path, lease.directory / f"fs{index}.log"))
+            plan.share_sockets.append(path)
+        try:
+            command = build(plan)
+            argv = [*command.machine, *command.control]
+            logger.info("%s: %s", config.name, shlex.join(argv))
+            process = keeper().spawn(argv, handle.vmm_log, lease.directory, plan.fds)
+        finally:
+            for fd in plan.fds:
+                os.close(fd)
+        count_started("VM")
+        _names.started(config, process)
+        self._booted_here.add(plan.machine_id)
+        return replace(
+            handle, process=process, taps=tuple(plan.taps_to_remove), sidecars=tuple(sidecars), command=command.for_people()
+        )
+
+    @contextmanager
+    def restoring(self, handle: VmHandle) -> Iterator[None]:
+        """End a VM whose restore fails in the block; raises HypervisorError with what the VMM's log says."""
+        try:
+            yield
+        except BaseException as error:
+            said = last_lines(handle.vmm_log)
+            self.kill(handle)
+            if isinstance(error, VmError):
+                raise HypervisorError(
+                    f"VM {handle.name!r} could not be restored: {error}{f'. Its log ends with:{chr(10)}{said}' if said else ''}",
+                    vm_name=handle.name,
+                ) from error
+            raise
+
+    def stop(self, handle: VmHandle) -> None:
+        """SIGTERM, 10 s of patience, SIGKILL; then everything the VM had is removed, whatever became of the VMM."""
+        self._end(handle, term_timeout_s=STOP_TIMEOUT_S)
+
+    def kill(self, handle: VmHandle) -> None:
+        """SIGKILL; then everything the VM had is removed."""
+        self._end(handle, term_timeout_s=0)
+
+    def _end(self, handle: VmHandle, *, term_timeout_s: float) -> None:
+        if handle.process is None:
+            raise VmNotFoundError(f"VM {handle.name!r} has no process: it was never started", vm_name=handle.name)
+        logger.info("%s: ending pid %d", handle.name, handle.process.pid)
+        refused: StateFailedError | None = None
+        failures = []
+        try:
+            killed = end_process(handle.process, self.programs, term_timeout_s=term_timeout_s, kill_timeout_s=KILL_TIMEOUT_S)
+            # A handle of another process's is only told of a VMM that outlives SIGKILL.
+            if killed and term_timeout_s > 0 and handle.machine_id in self._booted_here:
+                failures.append(f"the VMM (pid {handle.process.pid}) ignored SIGTERM for {term_timeout_s:g} s and was killed")
+        except StateFailedError as error:
+            refused = error
+        except TimeoutError as error:
+            failures.append(f"the VMM: {error}")
+        finally:
+            # Also when the test is interrupted just here.
+            failures += self._remove(handle)
+        if refused is not None:
+            refused.vm_name = handle.name
+            raise refused
+        if failures:
+            raise StopFailedError(f"VM {handle.name!r}: {'; '.join(failures)}", vm_name=handle.name)
+
+    def _remove(self, handle: VmHandle) -> list[str]:
+        ended = end_all(handle.sidecars, SIDECAR_PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
+        failures = [f"virtiofsd: {failure}" for failure in ended]
+        failures += remove_taps(handle.taps, handle.netns)
+        if handle.run_dir is not None:
+            failures += records.remove_lease(handle.run_dir, search=False)
+        _names.free(handle.namespace, handle.name, handle.process)
+        self._scanners.pop(handle.machine_id, None)
+        self._paused.discard(handle.machine_id)
+        self._booted_here.discard(handle.machine_id)
+        return failures
+
+    def state(self, handle: VmHandle) -> VmStatus:
+        """STOPPED when the process is gone or another one; READY once the marker was seen; else RUNNING."""
+        if handle.process is None:
+            return VmStatus(VmState.STOPPED)
+        try:
+            if not is_running(handle.process, self.programs):
+                return VmStatus(VmState.STOPPED)
+        except StateFailedError:
+            return VmStatus(VmState.STOPPED)
+        ip = self.scanner(handle).scan()
+        if handle.machine_id in self._paused:
+            return VmStatus(VmState.PAUSED, ip)
+        return VmStatus(VmState.READY if ip else VmState.RUNNING, ip)
+
+    def scanner(self, handle: VmHandle) -> ReadyScanner:
+        """Return the scanner of a VM's serial log, which remembers how far it has read."""
+        fresh = ReadyScanner(handle.serial_log, handle.ready_marker, handle.nonce, nonce_required=handle.nonce is not None)
+        return self._scanners.setdefault(handle.machine_id, fresh)
+
+    def renew_sidecars(self, handle: VmHandle, config: VmConfig) -> VmHandle:
+        """Start a second virtiofsd at each socket, for a VMM that will connect anew; the first ends with its connection."""
+        assert handle.run_dir is not None
+        program = find_virtiofsd(self.virtiofsd) if config.shared_dirs else None
+        fresh = []
+        for index, share in enumerate(config.shared_dirs):
+            assert program is not None
+            path = handle.run_dir / f"fs{index}.sock"
+            fresh.append(start_virtiofsd(program, share, path, path.with_suffix(".log")))
+        return replace(handle, sidecars=(*handle.sidecars, *fresh))
+
+    def set_paused(self, handle: VmHandle, paused: bool) -> None:
+        """Remember whether a VM is paused."""
+        (self._paused.add if paused else self._paused.discard)(handle.machine_id)
+
+
+def _restored_memory(plan: Plan, snapshot: Path) -> Memory | None:
+    """Return what the memory of a restored VM is made of; None where it is in the saved state."""
+    memory = snapshot / MEMORY_FILE
+    if not memory.exists():
+        return None
+    if not plan.config.shared_dirs and not plan.config.hotplug:
+        return Memory(os.fspath(memory), shared=False)
+    # virtiofsd has to see what the guest writes (vhost-user), so that it needs a copy of its own.
+    number = plan.add_fd(copied_to_memory(memory))
+    return Memory(f"/proc/self/fd/{number}", shared=True)
+
+
+def _start_log(log: Path, config: VmConfig, earlier: Path | None = None) -> None:
+    # An old marker must never count; the VMM appends, or truncates again.
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(earlier.read_bytes() if earlier is not None and earlier.exists() else b"")
+    except OSError as error:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: the log {str(log)!r} cannot be written: {error.strerror}", vm_name=config.name
+        ) from error
