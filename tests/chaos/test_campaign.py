@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def test_nothing_is_left_after_kill(number: int, neighbourhood: Neighbourhood, t
             left = scene.left_behind(hit.owners)
             again = f"{again}\n{hit}, status {status}; the run said:\n{run.output}"
             assert not left, f"left behind:\n{left}\n\nafter {again}"
-            assert "INTERNALERROR" not in run.output, again
+            # xdist has errors of its own when a worker is killed while it starts.
+            assert not re.search("^INTERNALERROR.*pytest_chvm", run.output, re.M), again
             assert neighbourhood.harmed() == [], again
     finally:
         neighbourhood.tidy_up()
