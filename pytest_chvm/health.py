@@ -47,7 +47,7 @@ class Health:
 
     def has_ended(self) -> bool:
         """Tell whether the VMM is gone."""
-        return _has_ended(self.process)
+        return has_ended(self.process)
 
     def check(self) -> None:
         """Raise what has become of the guest if it is not well: a panic, an event, the end of the VMM or of a sidecar."""
@@ -76,7 +76,7 @@ class Health:
         sidecars, shares = self._handle().sidecars, self._config.shared_dirs
         # After a reboot or a hotplug there are more, and which belongs to which share is not known here.
         for index, (sidecar, share) in enumerate(zip(sidecars, shares, strict=False) if len(sidecars) == len(shares) else ()):
-            if _has_ended(sidecar):
+            if has_ended(sidecar):
                 # It ends with its VMM too, and sees that end a moment before we can.
                 if self.wait_ended(Deadline.after(VMM_END_S)):
                     self._raise_trouble()
@@ -136,7 +136,8 @@ class Health:
         return True
 
 
-def _has_ended(process: ProcessIdentity) -> bool:
+def has_ended(process: ProcessIdentity) -> bool:
+    """Tell whether a process is gone."""
     return start_time_ticks(process.pid) != process.start_time_ticks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def add_share(
     """Plug a shared dir in, with a virtiofsd of its own. Returns the handle that knows of it."""
     check_shared_dir(share)
     program = find_virtiofsd(virtiofsd)
-    path = lease.directory / f"fs-{len(handle.sidecars)}.sock"
+    path = next(path for number in itertools.count() if not (path := lease.directory / f"fs-{number}.sock").exists())
     lease_lock_file(program, path, lease)
     sidecar = start_virtiofsd(program, share, path, path.with_suffix(".log"))
     try:

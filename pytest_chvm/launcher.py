@@ -27,7 +27,7 @@ from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.host.budget import budget_of, take_share
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.virtiofsd import find_virtiofsd
-from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, check_argument_names
+from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
 from pytest_chvm.nics import lease_nics, network_mode
 from pytest_chvm.settings import Settings
 from pytest_chvm.snapshots import HeldTemplate, Snapshot, TemplateStore, new_directory, snapshots_dir
@@ -305,6 +305,10 @@ class Launcher:
     def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:
         is_clone = vm.origin.boot == "clone"
         why = why_no_snapshot(guest.config, vm.plugged, built_in_guest=guest.nonce is not None, is_clone=is_clone)
+        if why is None and vm.status.state is VmState.PAUSED:
+            why = "it is paused: resume() it first"
+        elif why is None and vm.resized:
+            why = "it was resized, and a clone would have to be too"
         if why is not None:
             raise UnsupportedError(f"VM {vm.name!r} cannot be saved: {why}", vm_name=vm.name)
         lease = Lease()
@@ -326,7 +330,7 @@ class Launcher:
                 self.owner.end_with_test(clone)
             return clone
 
-        snapshot = Snapshot(vm.name, directory, start, lease.release)
+        snapshot = Snapshot(vm.clone_names, directory, start, lease.release)
         if self.owner is not None:
             self.owner.add_snapshot(snapshot)
         return snapshot

@@ -10,17 +10,16 @@ from __future__ import annotations
 import datetime
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.errors import InvalidConfigError, VmIOError
 from pytest_chvm.guest.cache import built_once
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.remains import boot_id
@@ -38,12 +37,14 @@ LIMIT_MB = 4096
 class Snapshot:
     """A VM that a test saved. `clone()` starts another from there, any number of times; `close` removes it."""
 
-    def __init__(self, vm_name: str, directory: Path, start: Callable[[str, Path, bool], Vm], remove: Callable[[], list[str]]):
+    def __init__(
+        self, names: Iterator[str], directory: Path, start: Callable[[str, Path, bool], Vm], remove: Callable[[], list[str]]
+    ):
         self.directory = directory
-        self._vm_name = vm_name
+        self._names = names
         self._start = start
         self._remove = remove
-        self._numbers = itertools.count(1)
+        self._closed = False
 
     def clone(self, name: str | None = None, *, wait: bool = True) -> Vm:
         """Start a VM from the snapshot, a machine of its own, and return it when it is ready, or at once with `wait=False`.
@@ -51,10 +52,14 @@ class Snapshot:
         It has the saved VM's memory and running programs, and a name, addresses, host name, clock and random pool of its own.
         It ends with the test that made it, or with its `close`. Raises what `launch` does.
         """
-        return self._start(name or f"{self._vm_name}-clone{next(self._numbers)}", self.directory, wait)
+        name = name or next(self._names)
+        if self._closed:
+            raise VmIOError(f"VM {name!r} cannot be cloned: its snapshot was closed; close it after its last clone()", vm_name=name)
+        return self._start(name, self.directory, wait)
 
     def close(self) -> list[str]:
         """Remove it; clones that run go on. Returns what could not be removed, in words."""
+        self._closed = True
         return self._remove()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from pytest_chvm.errors import (
 )
 from pytest_chvm.guest import files
 from pytest_chvm.guest.shell import GuestShell, shown_outputs
-from pytest_chvm.health import Health, ends_with
+from pytest_chvm.health import Health, ends_with, has_ended
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.hotplug import Device
@@ -81,6 +82,9 @@ class Vm:
         self._virtiofsd = virtiofsd
         self.origin = origin
         self.plugged: dict[str, Device] = {}
+        self.resized = False
+        # Of all its snapshots' clones.
+        self.clone_names = (f"{config.name}-clone{number}" for number in itertools.count(1))
         self._snapshot = snapshot
         self._release = release
         self.closed = False
@@ -296,6 +300,7 @@ class Vm:
 
         Whether the guest takes them is its kernel's affair; one with udev or the built-in one brings new processors online.
         """
+        self.resized = True
         self._driver.resize(self.handle, cpus=cpus, memory_mb=memory_mb)
 
     def vsock(self, port: int) -> socket.socket:
@@ -314,7 +319,8 @@ class Vm:
         """Save the VM as it is now, for clones to start from; it goes on afterwards.
 
         The snapshot is removed with the fixture that made the VM. A shared dir is unmounted in the guest meanwhile. Raises
-        UnsupportedError for a VM with disks, with devices that were plugged in, or without the built-in guest.
+        UnsupportedError for a VM with disks, with devices that were plugged in, that was resized or is paused, or without the
+        built-in guest.
         """
         return self._snapshot(self)
 
@@ -334,17 +340,25 @@ class Vm:
     def _without_shares(self) -> Iterator[None]:
         """Unplug the shared dirs, which no VMM saves, and plug them in again afterwards."""
         shares = self.config.shared_dirs
-        for share, sidecar in zip(shares, self.handle.sidecars, strict=True):
-            self.check_output(["umount", f"/mnt/{share.tag}"])
-            hotplug.remove(self._driver, self.handle, Device(share_id(share), "fs", sidecar=sidecar))
-        self.handle = replace(self.handle, sidecars=())
+        # Those of what was unplugged, or of an earlier boot, have ended.
+        sidecars = [sidecar for sidecar in self.handle.sidecars if not has_ended(sidecar)]
+        unplugged = []
         try:
+            for index, (share, sidecar) in enumerate(zip(shares, sidecars, strict=True)):
+                self.check_output(["umount", f"/mnt/{share.tag}"])
+                # Its virtiofsd's end is no trouble from now on.
+                self.handle = replace(self.handle, sidecars=tuple(sidecars[index + 1 :]))
+                unplugged.append(index)
+                hotplug.remove(self._driver, self.handle, Device(share_id(share), "fs", sidecar=sidecar))
             yield
         finally:
-            for share in shares:
+            for index in unplugged:
+                share = shares[index]
                 _device, self.handle = hotplug.add_share(self._driver, self.handle, self._lease, share, self._virtiofsd)
+                sidecars[index] = self.handle.sidecars[-1]
                 word = f"{share.tag}{',ro' if share.read_only else ''}"
                 self.check_output(f". /lib/chvm/configure.sh; chvm_share {word}")
+            self.handle = replace(self.handle, sidecars=tuple(sidecars))
 
     def pause(self) -> None:
         """Stop the guest's processors; raises UnsupportedError where the VMM cannot."""

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pytest_chvm import UnsupportedError, VmState
+from pytest_chvm import GuestCommandError, UnsupportedError, VmIOError, VmState
 
 # A clock's read takes a command's way to the guest and back; a clone's that is not set is off by the template's age.
 CLOCK_ERROR_S = 2.0
@@ -116,4 +116,37 @@ def test_a_vm_that_cannot_be_a_clone_is_booted_and_says_why(boot, tmp_path):
     vm = boot(network="none", data_disk=disk)
     assert (vm.origin.boot, vm.origin.why) == ("cold", "it has a data_disk")
     with pytest.raises(UnsupportedError, match=r"cannot be saved: it has a data_disk"):
+        vm.snapshot()
+
+
+def test_a_vm_with_several_shared_dirs_can_be_saved_again_and_again(boot, tmp_path):
+    for tag in ("one", "two"):
+        (tmp_path / tag).mkdir()
+        (tmp_path / tag / "which").write_text(tag)
+    vm = boot(boot="clone", network="none", shared_dirs={"one": tmp_path / "one", "two": tmp_path / "two"})
+    vm.remove(vm.add_shared_dir("three", tmp_path))
+    vm.check_output("cd /mnt/two; sleep 1000 >/dev/null 2>&1 & echo $! >/run/pid")
+    with pytest.raises(GuestCommandError, match="umount"):
+        vm.snapshot()
+    assert vm.check_output("cat /mnt/*/which; kill $(cat /run/pid)") == "onetwo"
+    first, second = vm.snapshot(), vm.snapshot()
+    assert vm.check_output("cat /mnt/*/which") == "onetwo"
+    # Both alive: they have names of their own.
+    clones = [first.clone(), second.clone()]
+    assert [clone.check_output("cat /mnt/*/which") for clone in clones] == ["onetwo", "onetwo"]
+
+
+def test_what_a_clone_could_not_be_is_refused_by_the_snapshot(boot):
+    vm = boot(boot="clone", network="none", max_cpus=2)
+    snapshot = vm.snapshot()
+    assert snapshot.close() == []
+    with pytest.raises(VmIOError, match="was closed"):
+        snapshot.clone()
+    vm.pause()
+    with pytest.raises(UnsupportedError, match=r"is paused: resume\(\) it first"):
+        vm.snapshot()
+    assert vm.status.state is VmState.PAUSED
+    vm.resume()
+    vm.resize(cpus=2)
+    with pytest.raises(UnsupportedError, match="was resized"):
         vm.snapshot()
