@@ -11,7 +11,8 @@ for device in /dev/ttyS0 /dev/ttyAMA0; do
 done
 chvm_net() {
     local device=$1 address=$2 gateway=$3 mac=$4
-    ifconfig $device ${mac:+hw ether $mac} ${address:+${address%/*} netmask ${address#*/} up}
+    # Down first: a clone's has the saved VM's addresses, and an IPv6 one made of its MAC is made anew only when it goes up.
+    ifconfig $device 0.0.0.0 down ${mac:+hw ether $mac} ${address:+${address%/*} netmask ${address#*/} up}
     [ "$gateway" ] && route add default gw $gateway
 }
 chvm_share() {

@@ -1,11 +1,14 @@
 """VMs that are clones of a booted one, and snapshots of a test's own, with both VMMs."""
 
+import ipaddress
+import secrets
 import socket
+import subprocess
 import time
 
 import pytest
 
-from pytest_chvm import GuestCommandError, UnsupportedError, VmIOError, VmState
+from pytest_chvm import GuestCommandError, Tap, UnsupportedError, VmIOError, VmState
 
 # A clock's read takes a command's way to the guest and back; a clone's that is not set is off by the template's age.
 CLOCK_ERROR_S = 2.0
@@ -150,3 +153,23 @@ def test_what_a_clone_could_not_be_is_refused_by_the_snapshot(boot):
     vm.resize(cpus=2)
     with pytest.raises(UnsupportedError, match="was resized"):
         vm.snapshot()
+
+
+def test_a_clones_nic_has_nothing_of_the_templates(boot, vmm):
+    def addresses(vm):
+        return vm.check_output("ip -o addr show dev eth0; ip route")
+
+    vm = boot(boot="clone", name=f"another-{vmm}")
+    mac = bytes.fromhex(vm.check_output("cat /sys/class/net/eth0/address").replace(":", ""))
+    # RFC 4291, appendix A.
+    link_local = ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2, *mac[1:3], 0xFF, 0xFE, *mac[3:]]))
+    assert f"inet6 {link_local}/64" in addresses(vm)
+    # Of a TAP of somebody else's without an address of the host's the guest's is not known either.
+    tap = f"chvmt{secrets.token_hex(3)}"
+    subprocess.run(["ip", "tuntap", "add", "dev", tap, "mode", "tap"], check=True)
+    try:
+        vm = boot(boot="clone", networks=[Tap(tap)])
+        assert (vm.ip, addresses(vm)) == ("127.0.0.1", "")
+        vm.close()
+    finally:
+        subprocess.run(["ip", "link", "del", tap], check=True)
