@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from pytest_chvm.drivers.base import VmDriver
 from pytest_chvm.guest import renew
+from pytest_chvm.guest.shell import shell_script
 from pytest_chvm.model import Network, Tap, VmConfig
 from pytest_chvm.snapshots import content_key
 
@@ -65,6 +67,8 @@ def made_of(config: VmConfig, driver: VmDriver, network_mode: str, cache: Path) 
         "memory_mb": [config.memory_mb, config.max_memory_mb],
         "networks": [network_mode] if config.networks is None else ["tap"] * len(config.networks),
         "hotplug": config.hotplug,
+        # A template's console shell runs it already.
+        "shell": hashlib.sha256(shell_script()).hexdigest(),
     }
 
 

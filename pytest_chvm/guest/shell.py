@@ -162,9 +162,8 @@ class GuestShell:
             self._write(b"\ndrop\n" + hello.encode(), patience)
             found = self._read_until(re.compile(rb"\n%s (sh|loop)\r?\n" % token.encode()), patience)
             if found[1] == b"sh":
-                text = resources.files("pytest_chvm.guest").joinpath("shell.sh").read_text()
                 # One line starts the loop, so that the shell has read nothing beyond it when the loop answers.
-                self._write(text.encode() + f"chvm_loop {token}\n".encode(), patience)
+                self._write(shell_script() + f"chvm_loop {token}\n".encode(), patience)
                 self._read_until(re.compile(rb"\n%s loop\r?\n" % token.encode()), patience)
             self._in_step = True
         except TimeoutError as error:
@@ -319,6 +318,11 @@ class GuestShell:
                 self.check_alive()
             elif deadline.expired:
                 raise TimeoutError
+
+
+def shell_script() -> bytes:
+    """Return what is typed into the guest's shell, to have it serve commands."""
+    return resources.files("pytest_chvm.guest").joinpath("shell.sh").read_bytes()
 
 
 def _script(command: str | Sequence[str]) -> bytes:
