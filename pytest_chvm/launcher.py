@@ -18,7 +18,7 @@ from pytest_chvm.deadline import Deadline
 from pytest_chvm.drivers import choose_vmm, make_driver
 from pytest_chvm.drivers.base import MEMORY_FILE, BootOptions, VmDriver, logger
 from pytest_chvm.drivers.preflight import preflight
-from pytest_chvm.errors import BootFailedError, StopFailedError, UnsupportedError, VmError
+from pytest_chvm.errors import BootFailedError, StopFailedError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.guest.cache import default_cache_dir
 from pytest_chvm.guest.initramfs import build_initramfs
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
@@ -282,7 +282,9 @@ class Launcher:
         cmdline = " ".join([*([guest.config.cmdline] if guest.config.cmdline else []), *words]) or guest.config.cmdline
         config = guest.config.replace(networks=nics.attachments, cmdline=cmdline)
         snapshots = snapshots_dir(cache_dir(settings))
-        options = BootOptions(lease, True, settings.ready_marker, guest.nonce, memory_file, snapshots)
+        options = BootOptions(
+            lease, True, settings.ready_marker, guest.nonce, memory_file, snapshots if snapshots.is_dir() else None
+        )
         handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
         undo.callback(driver.kill, handle)
         assert handle.process is not None
@@ -317,8 +319,13 @@ class Launcher:
         try:
             directory = new_directory(snapshots_dir(cache_dir(self.settings)), lease)
             vm.save(directory)
-        except BaseException:
+        except BaseException as error:
             _log_failures(lease.release)
+            if isinstance(error, OSError) and not isinstance(error, VmError):
+                raise VmIOError(
+                    f"VM {vm.name!r} cannot be saved: {error}; free some space, or set CHVM_CACHE_DIR to a directory of yours",
+                    vm_name=vm.name,
+                ) from error
             raise
         stale_nics = len(vm.config.networks or ())
 

@@ -15,12 +15,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_chvm.errors import InvalidConfigError, VmIOError
-from pytest_chvm.guest.cache import built_once
+from pytest_chvm.guest.cache import built_once, remove_unfinished
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.remains import boot_id
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 # Part of every key: to be raised when a template made before would not do any more.
 RECIPE = 1
 RECORD_FILE = "template.json"
+CHECKED_FILE = "checked"
+# What a record raises that is none.
+NO_RECORD = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 # What all templates of a user may take of the disk; one is 100 MB or so.
 LIMIT_MB = 4096
 
@@ -94,16 +98,26 @@ class Template:
         """Tell whether its files are those that were written: by size, inode and time, or `wholly` by content."""
         try:
             record = _record(self.directory)
-            for name, (size, inode, mtime_ns, digest) in record["files"].items():
+            for name, (size, inode, mtime_ns, _digest_then) in record["files"].items():
                 found = (self.directory / name).stat()
                 if (found.st_size, found.st_ino, found.st_mtime_ns) != (size, inode, mtime_ns):
                     return False
-                # What was still to be written to the disk when the host went down is lost, sizes and times or not.
-                if (wholly or record["boot_id"] != boot_id()) and _digest(self.directory / name) != digest:
+            # What was still to be written to the disk when the host went down is lost, sizes and times or not.
+            if wholly or boot_id() not in (record["boot_id"], self._checked_in()):
+                if any(_digest(self.directory / name) != digest for name, (_, _, _, digest) in record["files"].items()):
                     return False
-        except (OSError, ValueError, KeyError, TypeError):
+                # It is read once a boot only.
+                with suppress(OSError):
+                    (self.directory / CHECKED_FILE).write_text(boot_id())
+        except (OSError, *NO_RECORD):
             return False
         return True
+
+    def _checked_in(self) -> str | None:
+        """Return the boot of the host in which all of it was last read."""
+        with suppress(OSError):
+            return (self.directory / CHECKED_FILE).read_text()
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,20 +167,29 @@ class TemplateStore:
 
     def all(self) -> list[Template]:
         """Return all templates, the one used last first; a directory that is none is passed over."""
-        found = [Template(record.parent) for record in self.directory.glob(f"[0-9a-f]*/{RECORD_FILE}")]
-        return sorted(found, key=lambda template: template.last_used_s, reverse=True)
+        found = []
+        for record in self.directory.glob(f"[0-9a-f]*/{RECORD_FILE}"):
+            # Another process may be removing it.
+            with suppress(FileNotFoundError):
+                found.append((record.stat().st_mtime, Template(record.parent)))
+        return [template for _, template in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
     def prune(self, limit_mb: int = LIMIT_MB) -> list[Template]:
         """Remove the templates that were used longest ago until the rest takes `limit_mb` or less, never one in use.
 
         Returns those that were removed.
         """
+        remove_unfinished(self.directory)
         removed = []
         kept_mb = 0
         for template in self.all():
-            kept_mb += template.size_mb
+            try:
+                size_mb = template.size_mb
+            except FileNotFoundError:
+                # Another process removes it just now.
+                continue
+            kept_mb += size_mb
             if kept_mb > limit_mb and _remove_unused(template):
-                kept_mb -= template.size_mb if template.directory.exists() else 0
                 removed.append(template)
         return removed
 
@@ -182,7 +205,9 @@ def _hold(directory: Path) -> int | None:
     try:
         # It may have been removed while the lock was waited for.
         if os.fstat(fd).st_nlink:
-            os.utime(fd)
+            # It may be on a file system that is read-only.
+            with suppress(OSError):
+                os.utime(fd)
             return fd
     except BaseException:
         os.close(fd)
@@ -193,10 +218,13 @@ def _hold(directory: Path) -> int | None:
 
 def describe(template: Template, *, wholly: bool) -> dict[str, Any]:
     """Return what a person may want to know of a template, as JSON has it; `wholly`: check all of its content."""
-    made_of = template.made_of
     used = datetime.datetime.fromtimestamp(template.last_used_s, datetime.UTC)
-    words = [str(made_of["vmm"][0]), f"{made_of['memory_mb'][0]} MiB", f"{made_of['processors'][0]} CPUs"]
-    words += [*made_of["networks"], *(["hotplug"] if made_of["hotplug"] else [])]
+    try:
+        made_of = template.made_of
+        words = [str(made_of["vmm"][0]), f"{made_of['memory_mb'][0]} MiB", f"{made_of['processors'][0]} CPUs"]
+        words += [*made_of["networks"], *(["hotplug"] if made_of["hotplug"] else [])]
+    except NO_RECORD:
+        made_of, words = {}, ["its record cannot be read"]
     return {
         "key": template.key,
         "size_mb": template.size_mb,
@@ -214,18 +242,22 @@ def _remove_unused(template: Template) -> bool:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(template.directory)
+        # Whole or not there, also when this process is killed: what is left is found by `remove_unfinished`.
+        doomed = template.directory.with_name(f".{template.key}.{secrets.token_hex(4)}")
+        template.directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
         return True
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         return False
     finally:
         os.close(fd)
 
 
 def snapshots_dir(cache: Path) -> Path:
-    """Return the directory in which tests' own snapshots are, each in one of its own."""
+    """Return the directory in which tests' own snapshots are, each in one of its own; it is made where it can be."""
     directory = cache / "snapshots"
-    directory.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError, VmError
@@ -54,3 +56,11 @@ def built_once(
             "or set CHVM_CACHE_DIR to a directory of yours"
         ) from error
     return target
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what builders of `built_once` left below `parent` that were killed: whose lock nobody holds."""
+    for left in parent.glob(".*.*"):
+        with suppress(OSError), (parent / f"{left.name.split('.')[1]}.lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)

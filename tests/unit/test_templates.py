@@ -9,10 +9,10 @@ import threading
 
 import pytest
 
-from pytest_chvm import InvalidConfigError, VmConfig
+from pytest_chvm import InvalidConfigError, VmConfig, snapshots
 from pytest_chvm.guest import renew
 from pytest_chvm.model import SharedDir, Tap
-from pytest_chvm.snapshots import RECORD_FILE, Template, TemplateStore, content_key, describe
+from pytest_chvm.snapshots import RECORD_FILE, Template, TemplateStore, _digest, content_key, describe
 from pytest_chvm.templates import renewal, template_config, why_no_clone
 
 MADE_OF = {"vmm": ["qemu", "7.2"], "memory_mb": [256, None], "processors": [1, None, None], "networks": ["tap"], "hotplug": False}
@@ -111,6 +111,17 @@ def test_a_template_that_was_not_written_out_before_the_host_went_down_is_not_us
     assert not template.is_intact()
 
 
+def test_a_template_is_read_wholly_once_a_boot_of_the_host(store, monkeypatch):
+    template = get(store)
+    record = json.loads((template.directory / RECORD_FILE).read_text())
+    (template.directory / RECORD_FILE).write_text(json.dumps({**record, "boot_id": "an earlier one"}))
+    read = []
+    monkeypatch.setattr(snapshots, "_digest", lambda file: read.append(file.name) or _digest(file))
+    assert template.is_intact()
+    assert template.is_intact()
+    assert sorted(read) == ["memory", "state"]
+
+
 def test_a_builder_that_fails_leaves_nothing(store):
     def build(directory):
         save(directory)
@@ -137,6 +148,43 @@ TemplateStore(Path(sys.argv[1])).get(MADE_OF, 1, build)
     template = get(store)
     assert template.is_intact(wholly=True)
     assert [entry.name for entry in store.directory.iterdir() if entry.is_dir()] == [template.key]
+
+
+def test_what_killed_builders_left_goes_with_the_next_template_whatever_that_is(store):
+    kept = get(store)
+    left = store.directory / f".{'0' * 32}.left"
+    left.mkdir()
+    (store.directory / f"{'0' * 32}.lock").touch()
+    seen = []
+
+    def build(directory):
+        save(directory)
+        seen.append(directory)
+        # Nor is what is being built just now taken for it.
+        store.prune()
+        assert directory.is_dir()
+
+    get(store, {**MADE_OF, "memory_mb": [3, None]}, build)
+    assert seen
+    assert not left.exists()
+    assert kept.is_intact()
+
+
+def test_a_template_is_used_and_a_snapshot_refused_in_a_cache_that_is_read_only(store):
+    if os.geteuid() != 0:
+        pytest.skip("mounts need root")
+    template = get(store)
+    script = """
+import sys
+from pathlib import Path
+from pytest_chvm.snapshots import TemplateStore, snapshots_dir
+from tests.unit.test_templates import MADE_OF
+print(TemplateStore(Path(sys.argv[1])).get(MADE_OF, 1, None).directory.name, snapshots_dir(Path(sys.argv[1])).exists())
+"""
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$1" -c "$2" "$0"'
+    cache = os.fspath(store.directory.parent)
+    command = ["unshare", "--mount", "sh", "-c", mount, cache, sys.executable, script]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout == f"{template.key} False\n"
 
 
 def test_a_store_that_cannot_be_written_says_so(store):
@@ -170,6 +218,21 @@ def test_a_template_says_what_it_is(store):
     described = describe(get(store), wholly=True)
     assert described["what"] == "qemu, 256 MiB, 1 CPUs, tap"
     assert described["intact"]
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", '{"made_of": []}', '{"files": []}', '{"files": {}, "made_of": {"vmm": []}}'])
+def test_a_template_whose_record_is_none_is_shown_as_damaged(store, record):
+    template = get(store)
+    (template.directory / RECORD_FILE).write_text(record)
+    described = describe(template, wholly=False)
+    assert (described["what"], described["intact"]) == ("its record cannot be read", False)
+    assert get(store).is_intact()
+
+
+def test_a_template_that_another_process_removes_meanwhile_is_passed_over(store, monkeypatch):
+    template = get(store)
+    monkeypatch.setattr(TemplateStore, "all", lambda _store: [Template(template.directory.with_name("gone")), template])
+    assert store.prune(-1) == [template]
 
 
 def test_a_file_is_read_again_only_when_it_changed(tmp_path):
