@@ -24,7 +24,7 @@ from pytest_chvm.guest.initramfs import build_initramfs
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
 from pytest_chvm.guest.ready import DEFAULT_MARKER
 from pytest_chvm.guest.vmlinux import unpacked_kernel
-from pytest_chvm.host.budget import budget_of, take_share
+from pytest_chvm.host.budget import Share, budget_of, take_share
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
@@ -246,7 +246,7 @@ class Launcher:
         self, guest: Guest, origin: Origin, *, wait: bool, memory_file: Path | None = None, held: Sequence[Held] = ()
     ) -> Vm:
         with ExitStack() as undo:
-            vm, words = self._start(guest, origin, memory_file, held, undo)
+            vm, words, share = self._start(guest, origin, memory_file, held, undo)
             undo.pop_all()
         try:
             if self.owner is not None:
@@ -258,11 +258,13 @@ class Launcher:
         except BaseException:
             _close_quietly(vm)
             raise
+        # Of one that is not waited for, nobody sees when it is up.
+        share.booted()
         return vm
 
     def _start(
         self, guest: Guest, origin: Origin, memory_file: Path | None, held: Sequence[Held], undo: ExitStack
-    ) -> tuple[Vm, list[str]]:
+    ) -> tuple[Vm, list[str], Share]:
         settings, driver = self.settings, self.driver
         for part in held:
             undo.callback(part.release)
@@ -273,7 +275,8 @@ class Launcher:
         config = guest.config
         lease.describe(name=config.name, vmm=driver.vmm, cpus=config.cpus, memory_mb=config.memory_mb)
         budget = budget_of(settings.memory_budget_mb, settings.max_vms)
-        share = take_share(budget, config.memory_mb, config.cpus, lease, config.name, show_progress)
+        boots_with = config.cpus if origin.saved is None else 0
+        share = take_share(budget, config.memory_mb, boots_with, lease, config.name, show_progress)
         undo.callback(share.release)
         nics = lease_nics(guest.config, driver, settings, lease, undo)
         words = guest.words(settings.ready_marker) + (
@@ -302,7 +305,7 @@ class Launcher:
             snapshot=lambda vm: self._snapshot(vm, guest),
             release=lambda: _release([share, *nics.held, *held, lease]),
         )
-        return vm, words
+        return vm, words, share
 
     def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:
         is_clone = vm.origin.boot == "clone"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_chvm.drivers.memory import data_extents
 from pytest_chvm.errors import InvalidConfigError, VmIOError
 from pytest_chvm.guest.cache import built_once, remove_unfinished
 from pytest_chvm.host.leases import Lease
@@ -36,6 +37,7 @@ CHECKED_FILE = "checked"
 NO_RECORD = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 # What all templates of a user may take of the disk; one is 100 MB or so.
 LIMIT_MB = 4096
+READ_SIZE = 1 << 20
 
 
 class Snapshot:
@@ -270,14 +272,14 @@ def new_directory(parent: Path, lease: Lease) -> Path:
 
 
 def content_key(file: Path, cache: Path) -> str:
-    """Return the SHA-256 of a file's content; computed once for each inode, size and time, and kept in the cache."""
+    """Return the hash of a file's content; computed once for each inode, size and time, and kept in the cache."""
     found = file.stat()
     identity = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
 
     def build(directory: Path) -> None:
-        (directory / "sha256").write_text(_digest(file))
+        (directory / "digest").write_text(_digest(file))
 
-    return (built_once(cache / "digests" / identity, build) / "sha256").read_text()
+    return (built_once(cache / "digests" / identity, build) / "digest").read_text()
 
 
 def _record(directory: Path) -> dict[str, Any]:
@@ -292,5 +294,13 @@ def _identity(file: Path) -> tuple[int, int, int, str]:
 
 
 def _digest(file: Path) -> str:
+    """Return the BLAKE2 hash of what a file holds and where, without reading its holes."""
+    digest = hashlib.blake2b(digest_size=32)
     with file.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
+        for start, end in data_extents(source.fileno()):
+            digest.update(f"{start}-{end} ".encode())
+            source.seek(start)
+            while start < end and (piece := source.read(min(READ_SIZE, end - start))):
+                digest.update(piece)
+                start += len(piece)
+    return digest.hexdigest()

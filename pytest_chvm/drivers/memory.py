@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,19 +29,28 @@ def copied_to_memory(file: Path) -> int:
 def copy_sparse(file: Path, copy: int) -> None:
     """Copy a file's content to an empty one that is open, leaving holes out."""
     with file.open("rb") as source:
-        size = os.fstat(source.fileno()).st_size
-        os.truncate(copy, size)
-        position = 0
-        while position < size:
-            try:
-                start = os.lseek(source.fileno(), position, os.SEEK_DATA)
-            except OSError:
-                # ENXIO: nothing but a hole is left.
-                break
-            position = os.lseek(source.fileno(), start, os.SEEK_HOLE)
+        os.truncate(copy, os.fstat(source.fileno()).st_size)
+        for start, end in data_extents(source.fileno()):
             os.lseek(copy, start, os.SEEK_SET)
-            while start < position:
-                start += os.sendfile(copy, source.fileno(), start, position - start)
+            position = start
+            while position < end:
+                position += os.sendfile(copy, source.fileno(), position, end - position)
+
+
+def data_extents(fd: int) -> Iterator[tuple[int, int]]:
+    """Yield where a file has data, as start and end; all of it on a file system without holes."""
+    size = os.fstat(fd).st_size
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                # Nothing but a hole is left.
+                return
+            raise
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
 
 
 def inherited_memory(pid: int) -> Path | None:

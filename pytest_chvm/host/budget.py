@@ -1,7 +1,8 @@
 """How much of the machine all VMs of all runs may have at once, and waiting for one's turn.
 
 Each VM that runs has a *share*: a file in the directory of locks common to all users, named after what it takes and locked by
-the process that holds it, so that the kernel gives back the share of one that crashed. Who waits has a ticket, a file of
+the process that holds it, so that the kernel gives back the share of one that crashed. One that boots has a second one, until it is
+up. Who waits has a ticket, a file of
 the same kind; the oldest ticket that is held goes first, so that a large VM is not passed for ever by small ones.
 """
 
@@ -25,22 +26,22 @@ from pytest_chvm.host.watch import FileWatch
 
 # Of the memory that this process may have at all: the rest is for the host, and for what a VMM needs beside its guest.
 DEFAULT_PART = 0.9
-# Guests in tests wait more than they compute; with more than this each becomes so slow that its boot may time out. A VM
-# that has more by itself runs alone.
+# Of VMs that boot: with more than this each becomes so slow that its boot may time out. A VM that has more by itself boots alone.
+# Once they are up, guests in tests wait more than they compute.
 VCPUS_PER_PROCESSOR = 4
 PATIENCE_BEFORE_MESSAGE_S = 3.0
 # Against a holder that ends without an event, which none should.
 LOOK_AGAIN_S = 5.0
-FILE_PATTERN = re.compile(r"(share|ticket)-(\d+)-(\d+)-(\d+)-(\d+)-(\d+)\.lock")
+FILE_PATTERN = re.compile(r"(share|boot|ticket)-(\d+)-(\d+)-(\d+)-(\d+)-(\d+)\.lock")
 
 _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What all VMs of the machine may have at once: MiB of guest memory, processors, and how many they may be (None: any number).
+    """What all VMs of the machine may have at once: MiB of guest memory, and how many they may be (None: any number).
 
-    `reserve_mb`: MiB that must stay free on the host while other VMs run.
+    `cpus`: processors of those that boot. `reserve_mb`: MiB that must stay free on the host while other VMs run.
     """
 
     memory_mb: int
@@ -63,16 +64,26 @@ class Share:
 
     memory_mb: int
     _lock: HeldLock
+    _boot: HeldLock | None
+
+    def booted(self) -> None:
+        """Give the part back that only a VM that boots has."""
+        if self._boot is not None:
+            self._boot.release()
 
     def release(self) -> None:
         """Give it back; whoever waits is woken by its file's end."""
-        self._lock.release()
+        try:
+            self.booted()
+        finally:
+            self._lock.release()
 
 
 def take_share(budget: Budget, memory_mb: int, cpus: int, lease: Lease, vm_name: str, tell: Callable[[str], None]) -> Share:
     """Block until the budget has room for a VM, and return its share; after a few seconds `tell` is told what is waited for.
 
-    Raises InvalidConfigError at once for a VM that can never fit.
+    `cpus`: how many processors it boots with; 0 for one that does not boot. Raises InvalidConfigError at once for a VM that can
+    never fit.
     """
     if memory_mb > budget.memory_mb:
         raise InvalidConfigError(
@@ -90,7 +101,8 @@ def take_share(budget: Budget, memory_mb: int, cpus: int, lease: Lease, vm_name:
             while (share := _try_to_take(directory, budget, memory_mb, cpus, ticket, lease)) is None:
                 if tell_at.expired and not told:
                     told = True
-                    tell(f"VM {vm_name!r} waits for {memory_mb} MiB and {cpus} processor(s): {_in_words(directory, budget)}")
+                    boots = f" and {cpus} processor(s) to boot with" if cpus else ""
+                    tell(f"VM {vm_name!r} waits for {memory_mb} MiB{boots}: {_in_words(directory, budget)}")
                 _wait(directory, watch, Deadline.after(LOOK_AGAIN_S if told else max(0.01, tell_at.remaining_s)))
             return share
     finally:
@@ -108,23 +120,35 @@ def _try_to_take(directory: Path, budget: Budget, memory_mb: int, cpus: int, tic
         files = _held(directory)
         if min(name for name in files if name.startswith("ticket")) != ticket.name:
             return None
-        shares = _shares(files)
-        if sum(share[0] for share in shares) + memory_mb > budget.memory_mb:
+        memory, boots = _taken(files)
+        if sum(memory) + memory_mb > budget.memory_mb or (budget.max_vms is not None and len(memory) >= budget.max_vms):
             return None
-        if sum(share[1] for share in shares) + cpus > budget.cpus or (budget.max_vms is not None and len(shares) >= budget.max_vms):
+        if cpus and sum(boots) + cpus > budget.cpus:
             return None
-        # Where no VM runs there is nobody to wait for.
-        if shares and budget.reserve_mb and memory_mb + budget.reserve_mb > limits.memory_available() >> 20:
+        # Where nobody else has a VM there is nobody to wait for.
+        if _others(files) and budget.reserve_mb and memory_mb + budget.reserve_mb > limits.memory_available() >> 20:
             return None
-        return Share(memory_mb, _hold("share", memory_mb, cpus, lease))
+        share = _hold("share", memory_mb, 0, lease)
+        try:
+            return Share(memory_mb, share, _hold("boot", 0, cpus, lease) if cpus else None)
+        except BaseException:
+            share.release()
+            raise
     finally:
         gate.release()
 
 
-def _shares(files: list[str]) -> list[tuple[int, int]]:
-    """Return MiB and processors of each share."""
+def _taken(files: list[str]) -> tuple[list[int], list[int]]:
+    """Return the MiB of each VM that runs, and the processors of each that boots."""
     matches = [match for name in files if (match := FILE_PATTERN.fullmatch(name))]
-    return [(int(match[5]), int(match[6])) for match in matches if match[1] == "share"]
+    memory = [int(match[5]) for match in matches if match[1] == "share"]
+    return memory, [int(match[6]) for match in matches if match[1] == "boot"]
+
+
+def _others(files: list[str]) -> bool:
+    """Tell whether another process has a VM."""
+    matches = [match for name in files if (match := FILE_PATTERN.fullmatch(name))]
+    return any(match[1] == "share" and int(match[3]) != os.getpid() for match in matches)
 
 
 def _held(directory: Path) -> list[str]:
@@ -145,12 +169,12 @@ def _held(directory: Path) -> list[str]:
 
 def _in_words(directory: Path, budget: Budget) -> str:
     files = _held(directory)
-    shares = _shares(files)
+    memory, boots = _taken(files)
     most = f", at most {budget.max_vms} VMs" if budget.max_vms is not None else ""
     free = f", {limits.memory_available() >> 20} MiB are free on the host, less {budget.reserve_mb}" if budget.reserve_mb else ""
     return (
-        f"{len(shares)} VMs have {sum(share[0] for share in shares)} of {budget.memory_mb} MiB and "
-        f"{sum(share[1] for share in shares)} of {budget.cpus} processors{most}{free}; {len(files) - len(shares)} wait"
+        f"{len(memory)} VMs have {sum(memory)} of {budget.memory_mb} MiB{most}{free}; {len(boots)} boot with {sum(boots)} of "
+        f"{budget.cpus} processors; {sum(name.startswith('ticket') for name in files)} wait"
     )
 
 

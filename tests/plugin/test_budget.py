@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from pytest_chvm.host import budget as budget_module
+from pytest_chvm.host import locks
+from pytest_chvm.host.budget import Budget, take_share
+from pytest_chvm.host.leases import Lease
 from tests.leaks import Sandbox
 from tests.runs import StartPytest
 
@@ -55,7 +62,7 @@ def test_a_vm_that_waits_says_what_for(pytester: pytest.Pytester, start_pytest: 
     )
     run = start_pytest(limit)
     assert run.wait(60) == 0, run.output
-    waits = r"pytest-chvm: VM 'second' waits for 128 MiB and 1 processor\(s\): 1 VMs have 512 of \d+ MiB and 1 of \d+ processors.*; 1 wait"
+    waits = r"pytest-chvm: VM 'second' waits for 128 MiB and 1 processor\(s\) to boot with: 1 VMs have 512 of \d+ MiB.*; 1 wait"
     assert re.search(waits, run.output), run.output
 
 
@@ -65,3 +72,25 @@ def test_a_vm_that_can_never_fit_is_refused_at_once_with_the_numbers(pytester: p
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["E *InvalidConfigError: VM 'test-large' wants 513 MiB, and * may have 512 MiB: *"])
     assert not any(line.startswith("chvm: 1 VM") for line in result.outlines)
+
+
+def test_those_that_are_up_keep_nobody_from_booting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Other runs of the machine boot too.
+    for module in (budget_module, locks):
+        monkeypatch.setattr(module, "common_lock_dir", lambda: tmp_path)
+    budget = Budget(memory_mb=1000, cpus=1)
+    leases = [Lease(), Lease()]
+    try:
+        first = take_share(budget, 100, 1, leases[0], "first", lambda said: None)
+        said: queue.Queue[str] = queue.Queue()
+        with ThreadPoolExecutor(1) as executor:
+            second = executor.submit(take_share, budget, 100, 1, leases[1], "second", said.put)
+            waits_for = said.get(timeout=30)
+            was_done = second.done()
+            first.booted()
+            second.result(30).release()
+        assert "1 boot with 1 of 1 processors" in waits_for
+        assert not was_done
+        first.release()
+    finally:
+        assert [failure for lease in leases for failure in lease.release()] == []
