@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
@@ -110,7 +111,11 @@ def _template_store() -> TemplateStore:
 def _list_templates(options: argparse.Namespace) -> int:
     from pytest_chvm.snapshots import describe
 
-    templates = [describe(template, wholly=options.check) for template in _template_store().all()]
+    templates = []
+    for template in _template_store().all():
+        # Another process may remove it just now.
+        with suppress(FileNotFoundError):
+            templates.append(describe(template, wholly=options.check))
     if options.json:
         _say(json.dumps(templates, indent=2))
         return 0

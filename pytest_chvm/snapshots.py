@@ -244,6 +244,9 @@ def _remove_unused(template: Template) -> bool:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(fd).st_nlink:
+            # It was removed meanwhile, and what is there now is another, which may be in use.
+            return False
         # Whole or not there, also when this process is killed: what is left is found by `remove_unfinished`.
         doomed = template.directory.with_name(f".{template.key}.{secrets.token_hex(4)}")
         template.directory.rename(doomed)

@@ -1,7 +1,9 @@
 """The store of templates: built once, used only when they are as they were written, and removed when they are too many."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +229,24 @@ def test_a_template_whose_record_is_none_is_shown_as_damaged(store, record):
     described = describe(template, wholly=False)
     assert (described["what"], described["intact"]) == ("its record cannot be read", False)
     assert get(store).is_intact()
+
+
+def test_a_template_that_was_built_anew_meanwhile_is_not_removed_for_the_old_one(store, monkeypatch):
+    template = get(store)
+    flock = fcntl.flock
+    held = []
+
+    def late(fd, operation):
+        if operation == fcntl.LOCK_EX | fcntl.LOCK_NB and not held:
+            shutil.rmtree(template.directory)
+            held.append(None)
+            held[0] = store.get(MADE_OF, 1, save)
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert store.prune(-1) == []
+    assert template.is_intact()
+    held[0].release()
 
 
 def test_a_template_that_another_process_removes_meanwhile_is_passed_over(store, monkeypatch):
