@@ -240,7 +240,7 @@ class Launcher:
 
         mode, _why = network_mode(self.settings, self.driver)
         parts = made_of(plain.config, self.driver, mode, cache_dir(self.settings))
-        return store.get(parts, plain.config.memory_mb, build)
+        return store.get(parts, plain.config.memory_mb, build, try_again=self.settings.boot == "clone")
 
     def _started(
         self, guest: Guest, origin: Origin, *, wait: bool, memory_file: Path | None = None, held: Sequence[Held] = ()

@@ -140,11 +140,14 @@ class TemplateStore:
     def __init__(self, cache: Path) -> None:
         self.directory = cache / "templates"
 
-    def get(self, made_of: Mapping[str, object], room_mb: int, build: Callable[[Path], None]) -> HeldTemplate:
+    def get(
+        self, made_of: Mapping[str, object], room_mb: int, build: Callable[[Path], None], *, try_again: bool = True
+    ) -> HeldTemplate:
         """Return the template that is made of these, built at the first call; others that want it wait.
 
         `build` has a VM saved in an empty directory, which takes `room_mb` at most. Raises InvalidConfigError where the store
-        cannot be written or has not so much room, and what `build` raises.
+        cannot be written or has not so much room, and what `build` raises; without `try_again` also where it was waited for one
+        that failed, which would fail again for each that waits, one after the other.
         """
         text = json.dumps({"recipe": RECIPE, **made_of}, sort_keys=True)
         directory = self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -163,7 +166,7 @@ class TemplateStore:
             (unfinished / RECORD_FILE).write_text(json.dumps(record))
 
         while True:
-            built_once(directory, build_and_record, lambda found: Template(found).is_intact(), mode=0o700)
+            built_once(directory, build_and_record, lambda found: Template(found).is_intact(), mode=0o700, try_again=try_again)
             if (fd := _hold(directory)) is not None:
                 return HeldTemplate(directory, fd)
 

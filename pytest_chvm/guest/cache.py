@@ -20,25 +20,43 @@ def default_cache_dir() -> Path:
 
 
 def built_once(
-    target: Path, build: Callable[[Path], None], is_intact: Callable[[Path], bool] = Path.is_dir, *, mode: int = 0o755
+    target: Path,
+    build: Callable[[Path], None],
+    is_intact: Callable[[Path], bool] = Path.is_dir,
+    *,
+    mode: int = 0o755,
+    try_again: bool = True,
 ) -> Path:
     """Return the directory `target`, filled by `build` if it is not there yet, or is not intact any more.
 
     `build` gets an empty directory, which becomes `target` by one rename, so that nobody ever sees half of it;
-    others that want the same wait at a file lock. Raises InvalidConfigError where the cache cannot be written.
+    others that want the same wait at a file lock. Raises InvalidConfigError where the cache cannot be written, and without
+    `try_again` where the one that was waited for has failed (not: was killed).
     """
     if is_intact(target):
         return target
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
+    lock = FileLock(f"{target}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        waited = False
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            waited = True
+            lock.acquire()
+        with lock:
+            # Held twice from here on.
+            lock.release()
             if is_intact(target):
                 return target
             # Of a builder that was killed: the lock was its, and is ours now.
-            for left in (target, *target.parent.glob(f".{target.name}.*")):
-                shutil.rmtree(left, ignore_errors=True)
+            left = [path for path in (target, *target.parent.glob(f".{target.name}.*")) if path.exists()]
+            if waited and not left and not try_again:
+                raise InvalidConfigError(f"{str(target)!r} is not there: whoever was building it has just failed")
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
             unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             try:
                 build(unfinished)

@@ -10,6 +10,7 @@ import sys
 import threading
 
 import pytest
+from filelock import FileLock
 
 from pytest_chvm import InvalidConfigError, VmConfig, snapshots
 from pytest_chvm.guest import renew
@@ -132,6 +133,44 @@ def test_a_builder_that_fails_leaves_nothing(store):
     with pytest.raises(InvalidConfigError, match="did not boot"):
         store.get(MADE_OF, 1, build)
     assert [entry.name for entry in store.directory.iterdir() if entry.is_dir()] == []
+
+
+def test_a_build_that_fails_is_not_repeated_by_each_that_waited_for_it(store):
+    started, go_on = threading.Event(), threading.Event()
+    failures = []
+
+    def build(directory):
+        started.set()
+        go_on.wait(10)
+        raise InvalidConfigError("the VM did not boot")
+
+    def want():
+        try:
+            store.get(MADE_OF, 1, build, try_again=False)
+        except InvalidConfigError as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=want) for _ in range(4)]
+    threads[0].start()
+    assert started.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    # They are at the lock once they look for it again and again.
+    with pytest.raises(TimeoutError), FileLock(store.directory / f"{only_lock(store)}", timeout=0.5):
+        pass
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert [failure for failure in failures if "did not boot" in failure] == ["the VM did not boot"]
+    assert len([failure for failure in failures if "has just failed" in failure]) == 3
+    # Whoever comes later tries.
+    assert get(store).is_intact()
+
+
+def only_lock(store):
+    """Return the name of the store's one lock file."""
+    [lock] = store.directory.glob("*.lock")
+    return lock.name
 
 
 def test_a_builder_that_is_killed_holds_nobody_up_and_leaves_nothing(store):
