@@ -304,6 +304,15 @@ def test_a_file_is_read_again_only_when_it_changed(tmp_path):
     assert content_key(file, tmp_path / "cache") == first
 
 
+def test_a_digest_that_an_earlier_version_kept_is_computed_again(tmp_path):
+    file = tmp_path / "disk"
+    file.write_bytes(b"one")
+    key = content_key(file, tmp_path / "cache")
+    [kept] = (tmp_path / "cache" / "digests").glob("*/*")
+    kept.rename(kept.with_name("sha256"))
+    assert content_key(file, tmp_path / "cache") == key
+
+
 def test_only_what_a_clone_can_have_is_cloned(tmp_path):
     assert why_no_clone(VmConfig(networks=[Tap()], shared_dirs={"a": tmp_path}), built_in_guest=True) is None
     for field in ("root_disk", "seed_iso", "data_disk"):
