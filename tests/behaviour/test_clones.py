@@ -163,6 +163,8 @@ def test_a_clones_nic_has_nothing_of_the_templates(boot, vmm):
     mac = bytes.fromhex(vm.check_output("cat /sys/class/net/eth0/address").replace(":", ""))
     # RFC 4291, appendix A.
     link_local = ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2, *mac[1:3], 0xFF, 0xFE, *mac[3:]]))
+    # The kernel makes it once it has noticed the carrier, up to a second after.
+    vm.check_output("until ip addr show dev eth0 | grep -q inet6; do usleep 10000; done", timeout=10)
     assert f"inet6 {link_local}/64" in addresses(vm)
     # Of a TAP of somebody else's without an address of the host's the guest's is not known either.
     tap = f"chvmt{secrets.token_hex(3)}"
