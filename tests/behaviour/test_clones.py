@@ -71,6 +71,7 @@ def test_a_clones_console_has_its_own_ready_line(clones):
     for vm in clones:
         assert vm.origin.boot == "clone"
         assert f"{vm.ip} nonce={vm.handle.nonce}\n" in vm.console.replace("\r", "")
+        assert vm.console.count("CHVM_READY") == 1
 
 
 def test_clones_have_shared_dirs_of_their_own(boot, tmp_path):

@@ -33,7 +33,7 @@ def test_the_power_button_is_the_guests_to_heed(vm):
 
 def test_a_guest_that_is_late_is_an_error_that_says_what_was_waited_for(boot):
     with pytest.raises(BootFailedError, match=r"was not ready within 0.3 s: expected a line 'CHVM_READY IP'"):
-        boot(boot_timeout=0.3)
+        boot(boot="cold", boot_timeout=0.3)
 
 
 def test_the_guest_is_reachable_at_its_address(vm):

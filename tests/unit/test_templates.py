@@ -347,3 +347,30 @@ def test_a_ready_marker_is_text_to_the_guests_shell():
     line = renewal(["chvm.marker=$(poweroff);x"])
     assert line.isascii()
     assert "chvm_configure 'chvm.marker=$(poweroff);x'" in line
+
+
+def test_how_a_file_system_keeps_a_file_is_none_of_its_content(tmp_path):
+    kept = tmp_path / "kept"
+    with kept.open("wb") as file:
+        file.truncate(8 << 20)
+        for position in (100, 3 << 20, (8 << 20) - 5):
+            file.seek(position)
+            file.write(b"data")
+    full = tmp_path / "full"
+    full.write_bytes(kept.read_bytes())
+    assert content_key(kept, tmp_path) == content_key(full, tmp_path)
+    moved = tmp_path / "moved"
+    moved.write_bytes(kept.read_bytes().replace(b"data" + bytes(4), bytes(4) + b"data"))
+    assert content_key(moved, tmp_path) != content_key(full, tmp_path)
+
+
+def test_a_clone_whose_random_pool_could_not_be_renewed_is_never_ready(tmp_path):
+    configure = "chvm_configure() { echo ready; }"
+    for status, said in ((0, "ready\n"), (1, "")):
+        line = (
+            renewal(["chvm.ip=192.0.2.1"])
+            .replace("/lib/chvm/renew", f"(exit {status})")
+            .replace(". /lib/chvm/configure.sh", configure)
+        )
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=10, check=False)
+        assert done.stdout == said
