@@ -185,6 +185,9 @@ class TemplateStore:
         Returns those that were removed.
         """
         remove_unfinished(self.directory)
+        for directory in self.directory.glob("[0-9a-f]*/"):
+            if directory.is_dir() and not (directory / RECORD_FILE).exists():
+                shutil.rmtree(directory, ignore_errors=True)
         removed = []
         kept_mb = 0
         for template in self.all():
@@ -250,10 +253,9 @@ def _remove_unused(template: Template) -> bool:
         if not os.fstat(fd).st_nlink:
             # It was removed meanwhile, and what is there now is another, which may be in use.
             return False
-        # Whole or not there, also when this process is killed: what is left is found by `remove_unfinished`.
-        doomed = template.directory.with_name(f".{template.key}.{secrets.token_hex(4)}")
-        template.directory.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        # From here on it is no template; what is left when this process is killed goes with the next pruning.
+        (template.directory / RECORD_FILE).unlink()
+        shutil.rmtree(template.directory, ignore_errors=True)
         return True
     except (BlockingIOError, FileNotFoundError):
         return False

@@ -39,6 +39,8 @@ SHUTDOWN_TIMEOUT_S = 30.0
 # What `console` returns at most, from the end.
 CONSOLE_LIMIT = 16 << 20
 
+_clone_numbers = itertools.count(1)
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -82,8 +84,8 @@ class Vm:
         self.origin = origin
         self.plugged: dict[str, Device] = {}
         self.resized = False
-        # Of all its snapshots' clones.
-        self.clone_names = (f"{config.name}-clone{number}" for number in itertools.count(1))
+        # Of all its snapshots' clones; cut so that a clone of a clone of a clone still has a name that a VM may have.
+        self.clone_names = (f"{config.name[:50]}-clone{number}" for number in _clone_numbers)
         self._snapshot = snapshot
         self._release = release
         self.closed = False

@@ -25,7 +25,7 @@ int main(int argc, char **argv) {
         if (connect(fd, (void *)&at, sizeof at)) return 1;
         return write(fd, "from the guest\n", 15) != 15;
     }
-    if (bind(fd, (void *)&at, sizeof at) || listen(fd, 1)) return 2;
+    if (bind(fd, (void *)&at, sizeof at) || listen(fd, 1)) { perror("bind, listen"); return 2; }
     puts("listening"); fflush(stdout);
     fd = accept(fd, 0, 0);
     ssize_t n = read(fd, line, sizeof line);
@@ -46,7 +46,10 @@ def peer(tmp_path_factory):
     return source.with_suffix("")
 
 
-LISTEN = "/tmp/peer listen 5000 >/tmp/said & until grep -q listening /tmp/said; do usleep 50000; done"
+# Its first line says that it listens, or why not.
+LISTEN = (
+    'rm -f /tmp/said; mkfifo /tmp/said; /tmp/peer listen 5000 >/tmp/said 2>&1 & read -r line </tmp/said; [ "$line" = listening ]'
+)
 
 
 @pytest.mark.in_lab
