@@ -27,7 +27,7 @@ chvm_share() {
     done
 }
 chvm_configure() {
-    local word value ip=127.0.0.1 marker=CHVM_READY nonce= machine_id
+    local word value ip=127.0.0.1 marker=CHVM_READY nonce= machine_id level _
     read -r machine_id </proc/sys/kernel/random/uuid
     echo "${machine_id//-/}" >/etc/machine-id
     for word; do
@@ -41,5 +41,9 @@ chvm_configure() {
         chvm.share=*) chvm_share $value ;;
         esac
     done >$chvm_console 2>&1
+    # A kernel message in the middle of the line would make it another one.
+    read -r level _ </proc/sys/kernel/printk
+    echo 1 >/proc/sys/kernel/printk
     echo "$marker $ip${nonce:+ nonce=$nonce}" >$chvm_console
+    echo $level >/proc/sys/kernel/printk
 }

@@ -11,6 +11,10 @@ from pathlib import Path, PurePosixPath
 from pytest_chvm.errors import InvalidConfigError, VmIOError
 from pytest_chvm.model import CommandResult
 
+if not hasattr(tarfile, "data_filter"):
+    # Python before 3.11.4 (Debian 12 has 3.11.2) has no extraction filters (PEP 706).
+    from backports import tarfile  # type: ignore[import-not-found,no-redef]
+
 Run = Callable[[str, bytes | None], CommandResult]
 
 

@@ -55,5 +55,9 @@ while [ "$program" ]; do
     set -- "$@" "$(printf %b "${program%%,*}")"
     program=$rest
 done
+# A guest's clock is this machine's (there is no TSC scaling), which the kernel sets right once more a second after its start: what was
+# saved before cannot be restored after it.
+tries=0
+until dmesg | grep -q 'tsc: Refined' || [ $tries = 100 ]; do tries=$((tries + 1)) && usleep 50000; done
 echo "$marker 127.0.0.1"
 exec switch_root /root "$@"
