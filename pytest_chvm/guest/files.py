@@ -13,7 +13,7 @@ from pytest_chvm.model import CommandResult
 
 if not hasattr(tarfile, "data_filter"):
     # Python before 3.11.4 (Debian 12 has 3.11.2) has no extraction filters (PEP 706).
-    from backports import tarfile  # type: ignore[import-not-found,no-redef]
+    from backports import tarfile  # type: ignore[import-not-found,import-untyped,no-redef,unused-ignore]
 
 Run = Callable[[str, bytes | None], CommandResult]
 
