@@ -25,7 +25,13 @@ for word in $(cat /proc/cmdline); do
     esac
 done
 
-while read -r module; do insmod "$module"; done </lib/chvm-modules
+kvm_amd=
+while read -r module; do
+    case $module in
+    */kvm?amd.ko) kvm_amd=$module ;;
+    *) insmod "$module" ;;
+    esac
+done </lib/chvm-modules
 
 mkdir -p /lower /layer /root
 mount -t virtiofs -o ro "$root" /lower || fail "cannot mount the root file system"
@@ -55,9 +61,11 @@ while [ "$program" ]; do
     set -- "$@" "$(printf %b "${program%%,*}")"
     program=$rest
 done
-# A guest's clock is this machine's (there is no TSC scaling), which the kernel sets right once more a second after its start: what was
-# saved before cannot be restored after it.
+# KVM gives its guests the TSC frequency that it finds when kvm_amd is loaded, and the kernel sets its own right once more a second after
+# its start. Where the two differ by more than 250 ppm, and there is no TSC scaling, a guest's timers never fire (kvm_set_tsc_khz and
+# set_tsc_khz in arch/x86/kvm/x86.c).
 tries=0
 until dmesg | grep -q 'tsc: Refined' || [ $tries = 100 ]; do tries=$((tries + 1)) && usleep 50000; done
+insmod "$kvm_amd"
 echo "$marker 127.0.0.1"
 exec switch_root /root "$@"
