@@ -128,8 +128,10 @@ class Sandbox:
         """Return what runs a program inside, in a process that becomes that program."""
         user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
         inside = ["nsenter", "--target", str(self._holder.pid), *user, "--net", "--mount", "--uts"]
-        # Entering a mount namespace changes to its root.
-        return [*inside, "sh", "-c", f'cd {shlex.quote(os.fspath(cwd))} && exec "$@"', "sh", *map(os.fspath, argv)]
+        # Entering a mount namespace changes to its root. A program has its signals as from a terminal, whatever these tests were
+        # started by (nohup ignores some).
+        program = f'cd {shlex.quote(os.fspath(cwd))} && exec env --default-signal "$@"'
+        return [*inside, "sh", "-c", program, "sh", *map(os.fspath, argv)]
 
     def run(self, *argv: str | os.PathLike[str]) -> None:
         """Run a program inside; it must succeed."""
