@@ -308,3 +308,19 @@ def test_log_reader_never_yields_more_than_a_chunk(log):
     pieces = list(LogReader(log, 100).pieces())
     assert max(map(len, pieces)) <= ready.CHUNK + 100
     assert len(pieces) == 4
+
+
+def test_a_panic_that_comes_in_pieces_is_told_whole(log):
+    scanner = PanicScanner(log)
+    for piece in (b"\n[    2.1] Kernel panic", b" - not syncing: ", b"sysrq triggered "):
+        with log.open("ab") as file:
+            file.write(piece)
+        assert scanner.scan() is None
+    with log.open("ab") as file:
+        file.write(b"crash\r\n")
+    assert scanner.scan() == "Kernel panic - not syncing: sysrq triggered crash"
+
+
+def test_a_panic_without_an_end_is_told_in_part(log):
+    log.write_bytes(b"\nKernel panic - not syncing: " + b"x" * 500)
+    assert PanicScanner(log).scan() == "Kernel panic - not syncing: " + "x" * 200
