@@ -24,9 +24,7 @@ CHUNK = 1 << 20
 
 # printk's time stamp may be before it (Documentation/admin-guide/kernel-parameters, printk.time). To the end of the line, which a
 # serial port writes byte by byte.
-PANIC = re.compile(
-    rb"(?:^|[\r\n])(?:\[ *\d+\.\d+\] )?(Kernel panic - not syncing: (?:[^\r\n]{0,199}(?=[\r\n])|[^\r\n]{200}))"
-)
+PANIC = re.compile(rb"(?:^|[\r\n])(?:\[ *\d+\.\d+\] )?(Kernel panic - not syncing: (?:[^\r\n]{0,199}(?=[\r\n])|[^\r\n]{200}))")
 
 
 @dataclass
