@@ -134,6 +134,8 @@ class Guest:
         words = [f"chvm.nonce={self.nonce}", f"chvm.hostname={self.config.name.replace('_', '-').replace('.', '-')}"]
         if marker != DEFAULT_MARKER:
             words.append(f"chvm.marker={marker}")
+        if self.config.data_disk is not None:
+            words.append("chvm.disk=/dev/vda")
         return words + [f"chvm.share={share.tag}{',ro' if share.read_only else ''}" for share in self.config.shared_dirs]
 
 

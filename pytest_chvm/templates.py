@@ -22,9 +22,8 @@ def why_no_clone(config: VmConfig, *, built_in_guest: bool) -> str | None:
     """Return why a VM has to be booted, or None where it can be a clone of one that was."""
     if not built_in_guest:
         return "it has an initramfs or root disk of its own, in which nothing renews a clone's addresses, clock and random pool"
-    disks = [name for name in ("root_disk", "seed_iso", "data_disk") if getattr(config, name) is not None]
-    if disks:
-        return f"it has a {disks[0]}"
+    if config.seed_iso is not None:
+        return "it has a seed_iso"
     if config.channels:
         return "it has channels"
     if not all(isinstance(n, Tap) or (isinstance(n, Network) and n.bridge) for n in config.networks or ()):
@@ -37,6 +36,8 @@ def why_no_snapshot(config: VmConfig, plugged: Iterable[str], *, built_in_guest:
     why = why_no_clone(config, built_in_guest=built_in_guest)
     if why is not None:
         return why
+    if config.data_disk is not None:
+        return "it has a data_disk, which would be its clones' too"
     if config.shared_dirs and not is_clone:
         return "its shared dirs cannot be unplugged: start it with boot='clone' or 'auto'"
     if names := ", ".join(plugged):
@@ -47,12 +48,12 @@ def why_no_snapshot(config: VmConfig, plugged: Iterable[str], *, built_in_guest:
 def template_config(config: VmConfig) -> VmConfig:
     """Return what is booted for the template of a VM: the VM without what comes fresh to each clone."""
     networks = None if config.networks is None else [Tap() for _ in config.networks]
-    return clone_config(config).replace(networks=networks, shared_dirs=(), netns=None)
+    return clone_config(config).replace(networks=networks, data_disk=None, shared_dirs=(), netns=None)
 
 
 def clone_config(config: VmConfig) -> VmConfig:
-    """Return what a clone is made of: a shared dir is plugged in, for which there has to be a place in the template too."""
-    return config.replace(hotplug=config.hotplug or bool(config.shared_dirs))
+    """Return what a clone is made of: disks and shared dirs are plugged in, and the template needs places for them too."""
+    return config.replace(hotplug=config.hotplug or config.data_disk is not None or bool(config.shared_dirs))
 
 
 def made_of(config: VmConfig, driver: VmDriver, network_mode: str, cache: Path) -> dict[str, object]:

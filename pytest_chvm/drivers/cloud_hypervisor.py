@@ -223,6 +223,7 @@ class CloudHypervisorDriver:
         """Plug a disk in; returns its id."""
         form = (base_format(image) if read_only else data_format(image)).capitalize()
         body: dict[str, object] = {"path": os.fspath(image), "readonly": read_only, "image_type": form}
+        body |= {"backing_files": form == "Qcow2"}
         return self._add(handle, "vm.add-disk", body)
 
     def add_tap(self, handle: VmHandle, tap: str, mac: str) -> str:
@@ -327,6 +328,8 @@ class CloudHypervisorDriver:
             if shared := inherited_memory(handle.process.pid):
                 ch_state.name_memory(source, shared)
             self._call(handle, "vm.restore", {"source_url": f"file://{source}"})
+            if config.data_disk is not None:
+                self.add_disk(handle, config.data_disk, read_only=False)
             for index, share in enumerate(config.shared_dirs):
                 self.add_share(handle, share, handle.run_dir / f"fs{index}.sock")
             self._call(handle, "vm.resume")

@@ -80,15 +80,14 @@ class QemuDriver:
         machine += self._boot_source(config)
         machine += ["-chardev", f"file,id=serial,path={_quoted(plan.serial_log)},append=on", "-serial", "chardev:serial"]
         machine += ["-device", "virtio-rng-pci"]
-        machine += self._disks(plan)
         machine += self._nics(plan, shown)
         if vsock := qemu_vsock.open_device(config.name):
             fd, cid = vsock
             number = plan.add_fd(fd)
             machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
             shown[f",vhostfd={number}"] = ""
-        # Those of a clone are plugged in before it goes on.
-        machine += self._shares(plan) if plan.restoring is None else []
+        # A clone's are plugged in before it goes on.
+        machine += [*self._disks(plan), *self._shares(plan)] if plan.restoring is None else []
         control = ["-incoming", "defer", "-S"] if plan.restoring is not None else []
         control += ["-chardev", f"socket,id=qmp,fd={plan.add_listener('qmp.sock')},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control"]
@@ -301,6 +300,8 @@ class QemuDriver:
         handle = self._process.boot(config, self._command, options, directory)
 
         async def go_on(client: Any) -> None:
+            if disk := config.data_disk:
+                await qemu_devices.plug_disk(client, handle, disk, data_format(disk), read_only=False)
             for index, share in enumerate(config.shared_dirs):
                 await qemu_devices.plug_share(client, handle, share, self._socket(handle, f"fs{index}.sock"))
             await client.execute("cont")

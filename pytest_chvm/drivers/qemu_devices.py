@@ -27,18 +27,17 @@ def port_arguments() -> list[str]:
 
 def add_disk(handle: VmHandle, socket_path: Path, image: Path, form: str, *, read_only: bool) -> str:
     """Plug a disk in; returns its id."""
-    node = {
-        "driver": form,
-        "node-name": (name := _new_id("disk")),
-        "read-only": read_only,
-        "file": {"driver": "file", "filename": str(image)},
-    }
+    name: str = qmp.session(handle.name, socket_path, lambda client: plug_disk(client, handle, image, form, read_only=read_only))
+    return name
 
-    async def plug(execute: Execute, port: str) -> None:
-        await execute("blockdev-add", node)
-        await execute("device_add", {"driver": "virtio-blk-pci", "id": name, "drive": name, "bus": port})
 
-    _plug(handle, socket_path, plug)
+async def plug_disk(client: Any, handle: VmHandle, image: Path, form: str, *, read_only: bool) -> str:
+    """Plug a disk in, with a QMP client; returns its id."""
+    name = _new_id("disk")
+    file = {"driver": "file", "filename": str(image)}
+    port = await _needed_port(client, handle)
+    await client.execute("blockdev-add", {"driver": form, "node-name": name, "read-only": read_only, "file": file})
+    await client.execute("device_add", {"driver": "virtio-blk-pci", "id": name, "drive": name, "bus": port})
     return name
 
 

@@ -2,6 +2,7 @@
 # chvm_configure WORD...: the words are those of the kernel command line, others are passed over:
 #   chvm.net=DEVICE,ADDRESS/NETMASK,GATEWAY,MAC   one a NIC (each but the first may be empty)
 #   chvm.share=TAG[,ro]                           one a shared dir
+#   chvm.disk=DEVICE                              one that must be there
 #   chvm.ip= chvm.nonce= chvm.marker= chvm.hostname=
 # At last it says on the serial console that the machine is ready.
 # Written to fork as little as it can: this is most of what a clone's start takes.
@@ -15,16 +16,20 @@ chvm_net() {
     ifconfig $device 0.0.0.0 down ${mac:+hw ether $mac} ${address:+${address%/*} netmask ${address#*/} up}
     [ "$gateway" ] && route add default gw $gateway
 }
-chvm_share() {
-    local tag=${1%,ro} options=rw tries=0
-    [ $tag != $1 ] && options=ro
-    mkdir -p /mnt/$tag
-    # One that was just plugged in takes the kernel a moment, of which no event tells a shell.
-    until mount -t virtiofs -o $options $tag /mnt/$tag 2>/dev/null; do
+# What was just plugged in takes the kernel a moment, of which no event tells a shell.
+chvm_retry() {
+    local tries=0
+    until "$@" 2>/dev/null; do
         tries=$((tries + 1))
-        [ $tries = 500 ] && echo "chvm: cannot mount shared dir $tag" && return 1
+        [ $tries = 500 ] && return 1
         usleep 10000
     done
+}
+chvm_share() {
+    local tag=${1%,ro} options=rw
+    [ $tag != $1 ] && options=ro
+    mkdir -p /mnt/$tag
+    chvm_retry mount -t virtiofs -o $options $tag /mnt/$tag || { echo "chvm: cannot mount shared dir $tag" && return 1; }
 }
 chvm_configure() {
     local word value ip=127.0.0.1 marker=CHVM_READY nonce= machine_id level _
@@ -39,6 +44,7 @@ chvm_configure() {
         chvm.nonce=*) nonce=$value ;;
         chvm.net=*) IFS=, && set -- $value && unset IFS && chvm_net "$@" ;;
         chvm.share=*) chvm_share $value ;;
+        chvm.disk=*) chvm_retry [ -b $value ] || echo "chvm: no disk $value" ;;
         esac
     done >$chvm_console 2>&1
     # A kernel message in the middle of the line would make it another one.

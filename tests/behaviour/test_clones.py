@@ -113,14 +113,29 @@ def test_a_clone_reboots_as_itself(boot):
 
 
 def test_a_vm_that_cannot_be_a_clone_is_booted_and_says_why(boot, tmp_path):
-    disk = tmp_path / "data.img"
-    disk.write_bytes(bytes(1 << 20))
-    with pytest.raises(UnsupportedError, match=r"cannot be a clone: it has a data_disk"):
-        boot(boot="clone", network="none", data_disk=disk)
-    vm = boot(network="none", data_disk=disk)
-    assert (vm.origin.boot, vm.origin.why) == ("cold", "it has a data_disk")
+    seed = tmp_path / "seed.iso"
+    seed.write_bytes(bytes(1 << 20))
+    with pytest.raises(UnsupportedError, match=r"cannot be a clone: it has a seed_iso"):
+        boot(boot="clone", network="none", seed_iso=seed)
+    vm = boot(network="none", seed_iso=seed)
+    assert (vm.origin.boot, vm.origin.why) == ("cold", "it has a seed_iso")
+    with pytest.raises(UnsupportedError, match=r"cannot be saved: it has a seed_iso"):
+        vm.snapshot()
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_a_clone_has_its_data_disk(boot, tmp_path, form):
+    disk = tmp_path / f"data.{form}"
+    subprocess.run(["qemu-img", "create", "-q", "-f", form, disk, "4M"], check=True)
+    vm = boot(boot="clone", network="none", data_disk=disk)
+    vm.check_output("printf kept >/dev/vda; sync")
+    vm.reboot()
+    assert vm.check_output("head -c 4 /dev/vda") == "kept"
     with pytest.raises(UnsupportedError, match=r"cannot be saved: it has a data_disk"):
         vm.snapshot()
+    vm.shutdown()
+    with boot(boot="clone", name="again", network="none", data_disk=disk) as again:
+        assert again.check_output("head -c 4 /dev/vda; cat /sys/block/vda/size") == "kept8192\n"
 
 
 def test_a_vm_with_several_shared_dirs_can_be_saved_again_and_again(boot, tmp_path):
