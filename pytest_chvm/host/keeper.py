@@ -22,6 +22,7 @@ gets one marshalled dict back that has it too:
         what a lease names, in case somebody removes the file; None: it was released
     {"end": "processes"}                                      -> {"failures": [TEXT...]}
     {"end": "leases"}                                         -> {"failures": [TEXT...]}
+    (none, with "id" 0)                                       -> {} once it is there, or {"error": TEXT}
     any that failed                                           -> {"error": TEXT}
 """
 
@@ -239,7 +240,6 @@ def keep(owners: list[tuple[int, int]], first: int, control: socket.socket, dire
     keeper = Keeper(control, directory)
     pidfds = []
     try:
-        register(os.path.join(directory, records.LOCK_FILE))
         pidfds = [os.pidfd_open(pid) for pid in (first, *(pid for pid, _ticks in owners))]
         # A pid may have been another process's before its descriptor was open.
         if os.getppid() == first and all(remains.start_time_ticks(pid) == ticks for pid, ticks in owners):
@@ -281,9 +281,14 @@ def main(arguments: list[str]) -> int:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
-    lock = os.open(os.path.join(directory, records.LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    register(os.path.join(directory, records.LOCK_FILE))
+    control = socket.socket(fileno=control_fd)
+    try:
+        lock = os.open(os.path.join(directory, records.LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        register(os.path.join(directory, records.LOCK_FILE))
+    except OSError as error:
+        control.send(marshal.dumps({"id": 0, "error": error.strerror}))
+        return 1
     # It came through an exec, and goes through no other: what is in a VMM's hands must not reach the owner.
     os.set_inheritable(control_fd, False)
     first = os.getpid()
@@ -292,7 +297,10 @@ def main(arguments: list[str]) -> int:
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
         status = 1
         try:
-            status = keep(owners, first, socket.socket(fileno=control_fd), directory)
+            register(os.path.join(directory, records.LOCK_FILE))
+            status = keep(owners, first, control, directory)
+        except OSError as error:
+            control.send(marshal.dumps({"id": 0, "error": error.strerror}))
         finally:
             os._exit(status)
     while True:

@@ -143,17 +143,26 @@ class Keeper:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         owners = [identity_of(self.owner_pid), *([run.controller] if run.controller else [])]
         words = [",".join(f"{owner.pid}:{owner.start_time_ticks}" for owner in owners), str(self.directory), str(theirs.fileno())]
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", keeper_script.START, os.path.abspath(keeper_script.__file__), *words],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                cwd="/",
-            )
-        self.pid = self._process.pid
-        self._receive(0, Deadline.after(KEEPER_START_TIMEOUT_S), "start")
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-c", keeper_script.START, os.path.abspath(keeper_script.__file__), *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    cwd="/",
+                )
+            self.pid = self._process.pid
+            if error := self._receive(0, Deadline.after(KEEPER_START_TIMEOUT_S), "start").get("error"):
+                raise VmIOError(f"the keeper process cannot start in {str(self.directory)!r}: {error}")
+        except BaseException:
+            if self.pid:
+                self.close()
+            else:
+                self._socket.close()
+                self._remove_directory()
+            raise
 
     @property
     def is_alive(self) -> bool:
@@ -265,8 +274,11 @@ class Keeper:
             failures.append(f"the keeper (pid {self.pid}) was still there after {deadline.total_s:g} s and was killed")
             pids = records.read_pairs(os.fspath(self.directory / records.LOCK_FILE))
             remains.kill_and_wait(pids, KILLED_TIMEOUT_S)
-        if self.directory.exists():
-            failures += records.remove_owner_directory(os.fspath(self.directory))
+        return failures + self._remove_directory()
+
+    def _remove_directory(self) -> list[str]:
+        failures = records.remove_owner_directory(os.fspath(self.directory)) if self.directory.exists() else []
+        keeper_script.remove_run_directory(os.fspath(self.directory))
         return failures
 
     def _end(self, what: str, deadline: Deadline) -> list[str]:

@@ -384,3 +384,20 @@ def test_two_runs_side_by_side_have_vms_of_the_same_name_and_leave_nothing(
         pytester.path.joinpath(f"run{index}", "go").write_bytes(b"")
     assert [run.wait() for run in runs] == [0, 0], runs[0].output + runs[1].output
     assert not sandbox.left_behind()
+
+
+def test_nothing_is_left_where_the_keeper_finds_no_room(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = "/run/small"
+    sandbox.run("mkdir", small)
+    # One page: for the record of the owner, but not for that of the keeper.
+    sandbox.run("mount", "-t", "tmpfs", "-o", "size=4k", "small", small)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", small)
+    pytester.makepyfile("def test_vm(chvm_vm): chvm_vm()")
+    run = start_pytest()
+    assert run.wait() == 1
+    assert "the keeper process cannot start" in run.output
+    assert "No space left on device" in run.output
+    assert list(sandbox.path(small).iterdir()) == []
+    sandbox.run("umount", small)
