@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -108,8 +107,7 @@ def remove_device(handle: VmHandle, socket_path: Path, device: str) -> None:
         with client.listen(gone):
             await client.execute("device_del", {"id": device})
             try:
-                async with asyncio.timeout(UNPLUG_TIMEOUT_S):
-                    await gone.get()
+                await qmp.next_event(client, gone, UNPLUG_TIMEOUT_S)
             except TimeoutError as error:
                 raise HypervisorError(
                     f"VM {handle.name!r}: the guest did not let go of {device!r} within {UNPLUG_TIMEOUT_S:g} s", vm_name=handle.name

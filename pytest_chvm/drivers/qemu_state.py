@@ -6,7 +6,6 @@ milliseconds, and a load maps the file copy-on-write.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -54,8 +53,7 @@ def _migrate(
             with client.listen(ended):
                 await client.execute(command, {"uri": "fd:state"})
                 try:
-                    async with asyncio.timeout(MIGRATION_TIMEOUT_S):
-                        event = await ended.get()
+                    event = await qmp.next_event(client, ended, MIGRATION_TIMEOUT_S)
                 except TimeoutError as error:
                     raise HypervisorError(
                         f"VM {vm_name!r}: QEMU did not end {command!r} within {MIGRATION_TIMEOUT_S:g} s", vm_name=vm_name

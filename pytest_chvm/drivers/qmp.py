@@ -52,6 +52,27 @@ async def _session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaita
             logging.getLogger("pytest_chvm").debug("%s: QMP ended with %s", vm_name, error)
 
 
+async def next_event(client: Any, listener: Any, timeout_s: float) -> Any:
+    """Return the next event that an EventListener of a client has; raises TimeoutError, and EOFError when QEMU ends meanwhile."""
+    from qemu.qmp import Runstate
+
+    async def end() -> None:
+        while client.runstate is Runstate.RUNNING:
+            await client.runstate_changed()
+
+    event, ended = asyncio.ensure_future(listener.get()), asyncio.ensure_future(end())
+    try:
+        await asyncio.wait([event, ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if event.done():
+            return event.result()
+        if ended.done():
+            raise EOFError("it has ended")
+        raise TimeoutError
+    finally:
+        event.cancel()
+        ended.cancel()
+
+
 def forwarded_port(vm_name: str, answer: str, listing: str, port: int) -> tuple[str, int]:
     """Return the host's end of a forwarding from the monitor's `info usernet`; raises HypervisorError where it has none."""
     rows = re.findall(r"TCP\[HOST_FORWARD\]\s+\d+\s+(127\.0\.0\.1)\s+(\d{1,5})\s+\S+\s+(\d{1,5})\s", listing)

@@ -333,9 +333,12 @@ def close_keeper() -> list[str]:
 def _close(*, gone: bool = False) -> list[str]:
     failures = []
     for one in [one for one in _keepers if not (gone and one.is_alive)]:
-        failures += one.close()
-        # Not before: an interrupted close is begun again at the end of the process.
-        _keepers.remove(one)
+        failed = one.close()
+        # What this process itself has open still cannot be removed yet: the rest goes at the end of the process. Nor is one
+        # forgotten before: an interrupted close is begun again then.
+        if not (gone and failed):
+            _keepers.remove(one)
+        failures += failed
     return failures
 
 

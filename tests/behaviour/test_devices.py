@@ -3,10 +3,12 @@
 import os
 import signal
 import subprocess
+import threading
+import time
 
 import pytest
 
-from pytest_chvm import BootFailedError, HypervisorError, Settings, SharedDir, Tap, UnsupportedError, VmConfig
+from pytest_chvm import BootFailedError, HypervisorError, Settings, SharedDir, Tap, UnsupportedError, VmConfig, VmIOError
 from pytest_chvm.launcher import choose_guest
 from pytest_chvm.model import mac_for
 
@@ -133,6 +135,21 @@ def test_devices_come_and_go_while_the_vm_runs(boot, disk, tmp_path):
     for device in (plugged, nic, share):
         vm.remove(device)
     vm.check_output(WAIT_FOR.format("[ ! -b /dev/vda ]") + "; " + WAIT_FOR.format("[ ! -d /sys/class/net/eth1 ]"))
+
+
+def test_a_vmm_that_ends_while_a_device_goes_is_an_error_at_once(boot, disk):
+    vm = boot(hotplug=True, network="none")
+    device = vm.add_disk(disk)
+    # Its guest lets go of nothing.
+    vm.pause()
+    killed_after_s, at_once_s = 1.0, 10.0
+    killer = threading.Timer(killed_after_s, os.kill, (vm.pid, signal.SIGKILL))
+    killer.start()
+    started = time.monotonic()
+    with pytest.raises((HypervisorError, VmIOError)):
+        vm.remove(device)
+    killer.cancel()
+    assert time.monotonic() - started < killed_after_s + at_once_s
 
 
 def test_processors_and_memory_grow_while_the_vm_runs(boot):

@@ -401,3 +401,31 @@ def test_nothing_is_left_where_the_keeper_finds_no_room(
     assert "No space left on device" in run.output
     assert list(sandbox.path(small).iterdir()) == []
     sandbox.run("umount", small)
+
+
+def test_nothing_is_left_of_a_keeper_that_was_killed_while_a_tap_was_in_use(
+    pytester: pytest.Pytester, start_pytest: StartPytest, sandbox: Sandbox
+) -> None:
+    pytester.makepyfile(
+        """
+    import os, signal
+    from pytest_chvm.host.leases import Lease
+    from pytest_chvm.host.networks import make_tap, open_tap
+    from pytest_chvm.host.processes import close_keeper, keeper
+
+    def test_taps():
+        lease = Lease()
+        tap = open_tap(make_tap(lease, None, None, None), None, ours=True)
+        killed = keeper()
+        os.kill(killed.pid, signal.SIGKILL)
+        while killed.is_alive:
+            pass
+        assert keeper() is not killed
+        os.close(tap)
+        lease.release()
+        assert close_keeper() == []
+    """
+    )
+    run = start_pytest("--timeout=20")
+    assert run.wait() == 0, run.output
+    assert not sandbox.left_behind()
