@@ -34,7 +34,8 @@ async def _session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaita
     from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient
 
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
-    client = QMPClient(vm_name)
+    # Without a name: with one it has a logger of its own, which the process keeps.
+    client = QMPClient()
     try:
         async with asyncio.timeout(timeout_s):
             await client.connect(str(socket_path))

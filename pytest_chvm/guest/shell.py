@@ -30,6 +30,10 @@ INPUT_PIECE = 1 << 18
 OUTPUT_PIECE = 1 << 15
 KILL_TIMEOUT_S = 5.0
 LARGEST_STATUS = 255
+# What comes in a line after its token, which is another one each time.
+SHELL_OR_LOOP, LOOP, INPUT = re.compile(rb"(sh|loop)\r?"), re.compile(rb"loop\r?"), re.compile(rb"input")
+OUT, ERR, END = re.compile(rb"out (\d{1,15})"), re.compile(rb"err (\d{1,15})"), re.compile(rb"end ([^\n]{0,40})")
+LONGEST_WORDS = 50
 NO_SHELL = (
     "no shell answers on the guest's virtio console (hvc0). The built-in guest has one; an image of your own needs a "
     "service that runs 'sh </dev/hvc0 >/dev/hvc0 2>&1'"
@@ -160,11 +164,11 @@ class GuestShell:
         try:
             self._finish_input(patience)
             self._write(b"\ndrop\n" + hello.encode(), patience)
-            found = self._read_until(re.compile(rb"\n%s (sh|loop)\r?\n" % token.encode()), patience)
+            found = self._read_line(token, SHELL_OR_LOOP, patience)
             if found[1] == b"sh":
                 # One line starts the loop, so that the shell has read nothing beyond it when the loop answers.
                 self._write(shell_script() + f"chvm_loop {token}\n".encode(), patience)
-                self._read_until(re.compile(rb"\n%s loop\r?\n" % token.encode()), patience)
+                self._read_line(token, LOOP, patience)
             self._in_step = True
         except TimeoutError as error:
             if deadline.expired:
@@ -199,16 +203,14 @@ class GuestShell:
             return
         self._write(bytes(self._owed), deadline)
         self._owed = 0
-        self._read_until(re.compile(rb"\n%s input\n" % self._input_token.encode()), deadline)
+        self._read_line(self._input_token, INPUT, deadline)
         self._input_token = None
 
     def _read_answer(self, answer: _Answer, deadline: Deadline) -> int:
         """Read what is left of an answer and return the exit status; after a TimeoutError it can be gone on with."""
-        mark = answer.token.encode()
-        for name, output in ((b"out", answer.stdout), (b"err", answer.stderr)):
+        for name, size, output in ((b"out", OUT, answer.stdout), (b"err", ERR, answer.stderr)):
             if name not in answer.left:
-                header = self._read_until(re.compile(rb"\n%s %s (\d{1,15})\n" % (mark, name)), deadline)
-                answer.left[name] = self._checked_size(int(header[1]))
+                answer.left[name] = self._checked_size(int(self._read_line(answer.token, size, deadline)[1]))
             while left := answer.left[name]:
                 piece = min(left, OUTPUT_PIECE)
                 while len(self._pending) < piece:
@@ -217,7 +219,7 @@ class GuestShell:
                 del self._pending[:piece]
                 answer.left[name] -= piece
                 self._write(b"more\n", deadline)
-        status = self._read_until(re.compile(rb"\n%s end ([^\n]{0,40})\n" % mark), deadline)[1]
+        status = self._read_line(answer.token, END, deadline)[1]
         if not re.fullmatch(rb"\d{1,3}", status) or int(status) > LARGEST_STATUS:
             raise VmIOError(f"VM {self.vm_name!r}: the guest's shell gave {status!r} as an exit status", vm_name=self.vm_name)
         return int(status)
@@ -250,14 +252,20 @@ class GuestShell:
             stderr=err,
         )
 
-    def _read_until(self, pattern: re.Pattern[bytes], deadline: Deadline) -> re.Match[bytes]:
-        """Drop what comes before the pattern, and it; its lines are short and stand alone."""
+    def _read_line(self, token: str, words: re.Pattern[bytes], deadline: Deadline) -> re.Match[bytes]:
+        """Drop what comes before the line `TOKEN WORDS`, and it; returns the match of its words."""
+        mark = f"\n{token} ".encode()
         while True:
-            # Of a copy: a match of the buffer itself would change with it.
-            if match := pattern.search(bytes(self._pending)):
-                del self._pending[: match.end()]
-                return match
-            del self._pending[:-200]
+            start = self._pending.find(mark)
+            while start >= 0:
+                first = start + len(mark)
+                end = self._pending.find(b"\n", first, first + LONGEST_WORDS)
+                # Of a copy: a match of the buffer itself would change with it.
+                if end >= 0 and (match := words.fullmatch(bytes(self._pending[first:end]))):
+                    del self._pending[: end + 1]
+                    return match
+                start = self._pending.find(mark, start + 1)
+            del self._pending[: -len(mark) - LONGEST_WORDS]
             self._fill(deadline)
 
     def _fill(self, deadline: Deadline) -> None:
