@@ -58,6 +58,11 @@ def _migrate(
                     raise HypervisorError(
                         f"VM {vm_name!r}: QEMU did not end {command!r} within {MIGRATION_TIMEOUT_S:g} s", vm_name=vm_name
                     ) from error
+            if command == "migrate":
+                # The event comes a moment before QEMU lets the VM go, `cont` is refused until then, and nothing tells of it:
+                # QEMU's own tests ask as well (`wait_migration` of its iotests).
+                while (await client.execute("query-status"))["status"] == "finish-migrate":
+                    pass
             if _status(event) == "failed":
                 answer = await client.execute("query-migrate")
                 raise HypervisorError(f"VM {vm_name!r}: {command!r} failed: {answer.get('error-desc', answer)}", vm_name=vm_name)
