@@ -63,6 +63,9 @@ class Virtiofsd:
                 f"--shared-dir={host_path}",
                 f"--cache={share.cache}",
                 f"--sandbox={sandbox}",
+                # The handles that newer ones use by default find a file on FUSE while the kernel has it cached, and are stale
+                # after that: nothing in a lab's --rw directory could be opened.
+                "--inode-file-handles=never",
                 *flags,
             ]
         if os.geteuid() != 0:

@@ -111,7 +111,7 @@ def test_arguments_of_the_rust_virtiofsd(read_only, monkeypatch):
     share = SharedDir("t", f"/d/{ODD_NAME}", read_only)
     assert Virtiofsd(Path("/bin/virtiofsd"), is_rust=True).command(share, Path("/run/s")) == [
         "/bin/virtiofsd", "--socket-path=/run/s", f"--shared-dir=/d/{ODD_NAME}", "--cache=never", "--sandbox=chroot",
-        *(["--readonly"] if read_only else []), "--modcaps=-mknod",
+        "--inode-file-handles=never", *(["--readonly"] if read_only else []), "--modcaps=-mknod",
     ]  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_arguments_of_the_c_virtiofsd(monkeypatch):
 def test_without_root_the_sandbox_is_a_namespace(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     words = Virtiofsd(Path("/bin/virtiofsd"), is_rust=True).command(SharedDir("t", "/d"), Path("/run/s"))
-    assert words[-1] == "--sandbox=namespace"
+    assert words[-2:] == ["--sandbox=namespace", "--inode-file-handles=never"]
 
 
 def test_without_root_the_c_one_is_refused_with_what_to_do(monkeypatch):
@@ -164,7 +164,8 @@ def test_sidecar_is_started_with_exactly_this(ch, stand_in_ch, stand_in_virtiofs
     record = stand_in_virtiofsd.record(handle.sidecars[0].pid)
     assert record["argv"][1:] == [
         f"--socket-path={handle.run_dir}/fs0.sock", f"--shared-dir={tmp_path}", "--cache=never",
-        *(["--sandbox=chroot", "--modcaps=-mknod"] if os.geteuid() == 0 else ["--sandbox=namespace"]),
+        f"--sandbox={'chroot' if os.geteuid() == 0 else 'namespace'}", "--inode-file-handles=never",
+        *(["--modcaps=-mknod"] if os.geteuid() == 0 else []),
     ]  # fmt: skip
 
 

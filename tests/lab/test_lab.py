@@ -18,6 +18,7 @@ import pytest
 
 from pytest_chvm import lab
 from pytest_chvm.host.kvm import why_no_kvm
+from tests.relay import require_binary
 
 CHVM = [sys.executable, "-m", "pytest_chvm.cli"]
 LAB = [*CHVM, "lab", "--force"]
@@ -80,6 +81,24 @@ def test_the_host_keeps_what_is_written_below_rw_and_nothing_else(tmp_path):
     assert (kept / "new" / "file").read_text() == "after\n"
     assert [path.name for path in untouched.iterdir()] == ["file"]
     assert (untouched / "file").read_text() == "before"
+
+
+# A guest within a machine, both emulated.
+@pytest.mark.timeout(240)
+def test_a_guest_in_the_lab_can_share_a_rw_directory(tmp_path):
+    require_binary()
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("from the host")
+    (tmp_path / "test_share.py").write_text(
+        "def test_share(chvm_vm):\n"
+        f"    vm = chvm_vm(vmm='cloud-hypervisor', network='none', boot='cold', shared_dirs={{'kept': {str(kept)!r}}})\n"
+        "    assert vm.check_output('cat /mnt/kept/file') == 'from the host'\n"
+        "    vm.check_output('echo changed >/mnt/kept/file')\n"
+    )
+    done = run_lab(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tmp_path, options=["--rw", kept], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-8000:]
+    assert (kept / "file").read_text() == "changed\n"
 
 
 def test_kvm_runs_a_guest_and_taps_modules_and_the_clock_work():
