@@ -6,8 +6,8 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError, VmError
@@ -35,20 +35,9 @@ def built_once(
     """
     if is_intact(target):
         return target
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(f"{target}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        waited = False
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            waited = True
-            lock.acquire()
-        with lock:
-            # Held twice from here on.
-            lock.release()
+        with _locked(target) as waited:
             if is_intact(target):
                 return target
             # Of a builder that was killed: the lock was its, and is ours now.
@@ -57,14 +46,7 @@ def built_once(
                 raise InvalidConfigError(f"{str(target)!r} is not there: whoever was building it has just failed")
             for path in left:
                 shutil.rmtree(path, ignore_errors=True)
-            unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            try:
-                build(unfinished)
-                unfinished.chmod(mode)
-                unfinished.rename(target)
-            except BaseException:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                raise
+            _build(target, build, mode)
     except VmError:
         # Some of them are OSErrors.
         raise
@@ -74,6 +56,31 @@ def built_once(
             "or set CHVM_CACHE_DIR to a directory of yours"
         ) from error
     return target
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[bool]:
+    """Hold the lock of what is built at `target`; tells whether somebody else had it."""
+    # Not filelock's: one waits for it by looking again and again.
+    with open(f"{target}.lock", "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            waited = False
+        except BlockingIOError:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waited = True
+        yield waited
+
+
+def _build(target: Path, build: Callable[[Path], None], mode: int) -> None:
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        build(unfinished)
+        unfinished.chmod(mode)
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def remove_unfinished(parent: Path) -> None:
