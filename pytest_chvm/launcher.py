@@ -136,7 +136,7 @@ class Guest:
             words.append(f"chvm.marker={marker}")
         if self.config.data_disk is not None:
             words.append("chvm.disk=/dev/vda")
-        return words + [f"chvm.share={share.tag}{',ro' if share.read_only else ''}" for share in self.config.shared_dirs]
+        return words + [f"chvm.share={share.guest_word}" for share in self.config.shared_dirs]
 
 
 def choose_guest(config: VmConfig, settings: Settings) -> Guest:

@@ -79,6 +79,11 @@ class SharedDir:
         if self.cache not in CACHE_POLICIES:
             raise InvalidConfigError(f"shared dir {self.tag!r}: cache={self.cache!r}, expected one of {', '.join(CACHE_POLICIES)}")
 
+    @property
+    def guest_word(self) -> str:
+        """What the built-in guest is told of it: `TAG[,ro]`."""
+        return f"{self.tag},ro" if self.read_only else self.tag
+
 
 @dataclass(frozen=True, slots=True)
 class Tap:

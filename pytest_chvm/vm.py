@@ -363,8 +363,7 @@ class Vm:
                 share = shares[index]
                 _device, self.handle = hotplug.add_share(self._driver, self.handle, self._lease, share, self._virtiofsd)
                 sidecars[index] = self.handle.sidecars[-1]
-                word = f"{share.tag}{',ro' if share.read_only else ''}"
-                self.check_output(f". /lib/chvm/configure.sh; chvm_share {word}")
+                self.check_output(f". /lib/chvm/configure.sh; chvm_share {share.guest_word}")
             self.handle = replace(self.handle, sidecars=tuple(sidecars))
 
     def pause(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from pytest_chvm.model import SharedDir, VmHandle
 # Of a q35 machine that was booted with room for devices.
 SPARE_PORTS = 8
 UNPLUG_TIMEOUT_S = 20.0
-
-Execute = Callable[[str, dict[str, Any]], Awaitable[Any]]
 
 
 def port_arguments() -> list[str]:
@@ -42,14 +40,17 @@ async def plug_disk(client: Any, handle: VmHandle, image: Path, form: str, *, re
 
 def add_tap(handle: VmHandle, socket_path: Path, tap: str, mac: str) -> str:
     """Plug a NIC in; returns its id."""
+    name: str = qmp.session(handle.name, socket_path, lambda client: plug_nic(client, handle, tap, mac))
+    return name
+
+
+async def plug_nic(client: Any, handle: VmHandle, tap: str, mac: str) -> str:
+    """Plug a NIC in that is attached to a TAP, with a QMP client; returns its id."""
     name = _new_id("nic")
-
-    async def plug(execute: Execute, port: str) -> None:
-        await execute("netdev_add", {"type": "tap", "id": name, "ifname": tap, "script": "no", "downscript": "no"})
-        device = {"driver": "virtio-net-pci", "id": name, "netdev": name, "mac": mac, "romfile": "", "bus": port}
-        await execute("device_add", device)
-
-    _plug(handle, socket_path, plug)
+    port = await _needed_port(client, handle)
+    await client.execute("netdev_add", {"type": "tap", "id": name, "ifname": tap, "script": "no", "downscript": "no"})
+    device = {"driver": "virtio-net-pci", "id": name, "netdev": name, "mac": mac, "romfile": "", "bus": port}
+    await client.execute("device_add", device)
     return name
 
 
@@ -69,13 +70,6 @@ async def plug_share(client: Any, handle: VmHandle, share: SharedDir, share_sock
     device = {"driver": "vhost-user-fs-pci", "id": name, "chardev": name, "tag": share.tag, "queue-size": 512, "bus": port}
     await client.execute("device_add", device)
     return name
-
-
-def _plug(handle: VmHandle, socket_path: Path, plug: Callable[[Execute, str], Awaitable[None]]) -> None:
-    async def work(client: Any) -> None:
-        await plug(client.execute, await _needed_port(client, handle))
-
-    qmp.session(handle.name, socket_path, work)
 
 
 async def _needed_port(client: Any, handle: VmHandle) -> str:

@@ -274,6 +274,12 @@ def remove_run_directory(directory: str) -> None:
         return
 
 
+def refuse(control: socket.socket, error: OSError) -> int:
+    """Tell the owner why it has no keeper; returns the exit status."""
+    control.send(marshal.dumps({"id": 0, "error": error.strerror}))
+    return 1
+
+
 def main(arguments: list[str]) -> int:
     """Be the first process; returns the exit status."""
     owners = [(int(pid), int(ticks)) for pid, _, ticks in (owner.partition(":") for owner in arguments[0].split(","))]
@@ -287,8 +293,7 @@ def main(arguments: list[str]) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         register(os.path.join(directory, records.LOCK_FILE))
     except OSError as error:
-        control.send(marshal.dumps({"id": 0, "error": error.strerror}))
-        return 1
+        return refuse(control, error)
     # It came through an exec, and goes through no other: what is in a VMM's hands must not reach the owner.
     os.set_inheritable(control_fd, False)
     first = os.getpid()
@@ -300,7 +305,7 @@ def main(arguments: list[str]) -> int:
             register(os.path.join(directory, records.LOCK_FILE))
             status = keep(owners, first, control, directory)
         except OSError as error:
-            control.send(marshal.dumps({"id": 0, "error": error.strerror}))
+            status = refuse(control, error)
         finally:
             os._exit(status)
     while True:
