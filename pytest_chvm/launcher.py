@@ -37,9 +37,11 @@ from pytest_chvm.vm import Origin, Vm
 # For a kernel of the user's without a command line of theirs.
 PLAIN_CMDLINE = "console=ttyS0"
 # What a throwaway VM can do without, for the built-in kernel: console messages (the serial port is slow), guards against attacks
-# from its own programs, looking for a timer that is known, tests of the crypto code, waiting long for grace periods.
+# from its own programs, looking for a timer that is known, tests of the crypto code, waiting long for grace periods, page tables of
+# five levels (which software walks for each guest address it has not seen lately).
 BUILT_IN_CMDLINE = (
-    "console=ttyS0 quiet mitigations=off nokaslr no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on"
+    "console=ttyS0 quiet mitigations=off nokaslr no5lvl no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 "
+    "random.trust_cpu=on"
 )
 
 _numbers = itertools.count(1)

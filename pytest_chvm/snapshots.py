@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pytest_chvm.vm import Vm
 
 # Part of every key: to be raised when a template made before would not do any more.
-RECIPE = 1
+RECIPE = 2
 RECORD_FILE = "template.json"
 CHECKED_FILE = "checked"
 # What a record raises that is none.

@@ -88,5 +88,7 @@ def renewal(words: Sequence[str], *, stale_nics: int = 0) -> str:
     flush = "".join(f"ip addr flush dev eth{index};" for index in range(stale_nics))
     message = renew.message(time.time_ns(), os.urandom(renew.SEED_SIZE))
     octal = "".join(f"\\{byte:03o}" for byte in message)
+    # By a file, since a pipe takes another process, and no longer than it has to be there.
+    renewed = f"printf '{octal}' >$chvm_tmp/seed && /lib/chvm/renew <$chvm_tmp/seed && : >$chvm_tmp/seed"
     # The pool first: nothing may be drawn from it before, and a clone whose pool is the template's must not be ready.
-    return f"printf '{octal}' | /lib/chvm/renew && {{ {flush}. /lib/chvm/configure.sh; chvm_configure {shlex.join(words)}; }}"
+    return f"{renewed} && {{ {flush}chvm_configure {shlex.join(words)}; }}"

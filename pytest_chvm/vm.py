@@ -36,6 +36,8 @@ from pytest_chvm.text import read_tail
 
 RUN_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 30.0
+# What a guest's shell reads before it is saved, so that a clone's does not have to.
+READY_TO_RENEW = ". /lib/chvm/configure.sh"
 # What `console` returns at most, from the end.
 CONSOLE_LIMIT = 16 << 20
 
@@ -328,7 +330,7 @@ class Vm:
     def save(self, directory: Path, *, go_on: bool = True) -> None:
         """Save the VM to an empty directory; without `go_on` it stays paused. Raises what `snapshot` does."""
         self.check_alive()
-        with self._without_shares(), self._shell.waiting():
+        with self._without_shares(), self._shell.waiting(READY_TO_RENEW):
             self.pause()
             try:
                 self._driver.snapshot(self.handle, directory)

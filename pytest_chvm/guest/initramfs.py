@@ -47,15 +47,12 @@ def build_initramfs(
     Raises MissingRequirementError where BusyBox is not to be had or the cache cannot be written.
     """
     busybox = find_busybox(cache, progress)
-    init = resources.files("pytest_chvm.guest").joinpath(init_script).read_bytes()
     modules = modules_in_order(kernel.modules, wanted) if kernel.modules else []
+    files = resources.files("pytest_chvm.guest")
+    init = files.joinpath(init_script).read_bytes()
     tools = [
         Entry("lib/chvm", stat.S_IFDIR | 0o755),
-        Entry(
-            "lib/chvm/configure.sh",
-            stat.S_IFREG | 0o644,
-            resources.files("pytest_chvm.guest").joinpath("configure.sh").read_bytes(),
-        ),
+        *(Entry(f"lib/chvm/{name}", stat.S_IFREG | 0o644, files.joinpath(name).read_bytes()) for name in ("configure.sh", "fstab")),
         Entry("lib/chvm/renew", stat.S_IFREG | 0o755, renew.program()),
     ]
     key = hashlib.sha256(b"recipe 2")

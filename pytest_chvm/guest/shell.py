@@ -135,9 +135,15 @@ class GuestShell:
                 raise VmIOError(f"VM {self.vm_name!r}: {NO_SHELL}", vm_name=self.vm_name) from error
 
     @contextmanager
-    def waiting(self, timeout: float = CONNECT_TIMEOUT_S) -> Iterator[None]:
-        """Hold the guest's shell at its wait for a command, as a snapshot has to find it; raises VmIOError where there is none."""
+    def waiting(self, script: str, timeout: float = CONNECT_TIMEOUT_S) -> Iterator[None]:
+        """Hold the guest's shell at its wait for a command, after a line as for `do`: as a snapshot has to find it.
+
+        Raises VmIOError where there is none.
+        """
+        self.do(script, timeout)
         with self._lock:
+            # What is still on its way to the guest is not saved with it.
+            self._in_step = False
             self._connect(Deadline.after(timeout))
             yield
 

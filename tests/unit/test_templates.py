@@ -368,12 +368,8 @@ def test_how_a_file_system_keeps_a_file_is_none_of_its_content(tmp_path):
 
 
 def test_a_clone_whose_random_pool_could_not_be_renewed_is_never_ready(tmp_path):
-    configure = "chvm_configure() { echo ready; }"
     for status, said in ((0, "ready\n"), (1, "")):
-        line = (
-            renewal(["chvm.ip=192.0.2.1"])
-            .replace("/lib/chvm/renew", f"(exit {status})")
-            .replace(". /lib/chvm/configure.sh", configure)
-        )
+        renewed = renewal(["chvm.ip=192.0.2.1"]).replace("/lib/chvm/renew", f"(exit {status})")
+        line = f"chvm_tmp={tmp_path}; chvm_configure() {{ echo ready; }}; {renewed}"
         done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=10, check=False)
         assert done.stdout == said
