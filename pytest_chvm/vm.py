@@ -36,8 +36,8 @@ from pytest_chvm.text import read_tail
 
 RUN_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 30.0
-# What a guest's shell reads before it is saved, so that a clone's does not have to.
-READY_TO_RENEW = ". /lib/chvm/configure.sh"
+# Has the built-in guest's shell read what sets the guest up; before it is saved too, so that a clone's does not have to.
+READ_SET_UP = ". /lib/chvm/configure.sh"
 # What `console` returns at most, from the end.
 CONSOLE_LIMIT = 16 << 20
 
@@ -330,7 +330,7 @@ class Vm:
     def save(self, directory: Path, *, go_on: bool = True) -> None:
         """Save the VM to an empty directory; without `go_on` it stays paused. Raises what `snapshot` does."""
         self.check_alive()
-        with self._without_shares(), self._shell.waiting(READY_TO_RENEW):
+        with self._without_shares(), self._shell.waiting(READ_SET_UP):
             self.pause()
             try:
                 self._driver.snapshot(self.handle, directory)
@@ -365,7 +365,7 @@ class Vm:
                 share = shares[index]
                 _device, self.handle = hotplug.add_share(self._driver, self.handle, self._lease, share, self._virtiofsd)
                 sidecars[index] = self.handle.sidecars[-1]
-                self.check_output(f". /lib/chvm/configure.sh; chvm_share {share.guest_word}")
+                self.check_output(f"{READ_SET_UP}; chvm_share {share.guest_word}")
             self.handle = replace(self.handle, sidecars=tuple(sidecars))
 
     def pause(self) -> None:
