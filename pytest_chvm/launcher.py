@@ -290,8 +290,15 @@ class Launcher:
         config = guest.config.replace(networks=nics.attachments, cmdline=cmdline)
         snapshots = snapshots_dir(cache_dir(settings))
         options = BootOptions(
-            lease, True, settings.ready_marker, guest.nonce, memory_file, snapshots if snapshots.is_dir() else None
+            lease,
+            True,
+            settings.ready_marker,
+            guest.nonce,
+            memory_file,
+            snapshots if snapshots.is_dir() else None,
+            settings.boot_timeout,
         )
+        boot_deadline = Deadline.after(settings.boot_timeout)
         handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
         undo.callback(driver.kill, handle)
         assert handle.process is not None
@@ -301,7 +308,7 @@ class Launcher:
             config,
             handle,
             driver,
-            boot_deadline=Deadline.after(settings.boot_timeout),
+            boot_deadline=boot_deadline,
             nonce_required=guest.nonce is not None,
             lease=lease,
             virtiofsd=settings.virtiofsd,

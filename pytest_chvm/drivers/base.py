@@ -35,7 +35,8 @@ class BootOptions:
 
     `lease`: where the caller has leased the VM's networks already. `console`: the guest is to have a virtio console, for the shell.
     `nonce`: what the ready line must have after the IP. `memory_file`: the guest's memory is that file, so that a snapshot in the
-    same directory need not copy it. `snapshots`: below which snapshots of the VM will be.
+    same directory need not copy it. `snapshots`: below which snapshots of the VM will be. `restore_timeout_s`: how long a
+    restore may take until the VM runs.
     """
 
     lease: Lease | None = None
@@ -44,6 +45,7 @@ class BootOptions:
     nonce: str | None = None
     memory_file: Path | None = None
     snapshots: Path | None = None
+    restore_timeout_s: float = 60.0
 
 
 DEFAULT_OPTIONS = BootOptions()

@@ -308,7 +308,8 @@ class QemuDriver:
 
         with self._process.restoring(handle):
             shared = (directory / MEMORY_FILE).exists()
-            qemu_state.load(handle.name, self._socket(handle, "qmp.sock"), directory / "state", memory_is_shared=shared, then=go_on)
+            qmp_socket, state = self._socket(handle, "qmp.sock"), directory / "state"
+            qemu_state.load(handle.name, qmp_socket, state, options.restore_timeout_s, memory_is_shared=shared, then=go_on)
         return handle
 
     def _qmp(self, handle: VmHandle, command: tuple[str, dict[str, object]]) -> object:

@@ -17,26 +17,36 @@ from pytest_chvm.errors import HypervisorError
 # What is done with a QMP client.
 Work = Callable[[Any], Awaitable[None]]
 
-MIGRATION_TIMEOUT_S = 60.0
+SAVE_TIMEOUT_S = 60.0
 # QEMU's own limit is meant for a network, and is also what a stopped VM's memory goes through.
 MAX_BANDWIDTH = 1 << 40
 
 
 def save(vm_name: str, socket_path: Path, state: Path, *, memory_is_shared: bool) -> None:
     """Write a stopped VM's state to a file, with its memory unless that is a shared file; raises HypervisorError."""
-    _migrate(vm_name, socket_path, state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, "migrate", memory_is_shared=memory_is_shared)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    _migrate(vm_name, socket_path, state, flags, "migrate", SAVE_TIMEOUT_S, memory_is_shared=memory_is_shared)
 
 
-def load(vm_name: str, socket_path: Path, state: Path, *, memory_is_shared: bool, then: Work) -> None:
-    """Have a QEMU that was started with `-incoming defer` take a state from a file, and go on with `then`.
+def load(vm_name: str, socket_path: Path, state: Path, timeout_s: float, *, memory_is_shared: bool, then: Work) -> None:
+    """Have a QEMU that was started with `-incoming defer` take a state from a file, and go on with `then`; all in `timeout_s`.
 
     Raises HypervisorError.
     """
-    _migrate(vm_name, socket_path, state, os.O_RDONLY, "migrate-incoming", memory_is_shared=memory_is_shared, then=then)
+    flags = os.O_RDONLY
+    _migrate(vm_name, socket_path, state, flags, "migrate-incoming", timeout_s, memory_is_shared=memory_is_shared, then=then)
 
 
 def _migrate(
-    vm_name: str, socket_path: Path, state: Path, flags: int, command: str, *, memory_is_shared: bool, then: Work | None = None
+    vm_name: str,
+    socket_path: Path,
+    state: Path,
+    flags: int,
+    command: str,
+    timeout_s: float,
+    *,
+    memory_is_shared: bool,
+    then: Work | None = None,
 ) -> None:
     fd = os.open(state, flags | os.O_CLOEXEC, 0o600)
     try:
@@ -52,12 +62,7 @@ def _migrate(
             ended = EventListener("MIGRATION", lambda event: _status(event) in ("completed", "failed"))
             with client.listen(ended):
                 await client.execute(command, {"uri": "fd:state"})
-                try:
-                    event = await qmp.next_event(client, ended, MIGRATION_TIMEOUT_S)
-                except TimeoutError as error:
-                    raise HypervisorError(
-                        f"VM {vm_name!r}: QEMU did not end {command!r} within {MIGRATION_TIMEOUT_S:g} s", vm_name=vm_name
-                    ) from error
+                event = await qmp.next_event(client, ended)
             if command == "migrate":
                 # The event comes a moment before QEMU lets the VM go, `cont` is refused until then, and nothing tells of it:
                 # QEMU's own tests ask as well (`wait_migration` of its iotests).
@@ -69,7 +74,7 @@ def _migrate(
             if then is not None:
                 await then(client)
 
-        qmp.session(vm_name, socket_path, work, timeout_s=MIGRATION_TIMEOUT_S + qmp.ANSWER_TIMEOUT_S)
+        qmp.session(vm_name, socket_path, work, timeout_s=timeout_s, overdue=f"QEMU did not end {command!r}")
     finally:
         os.close(fd)
 

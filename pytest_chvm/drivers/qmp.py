@@ -20,17 +20,25 @@ def execute(vm_name: str, socket_path: Path, command: str, arguments: dict[str, 
     return session(vm_name, socket_path, lambda client: client.execute(command, arguments or None))
 
 
-def session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaitable[Any]], timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+def session(
+    vm_name: str,
+    socket_path: Path,
+    work: Callable[[Any], Awaitable[Any]],
+    *,
+    timeout_s: float = ANSWER_TIMEOUT_S,
+    overdue: str = "QEMU did not answer",
+) -> Any:
     """Connect to QEMU's QMP socket and return what `work` makes of the client.
 
-    Raises HypervisorError where QEMU refuses a command or does not answer within `timeout_s`, VmIOError where it is not there.
+    Raises HypervisorError where QEMU refuses a command or `work` has not ended within `timeout_s`, which `overdue` puts in words;
+    VmIOError where QEMU is not there.
     """
     # In a thread of its own: the test's may have an event loop running.
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(asyncio.run, _session(vm_name, socket_path, work, timeout_s)).result()
+        return executor.submit(asyncio.run, _session(vm_name, socket_path, work, timeout_s, overdue)).result()
 
 
-async def _session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaitable[Any]], timeout_s: float) -> Any:
+async def _session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaitable[Any]], timeout_s: float, overdue: str) -> Any:
     from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient
 
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -41,7 +49,7 @@ async def _session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaita
             await client.connect(str(socket_path))
             return await work(client)
     except TimeoutError as error:
-        raise HypervisorError(f"VM {vm_name!r}: QEMU did not answer within {timeout_s:g} s", vm_name=vm_name) from error
+        raise HypervisorError(f"VM {vm_name!r}: {overdue} within {timeout_s:g} s", vm_name=vm_name) from error
     except ExecuteError as error:
         raise HypervisorError(f"VM {vm_name!r}: QEMU refused: {error}", vm_name=vm_name) from error
     except (ConnectError, ExecInterruptedError, EOFError, OSError) as error:
@@ -53,8 +61,8 @@ async def _session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaita
             logging.getLogger("pytest_chvm").debug("%s: QMP ended with %s", vm_name, error)
 
 
-async def next_event(client: Any, listener: Any, timeout_s: float) -> Any:
-    """Return the next event that an EventListener of a client has; raises TimeoutError, and EOFError when QEMU ends meanwhile."""
+async def next_event(client: Any, listener: Any) -> Any:
+    """Return the next event that an EventListener of a client has; raises EOFError when QEMU ends meanwhile."""
     from qemu.qmp import Runstate
 
     async def end() -> None:
@@ -63,12 +71,10 @@ async def next_event(client: Any, listener: Any, timeout_s: float) -> Any:
 
     event, ended = asyncio.ensure_future(listener.get()), asyncio.ensure_future(end())
     try:
-        await asyncio.wait([event, ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if event.done():
-            return event.result()
-        if ended.done():
+        await asyncio.wait([event, ended], return_when=asyncio.FIRST_COMPLETED)
+        if not event.done():
             raise EOFError("it has ended")
-        raise TimeoutError
+        return event.result()
     finally:
         event.cancel()
         ended.cancel()

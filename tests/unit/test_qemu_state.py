@@ -1,8 +1,9 @@
-"""A save against a QMP peer on a real socket that tells of the end of a migration before it lets the VM go, as QEMU may."""
+"""Saves and loads against a QMP peer on a real socket that does what QEMU may do at times."""
 
 import json
 import socket
 import threading
+import time
 
 import pytest
 
@@ -13,9 +14,12 @@ GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "p
 
 
 class Peer:
-    """Answers one client; `migrate` ends with `status`, and the VM is let go of when that was asked for three times."""
+    """Answers one client; `migrate` ends with `status`, and the VM is let go of when that was asked for three times.
 
-    def __init__(self, path, status):
+    `migrate-incoming` does not end.
+    """
+
+    def __init__(self, path, status="completed"):
         self.commands = []
         self._status = status
         self._listener = socket.socket(socket.AF_UNIX)
@@ -64,3 +68,18 @@ def test_a_save_returns_when_the_vm_can_go_on(tmp_path, status):
     finally:
         peer.close()
     assert peer.commands.count("query-status") == 3
+
+
+def test_a_load_that_does_not_end_is_given_up_in_time(tmp_path):
+    async def never(_client):
+        raise AssertionError("it has not been loaded")
+
+    (tmp_path / "state").touch()
+    peer = Peer(tmp_path / "qmp.sock")
+    try:
+        started = time.monotonic()
+        with pytest.raises(HypervisorError, match=r"QEMU did not end 'migrate-incoming' within 0.2 s"):
+            qemu_state.load("vm", tmp_path / "qmp.sock", tmp_path / "state", 0.2, memory_is_shared=True, then=never)
+        assert time.monotonic() - started < 5
+    finally:
+        peer.close()
