@@ -37,7 +37,7 @@ def built_once(
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target) as waited:
+        with locked(target) as waited:
             if is_intact(target):
                 return target
             # Of a builder that was killed: the lock was its, and is ours now.
@@ -59,8 +59,8 @@ def built_once(
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[bool]:
-    """Hold the lock of what is built at `target`; tells whether somebody else had it."""
+def locked(target: Path) -> Iterator[bool]:
+    """Hold the lock of what is built at `target`, the file `TARGET.lock`; tells whether somebody else had it. Raises OSError."""
     # Not filelock's: one waits for it by looking again and again.
     with open(f"{target}.lock", "ab") as lock:
         try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
-from pytest_chvm.guest.cache import built_once
+from pytest_chvm.guest.cache import built_once, locked
 
 Progress = Callable[[str], None]
 
@@ -107,12 +107,10 @@ def find_modules(image: Path, release: str | None) -> Path | None:
 
 def index_modules(tree: Path, busybox: Path) -> None:
     """Write the index that modprobe reads into a module tree that has none; raises InvalidConfigError where it cannot be."""
-    from filelock import FileLock
-
     if (tree / "modules.dep").exists():
         return
     try:
-        with FileLock(f"{tree}.lock"):
+        with locked(tree):
             if not (tree / "modules.dep").exists():
                 base = tree.parents[2]
                 subprocess.run([busybox, "depmod", "-b", base, tree.name], check=True, capture_output=True, timeout=120)

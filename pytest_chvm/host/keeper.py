@@ -288,10 +288,11 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     control = socket.socket(fileno=control_fd)
+    lock_file = os.path.join(directory, records.LOCK_FILE)
     try:
-        lock = os.open(os.path.join(directory, records.LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        register(os.path.join(directory, records.LOCK_FILE))
+        register(lock_file)
     except OSError as error:
         return refuse(control, error)
     # It came through an exec, and goes through no other: what is in a VMM's hands must not reach the owner.
@@ -302,7 +303,7 @@ def main(arguments: list[str]) -> int:
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
         status = 1
         try:
-            register(os.path.join(directory, records.LOCK_FILE))
+            register(lock_file)
             status = keep(owners, first, control, directory)
         except OSError as error:
             status = refuse(control, error)
