@@ -19,7 +19,7 @@ help:
 	@echo "make bench     how long boots take, against bare QEMU"
 	@echo "make chaos     runs come to grief in every way: nothing may be left (long); then a campaign"
 	@echo "make campaign  N=200 random kills; SEED=... repeats them"
-	@echo "make soak      N=300 VMs in one run: what the last one costs against the first"
+	@echo "make soak      N=300 VMs in one run: what the last ones cost against the first"
 	@echo "make clean     remove what set-up made in this folder"
 
 example: $(VENV)/.guest

@@ -172,7 +172,7 @@ class Scene:
         surroundings = self.neighbourhood
         with Run(
             surroundings.sandbox,
-            self.directory / tests[0],
+            self.directory / f"{tests[0]}-{len(self.runs)}",
             tests,
             [*surroundings.options, *options],
             {**surroundings.environment, **(environment or {})},

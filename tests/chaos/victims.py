@@ -93,13 +93,17 @@ def test_neighbour(start):
 
 
 SOAK_VMS = int(os.environ.get("SOAK_VMS", "0"))
+# So many at the end wait for their turn.
+SOAK_IN_TURN = int(os.environ.get("SOAK_IN_TURN", "0"))
 # pytest itself keeps 5 kB of each test, which would be taken for ours.
 VMS_OF_A_TEST = 10
 
 
 @pytest.mark.parametrize("first", range(0, SOAK_VMS, VMS_OF_A_TEST))
 def test_soak(first, chvm_vm, tmp_path):
-    for _ in range(first, min(first + VMS_OF_A_TEST, SOAK_VMS)):
+    for number in range(first, min(first + VMS_OF_A_TEST, SOAK_VMS)):
+        if number >= SOAK_VMS - SOAK_IN_TURN:
+            wait_for("go")
         live_and_tell(chvm_vm, tmp_path)
 
 
