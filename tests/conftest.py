@@ -92,7 +92,8 @@ path = next(word for word in sys.argv if word.startswith("--socket-path=")).remo
 if DO["makes_socket"] and not any(word in " ".join(sys.argv) for word in DO["no_socket_for"]):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
-    listener.listen()
+    if DO["listens"]:
+        listener.listen()
 while True:
     signal.pause()
 """
@@ -109,6 +110,7 @@ DEFAULTS = {
     "answers": {},
     "makes_socket": True,
     "no_socket_for": [],
+    "listens": True,
 }
 
 

@@ -27,6 +27,7 @@ INSTALL = (
     "Ubuntu 22.04), 'dnf install virtiofsd', 'cargo install virtiofsd', or name one with --chvm-virtiofsd"
 )
 SOCKET_TIMEOUT_S = 5.0
+LISTEN_S = 0.001
 # A device node that a guest's root makes in a share would be one of the host's.
 NO_DEVICE_NODES = "-mknod"
 READ_ONLY_SCRIPT = """
@@ -118,7 +119,7 @@ def check_shared_dir(share: SharedDir) -> None:
 
 
 def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log: Path) -> ProcessIdentity:
-    """Start a virtiofsd and wait until its socket is there, for at most 5 s.
+    """Start a virtiofsd and wait until it listens at its socket, for at most 5 s.
 
     Raises BootFailedError naming tag and path; the process is then already gone.
     """
@@ -128,14 +129,28 @@ def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log
     with FileWatch(socket_path.parent) as watch:
         process = keeper().spawn(program.command(share, socket_path), log, socket_path.parent)
         deadline = Deadline.after(SOCKET_TIMEOUT_S)
-        while not socket_path.exists():
-            ended = watch.wait(deadline, process.pid)
-            if socket_path.exists():
-                break
+        ended = False
+        while not socket_path.exists() or not _listens(socket_path):
             if ended or deadline.expired:
                 raise BootFailedError(_why(share, process, ended, log))
+            # From its file's coming to its listening is a moment, whose end nothing tells of.
+            ended = watch.wait(Deadline.after(LISTEN_S) if socket_path.exists() else deadline, process.pid)
     count_started("share")
     return process
+
+
+def _listens(socket_path: Path) -> bool:
+    """Tell whether somebody listens at a socket that is there; to connect would take a virtiofsd's only connection.
+
+    Of the kernel's table (net/unix/af_unix.c, unix_seq_show): flags in the fourth column, 0x10000 for a listener, and the path.
+    """
+    with open("/proc/net/unix", "rb") as table:
+        for line in table:
+            columns = line.rstrip(b"\n").split(maxsplit=7)
+            if len(columns) == 8 and columns[7] == os.fsencode(socket_path):
+                return bool(int(columns[3], 16) & 0x10000)
+    # It is in another network namespace's.
+    return True
 
 
 def lease_lock_file(program: Virtiofsd, socket_path: Path, lease: Lease) -> None:
@@ -159,7 +174,7 @@ def _why(share: SharedDir, process: ProcessIdentity, ended: bool, log: Path) -> 
     if ended:
         what = f"ended with status {keeper().returncode(process)}"
     else:
-        what = f"did not make its socket within {SOCKET_TIMEOUT_S:g} s"
+        what = f"did not listen at its socket within {SOCKET_TIMEOUT_S:g} s"
         os.kill(process.pid, 9)
     try:
         said = log.read_text(errors="replace")[-2000:]

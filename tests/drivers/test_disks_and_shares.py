@@ -175,7 +175,7 @@ def test_socket_must_be_there_within_five_seconds(ch, stand_in_ch, stand_in_virt
     stand_in_virtiofsd.does(makes_socket=False, says="waiting for Godot\n", ignores_sigterm=True)
     with pytest.raises(BootFailedError) as caught:
         ch.boot(shared_dirs={"code": tmp_path})
-    for part in ("'code'", str(tmp_path), "did not make its socket within 0.3 s", "waiting for Godot"):
+    for part in ("'code'", str(tmp_path), "did not listen at its socket within 0.3 s", "waiting for Godot"):
         assert part in str(caught.value)
     assert stand_in_ch.records() == []
     assert all(wait_ended(record["pid"], 2) for record in stand_in_virtiofsd.records())
@@ -204,6 +204,14 @@ def test_stale_socket_is_removed(stand_in_virtiofsd, tmp_path):
             client.connect(str(path))
     finally:
         end_process(process, ("virtiofsd",), term_timeout_s=1, kill_timeout_s=1)
+
+
+def test_a_virtiofsd_is_there_when_it_listens_and_not_when_it_has_made_its_socket(stand_in_virtiofsd, tmp_path, monkeypatch):
+    stand_in_virtiofsd.does(listens=False)
+    monkeypatch.setattr(virtiofsd, "SOCKET_TIMEOUT_S", 0.3)
+    with pytest.raises(BootFailedError, match=r"did not listen at its socket within 0.3 s"):
+        virtiofsd.start_virtiofsd(find_virtiofsd(), SharedDir("a", tmp_path), tmp_path / "fs.sock", tmp_path / "fs.log")
+    assert (tmp_path / "fs.sock").exists()
 
 
 def test_no_virtiofsd_names_the_packages(tmp_path, monkeypatch):

@@ -156,7 +156,8 @@ def test_a_shell_has_a_terminal_with_the_windows_size_and_its_own_ctrl_c():
     shell.expect(b"ready> ")
     shell.type(b"stty size; tty\r")
     shell.expect(b"33 111\r\n/dev/pts/")
-    shell.type(b"echo wa''iting; sleep 600\r")
+    # By a job of its own, which has the terminal by then.
+    shell.type(b"sh -c 'echo wa\"\"iting; exec sleep 600'\r")
     shell.expect(b"waiting\r\n")
     shell.resize(44, 122)
     shell.type(b"\x03")

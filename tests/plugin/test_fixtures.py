@@ -74,8 +74,8 @@ def test_vms_boot_side_by_side_and_reach_each_other_on_a_network_of_their_own(
 
         def test_two(chvm_vm, chvm_network):
             network = chvm_network()
-            first = chvm_vm(networks=[network], wait=False)
-            second = chvm_vm(networks=[network], wait=False)
+            first = chvm_vm(networks=[network], wait=False, boot="cold")
+            second = chvm_vm(networks=[network], wait=False, boot="cold")
             assert {first.status.state, second.status.state} <= {VmState.STARTING, VmState.RUNNING}
             assert first.wait_ready() is first
             second.wait_ready()
