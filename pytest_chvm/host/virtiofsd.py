@@ -143,14 +143,13 @@ def _listens(socket_path: Path) -> bool:
     """Tell whether somebody listens at a socket that is there; to connect would take a virtiofsd's only connection.
 
     Of the kernel's table (net/unix/af_unix.c, unix_seq_show): flags in the fourth column, 0x10000 for a listener, and the path.
+    What an earlier listener there has accepted is in it too.
     """
     with open("/proc/net/unix", "rb") as table:
-        for line in table:
-            columns = line.rstrip(b"\n").split(maxsplit=7)
-            if len(columns) == 8 and columns[7] == os.fsencode(socket_path):
-                return bool(int(columns[3], 16) & 0x10000)
-    # It is in another network namespace's.
-    return True
+        rows = [line.rstrip(b"\n").split(maxsplit=7) for line in table]
+    flags = [int(row[3], 16) for row in rows if len(row) == 8 and row[7] == os.fsencode(socket_path)]
+    # Where it is in another network namespace's, nothing is known of it.
+    return not flags or any(flag & 0x10000 for flag in flags)
 
 
 def lease_lock_file(program: Virtiofsd, socket_path: Path, lease: Lease) -> None:

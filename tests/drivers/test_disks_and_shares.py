@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import socket
 import stat
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from pytest_chvm.drivers.disks import backing_files
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.host import virtiofsd
 from pytest_chvm.host.directories import LONGEST_RUNTIME_DIR, runtime_dir
+from pytest_chvm.host.processes import end_process
 from pytest_chvm.host.virtiofsd import Virtiofsd, find_virtiofsd
 
 # Everything that an option's parser, a shell or a text could take amiss, short of a slash and a NUL.
@@ -191,10 +194,6 @@ def test_sidecar_that_exits_is_noticed_at_once(ch, stand_in_ch, stand_in_virtiof
 
 def test_stale_socket_is_removed(stand_in_virtiofsd, tmp_path):
     """The stand-in would fail to bind where there is one."""
-    import socket
-
-    from pytest_chvm.host.processes import end_process
-
     path = tmp_path / "fs.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
@@ -204,6 +203,20 @@ def test_stale_socket_is_removed(stand_in_virtiofsd, tmp_path):
             client.connect(str(path))
     finally:
         end_process(process, ("virtiofsd",), term_timeout_s=1, kill_timeout_s=1)
+
+
+def test_a_second_virtiofsd_is_told_from_the_connections_of_the_first(stand_in_virtiofsd, tmp_path):
+    path = tmp_path / "fs.sock"
+    # Many, since which comes first in the kernel's table is chance.
+    with socket.socket(socket.AF_UNIX) as first, ExitStack() as connections:
+        first.bind(str(path))
+        first.listen()
+        for _ in range(20):
+            connections.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))
+            connections.enter_context(first.accept()[0])
+        first.close()
+        process = virtiofsd.start_virtiofsd(find_virtiofsd(), SharedDir("a", tmp_path), path, tmp_path / "fs.log")
+    end_process(process, ("virtiofsd",), term_timeout_s=1, kill_timeout_s=1)
 
 
 def test_a_virtiofsd_is_there_when_it_listens_and_not_when_it_has_made_its_socket(stand_in_virtiofsd, tmp_path, monkeypatch):
