@@ -38,11 +38,10 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import boot
 
-from pytest_chvm import Settings, Vm, launch
+from pytest_chvm import Settings, Vm, launch, renewal
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.launcher import built_in_kernel
-from pytest_chvm.templates import renewal
 
 # What the project promises: the name of a figure and its limit, a ratio unless the unit says otherwise.
 LIMITS = {
@@ -147,7 +146,7 @@ class Floor:
                 stack.callback(process.kill)
                 self._load(stack)
                 console = self._connected(stack, "console")
-                console.sendall(f"do - {renewal(self.words)}\n".encode())
+                console.sendall(f"do - {renewal.line(self.words)}\n".encode())
                 with FileWatch(log) as watch:
                     while boot.MARKER not in log.read_bytes():
                         watch.wait(Deadline.after(boot.TIMEOUT_S), process.pid)

@@ -14,9 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from pytest_chvm import renewal
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.drivers import choose_vmm, make_driver
-from pytest_chvm.drivers.base import MEMORY_FILE, BootOptions, VmDriver, logger
+from pytest_chvm.drivers.base import BootOptions, VmDriver, logger
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import BootFailedError, StopFailedError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.guest.cache import default_cache_dir
@@ -31,7 +32,7 @@ from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_n
 from pytest_chvm.nics import lease_nics, network_mode
 from pytest_chvm.settings import Settings
 from pytest_chvm.snapshots import HeldTemplate, Snapshot, TemplateStore, new_directory, snapshots_dir
-from pytest_chvm.templates import clone_config, made_of, renewal, template_config, why_no_clone, why_no_snapshot
+from pytest_chvm.templates import clone_config, made_of, template_config, why_no_clone, why_no_snapshot
 from pytest_chvm.vm import Origin, Vm
 
 # For a kernel of the user's without a command line of theirs.
@@ -83,7 +84,7 @@ def launch(
     if config.shared_dirs:
         find_virtiofsd(settings.virtiofsd)
     launcher = Launcher(driver, settings, owner)
-    why = "asked for" if settings.boot == "cold" else why_no_clone(guest.config, built_in_guest=guest.nonce is not None)
+    why = launcher.why_cold(guest, wait=wait)
     if why is None:
         template = None
         try:
@@ -124,16 +125,20 @@ def _driver(vmm: str, accel: str, binary: Path | None, virtiofsd: Path | None, _
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What is booted: a complete config, and the nonce its ready line must have (None: it is not our guest)."""
+    """What is booted: a complete config, whether it is the built-in guest, and the nonce that its ready line must have, if any."""
 
     config: VmConfig
+    built_in: bool
     nonce: str | None
 
     def words(self, marker: str) -> list[str]:
-        """Return what the built-in guest is told beside its networks, as words of its kernel command line."""
-        if self.nonce is None:
-            return []
-        words = [f"chvm.nonce={self.nonce}", f"chvm.hostname={self.config.name.replace('_', '-').replace('.', '-')}"]
+        """Return what the guest is told beside its networks, on its kernel command line or as a clone.
+
+        A host name is the built-in guest's only: an image has its own.
+        """
+        words = [f"chvm.nonce={self.nonce}"] if self.nonce is not None else []
+        if self.built_in:
+            words.append(f"chvm.hostname={self.config.name.replace('_', '-').replace('.', '-')}")
         if marker != DEFAULT_MARKER:
             words.append(f"chvm.marker={marker}")
         if self.config.data_disk is not None:
@@ -150,14 +155,14 @@ def choose_guest(config: VmConfig, settings: Settings) -> Guest:
     if kernel is not None:
         config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
     if config.initramfs is not None or config.root_disk is not None:
-        return Guest(config, None)
+        return Guest(config, False, None)
     preflight(config)
     assert config.kernel is not None
     initramfs = _built_in_initramfs(kernel or inspect_kernel(config.kernel), cache_dir(settings))
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
-    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), secrets.token_hex(8))
+    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), True, secrets.token_hex(8))
 
 
 def cache_dir(settings: Settings) -> Path:
@@ -224,39 +229,65 @@ class Launcher:
     settings: Settings
     owner: Owner | None = None
 
-    def cold(self, guest: Guest, why: str, *, wait: bool = True, memory_file: Path | None = None) -> Vm:
+    def why_cold(self, guest: Guest, *, wait: bool) -> str | None:
+        """Return why a VM is to be booted, or None where it is to be a clone."""
+        if self.settings.boot == "cold":
+            return "asked for"
+        why = self._why_no_clone(guest)
+        if why is not None or guest.built_in:
+            return why
+        if not wait:
+            return "it is an image of its own, whose boot is not waited for"
+        try:
+            if self.settings.boot == "auto" and not self._store.wanted_before(self._made_of(guest)):
+                return "it is the first of its image: the next ones are clones"
+        except VmError as error:
+            return str(error)
+        return None
+
+    def _why_no_clone(self, guest: Guest) -> str | None:
+        mode, _why = network_mode(self.settings, self.driver)
+        return why_no_clone(guest.config, built_in_guest=guest.built_in, vmm=self.driver.vmm, network_mode=mode)
+
+    @property
+    def _store(self) -> TemplateStore:
+        return TemplateStore(cache_dir(self.settings))
+
+    def _made_of(self, guest: Guest) -> dict[str, object]:
+        mode, _why = network_mode(self.settings, self.driver)
+        return made_of(template_config(guest.config), self.driver, mode, cache_dir(self.settings))
+
+    def cold(self, guest: Guest, why: str, *, wait: bool = True, template_dir: Path | None = None) -> Vm:
         """Boot a VM; `why` says why it is no clone."""
-        return self._started(guest, Origin("cold", why), wait=wait, memory_file=memory_file)
+        return self._started(guest, Origin("cold", why), wait=wait, template_dir=template_dir)
 
     def clone(self, guest: Guest, saved: Path, *, wait: bool = True, held: Sequence[Held] = (), stale_nics: int = 0) -> Vm:
         """Start a VM from a saved one, and have it made a machine of its own; `stale_nics` have the saved one's addresses."""
-        guest = replace(guest, config=clone_config(guest.config))
+        guest = Guest(clone_config(guest.config), guest.built_in, secrets.token_hex(8))
         return self._started(guest, Origin("clone", "", saved, stale_nics), wait=wait, held=held)
 
     def template(self, guest: Guest) -> HeldTemplate:
         """Return the template for a VM, from the store; the first call boots and saves it."""
-        store = TemplateStore(cache_dir(self.settings))
-        plain = Guest(template_config(guest.config), secrets.token_hex(8))
+        plain = Guest(template_config(guest.config), guest.built_in, secrets.token_hex(8) if guest.built_in else None)
 
         def build(directory: Path) -> None:
-            with self.cold(plain, "it is to be a template", memory_file=directory / MEMORY_FILE) as vm:
+            with self.cold(plain, "it is to be a template", template_dir=directory) as vm:
                 vm.save(directory, go_on=False)
 
-        mode, _why = network_mode(self.settings, self.driver)
-        parts = made_of(plain.config, self.driver, mode, cache_dir(self.settings))
-        return store.get(parts, plain.config.memory_mb, build, try_again=self.settings.boot == "clone")
+        room_mb = plain.config.memory_mb
+        return self._store.get(self._made_of(guest), room_mb, build, try_again=self.settings.boot == "clone")
 
     def _started(
-        self, guest: Guest, origin: Origin, *, wait: bool, memory_file: Path | None = None, held: Sequence[Held] = ()
+        self, guest: Guest, origin: Origin, *, wait: bool, template_dir: Path | None = None, held: Sequence[Held] = ()
     ) -> Vm:
         with ExitStack() as undo:
-            vm, words, share = self._start(guest, origin, memory_file, held, undo)
+            vm, words, share = self._start(guest, origin, template_dir, held, undo)
             undo.pop_all()
         try:
             if self.owner is not None:
                 self.owner.add_vm(vm)
             if origin.saved is not None:
-                vm.tell_shell(renewal(words, stale_nics=origin.stale_nics))
+                vm.tell_shell(renewal.line(words, stale_nics=origin.stale_nics))
             if wait:
                 vm.wait_ready()
         except BaseException:
@@ -267,7 +298,7 @@ class Launcher:
         return vm
 
     def _start(
-        self, guest: Guest, origin: Origin, memory_file: Path | None, held: Sequence[Held], undo: ExitStack
+        self, guest: Guest, origin: Origin, template_dir: Path | None, held: Sequence[Held], undo: ExitStack
     ) -> tuple[Vm, list[str], Share]:
         settings, driver = self.settings, self.driver
         for part in held:
@@ -283,10 +314,10 @@ class Launcher:
         share = take_share(budget, config.memory_mb, boots_with, lease, config.name, show_progress)
         undo.callback(share.release)
         nics = lease_nics(guest.config, driver, settings, lease, undo)
-        words = guest.words(settings.ready_marker) + (
-            nics.words if guest.nonce is not None or guest.config.cmdline is not None else []
-        )
-        cmdline = " ".join([*([guest.config.cmdline] if guest.config.cmdline else []), *words]) or guest.config.cmdline
+        words = guest.words(settings.ready_marker) + nics.words
+        # An image of its own is told its addresses with a command line of its own.
+        told = words if guest.built_in else nics.words if guest.config.cmdline is not None else []
+        cmdline = " ".join([*([guest.config.cmdline] if guest.config.cmdline else []), *told]) or guest.config.cmdline
         config = guest.config.replace(networks=nics.attachments, cmdline=cmdline)
         snapshots = snapshots_dir(cache_dir(settings))
         options = BootOptions(
@@ -294,7 +325,7 @@ class Launcher:
             True,
             settings.ready_marker,
             guest.nonce,
-            memory_file,
+            template_dir,
             snapshots if snapshots.is_dir() else None,
             settings.boot_timeout,
         )
@@ -309,7 +340,7 @@ class Launcher:
             handle,
             driver,
             boot_deadline=boot_deadline,
-            nonce_required=guest.nonce is not None,
+            built_in_guest=guest.built_in,
             lease=lease,
             virtiofsd=settings.virtiofsd,
             origin=origin,
@@ -320,7 +351,7 @@ class Launcher:
 
     def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:
         is_clone = vm.origin.boot == "clone"
-        why = why_no_snapshot(guest.config, vm.plugged, built_in_guest=guest.nonce is not None, is_clone=is_clone)
+        why = self._why_no_clone(guest) or why_no_snapshot(guest.config, vm.plugged, is_clone=is_clone)
         if why is None and vm.status.state is VmState.PAUSED:
             why = "it is paused: resume() it first"
         elif why is None and vm.resized:
@@ -345,7 +376,7 @@ class Launcher:
 
         def start(name: str, saved: Path, wait: bool) -> Vm:
             log = guest.config.serial_log and guest.config.serial_log.with_name(f"{name}.serial.log")
-            fresh = Guest(guest.config.replace(name=name, serial_log=log), secrets.token_hex(8))
+            fresh = replace(guest, config=guest.config.replace(name=name, serial_log=log))
             clone = self.clone(fresh, saved, wait=wait, stale_nics=stale_nics)
             if self.owner is not None:
                 self.owner.end_with_test(clone)

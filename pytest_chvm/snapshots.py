@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,22 +22,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_chvm.drivers.memory import data_extents
-from pytest_chvm.errors import InvalidConfigError, VmIOError
+from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.guest.cache import built_once, remove_unfinished
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.remains import boot_id
+from pytest_chvm.text import clean
 
 if TYPE_CHECKING:
     from pytest_chvm.vm import Vm
 
 # Part of every key: to be raised when a template made before would not do any more.
-RECIPE = 2
+RECIPE = 3
 RECORD_FILE = "template.json"
 CHECKED_FILE = "checked"
 # What a record raises that is none.
 NO_RECORD = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 # What all templates of a user may take of the disk; one is 100 MB or so.
 LIMIT_MB = 4096
+WANTED_FOR_S = 30 * 86400.0
 BLOCK_SIZE = 1 << 16
 
 
@@ -96,6 +99,14 @@ class Template:
         made_of: dict[str, Any] = _record(self.directory)["made_of"]
         return made_of
 
+    @property
+    def unfit(self) -> str | None:
+        """Why there can be no template of these, or None where this is one."""
+        with suppress(OSError, *NO_RECORD):
+            record = _record(self.directory)
+            return str(record["unfit"]) if record["unfit"] else None
+        return None
+
     def is_intact(self, *, wholly: bool = False) -> bool:
         """Tell whether its files are those that were written: by size, inode and time, or `wholly` by content."""
         try:
@@ -104,6 +115,9 @@ class Template:
                 found = (self.directory / name).stat()
                 if (found.st_size, found.st_ino, found.st_mtime_ns) != (size, inode, mtime_ns):
                     return False
+            if record["unfit"]:
+                # It may have been the machine's fault, which had other things to do.
+                return bool(record["boot_id"] == boot_id())
             # What was still to be written to the disk when the host went down is lost, sizes and times or not.
             if wholly or boot_id() not in (record["boot_id"], self._checked_in()):
                 if any(_digest(self.directory / name) != digest for name, (_, _, _, digest) in record["files"].items()):
@@ -147,10 +161,10 @@ class TemplateStore:
 
         `build` has a VM saved in an empty directory, which takes `room_mb` at most. Raises InvalidConfigError where the store
         cannot be written or has not so much room, and what `build` raises; without `try_again` also where it was waited for one
-        that failed, which would fail again for each that waits, one after the other.
+        that failed, which would fail again for each that waits, one after the other. An UnsupportedError of `build` is kept, and
+        raised again until the host's next boot, or with `try_again`.
         """
-        text = json.dumps({"recipe": RECIPE, **made_of}, sort_keys=True)
-        directory = self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
+        directory = self._place(made_of)
 
         def build_and_record(unfinished: Path) -> None:
             self.prune()
@@ -160,15 +174,41 @@ class TemplateStore:
                     f"a template may take {room_mb} MiB and {str(self.directory)!r} has {free_mb} MiB free: free some, or set "
                     "CHVM_CACHE_DIR to a directory with more"
                 )
-            build(unfinished)
+            unfit = None
+            try:
+                build(unfinished)
+            except UnsupportedError as error:
+                unfit = str(error)
+                for file in unfinished.iterdir():
+                    file.unlink()
             files = {file.name: _identity(file) for file in sorted(unfinished.iterdir())}
-            record = {"boot_id": boot_id(), "made_of": dict(made_of), "files": files}
+            record = {"boot_id": boot_id(), "made_of": dict(made_of), "files": files, "unfit": unfit}
             (unfinished / RECORD_FILE).write_text(json.dumps(record))
 
+        def will_do(found: Path) -> bool:
+            template = Template(found)
+            return template.is_intact() and not (template.unfit and try_again)
+
         while True:
-            built_once(directory, build_and_record, lambda found: Template(found).is_intact(), mode=0o700, try_again=try_again)
+            built_once(directory, build_and_record, will_do, mode=0o700, try_again=try_again)
+            if (unfit := Template(directory).unfit) is not None:
+                raise UnsupportedError(unfit)
             if (fd := _hold(directory)) is not None:
                 return HeldTemplate(directory, fd)
+
+    def wanted_before(self, made_of: Mapping[str, object]) -> bool:
+        """Tell whether this was called for a template before, or it is there; best effort where the store cannot be written."""
+        place = self._place(made_of)
+        note = place.with_name(f"{place.name}.wanted")
+        wanted = note.exists() or place.exists()
+        with suppress(OSError):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            note.touch()
+        return wanted
+
+    def _place(self, made_of: Mapping[str, object]) -> Path:
+        text = json.dumps({"recipe": RECIPE, **made_of}, sort_keys=True)
+        return self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def all(self) -> list[Template]:
         """Return all templates, the one used last first; a directory that is none is passed over."""
@@ -188,6 +228,10 @@ class TemplateStore:
         for directory in self.directory.glob("[0-9a-f]*/"):
             if directory.is_dir() and not (directory / RECORD_FILE).exists():
                 shutil.rmtree(directory, ignore_errors=True)
+        for note in self.directory.glob("*.wanted"):
+            with suppress(FileNotFoundError):
+                if time.time() - note.stat().st_mtime > WANTED_FOR_S:
+                    note.unlink()
         removed = []
         kept_mb = 0
         for template in self.all():
@@ -231,6 +275,7 @@ def describe(template: Template, *, wholly: bool) -> dict[str, Any]:
         made_of = template.made_of
         words = [str(made_of["vmm"][0]), f"{made_of['memory_mb'][0]} MiB", f"{made_of['processors'][0]} CPUs"]
         words += [*made_of["networks"], *(["hotplug"] if made_of["hotplug"] else [])]
+        words += [f"no template: {clean(template.unfit.encode())}"] if template.unfit else []
     except NO_RECORD:
         made_of, words = {}, ["its record cannot be read"]
     return {

@@ -1,27 +1,30 @@
-"""Which VMs can be clones of a template, what the template is made of, and how a clone is made a machine of its own."""
+"""Which VMs can be clones of a template, and what the template is made of."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
-import shlex
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.drivers.base import VmDriver
-from pytest_chvm.guest import renew
+from pytest_chvm.drivers.disks import backing_files
 from pytest_chvm.guest.shell import shell_script
 from pytest_chvm.model import Network, Tap, VmConfig
+from pytest_chvm.renewal import set_up_script
 from pytest_chvm.snapshots import content_key
 
 
-def why_no_clone(config: VmConfig, *, built_in_guest: bool) -> str | None:
-    """Return why a VM has to be booted, or None where it can be a clone of one that was."""
-    if not built_in_guest:
-        return "it has an initramfs or root disk of its own, in which nothing renews a clone's addresses, clock and random pool"
+def why_no_clone(config: VmConfig, *, built_in_guest: bool, vmm: str, network_mode: str) -> str | None:
+    """Return why a VM has to be booted, or None where it can be a clone of one that was.
+
+    `network_mode` is that of a VM whose config names no networks.
+    """
+    why = None if built_in_guest else _why_no_clone_of_an_image(config, vmm, network_mode)
+    if why is not None:
+        return f"it has an initramfs or root disk of its own, and {why}"
     if config.seed_iso is not None:
         return "it has a seed_iso"
     if config.channels:
@@ -31,11 +34,24 @@ def why_no_clone(config: VmConfig, *, built_in_guest: bool) -> str | None:
     return None
 
 
-def why_no_snapshot(config: VmConfig, plugged: Iterable[str], *, built_in_guest: bool, is_clone: bool) -> str | None:
-    """Return why a running VM cannot be saved for clones to start from, or None where it can."""
-    why = why_no_clone(config, built_in_guest=built_in_guest)
-    if why is not None:
-        return why
+def _why_no_clone_of_an_image(config: VmConfig, vmm: str, network_mode: str) -> str | None:
+    # What the built-in guest's set-up does in a clone too, an image has done when it was booted.
+    if config.seed_iso is not None or config.data_disk is not None or config.shared_dirs:
+        return "what it does with a seed_iso, a data_disk or shared dirs it does when it boots"
+    if config.root_disk is not None and vmm != "qemu":
+        return "Cloud Hypervisor does not say when all of a root disk is in its file"
+    has_network = bool(config.networks) if config.networks is not None else network_mode != "none"
+    if has_network and config.cmdline is None:
+        return "it is not told its addresses: give it a cmdline"
+    if not all(isinstance(network, Tap) and network.name is None for network in config.networks or ()) or (
+        config.networks is None and network_mode == "user"
+    ):
+        return "it is on a network whose addresses are not given by a TAP of ours"
+    return None
+
+
+def why_no_snapshot(config: VmConfig, plugged: Iterable[str], *, is_clone: bool) -> str | None:
+    """Return why a running VM, of a kind that can be a clone, cannot be saved for clones to start from, or None where it can."""
     if config.data_disk is not None:
         return "it has a data_disk, which would be its clones' too"
     if config.shared_dirs and not is_clone:
@@ -63,13 +79,15 @@ def made_of(config: VmConfig, driver: VmDriver, network_mode: str, cache: Path) 
         "host": [platform.release(), _processor()],
         "kernel": content_key(config.kernel, cache) if config.kernel else None,
         "initramfs": content_key(config.initramfs, cache) if config.initramfs else None,
+        # With its name: a template's own overlay of it has that in it.
+        "root_disk": [[os.fspath(image), content_key(image, cache)] for image in _images(config.root_disk)],
         "cmdline": config.cmdline,
         "processors": [config.cpus, config.max_cpus, config.cpu_model],
         "memory_mb": [config.memory_mb, config.max_memory_mb],
         "networks": [network_mode] if config.networks is None else ["tap"] * len(config.networks),
         "hotplug": config.hotplug,
         # A template's console shell runs it already.
-        "shell": hashlib.sha256(shell_script()).hexdigest(),
+        "shell": hashlib.sha256(shell_script() + set_up_script()).hexdigest(),
     }
 
 
@@ -80,15 +98,5 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(("model name", "flags", "microcode")))
 
 
-def renewal(words: Sequence[str], *, stale_nics: int = 0) -> str:
-    """Return the shell line that makes a clone of the built-in guest a machine of its own, which then says that it is ready.
-
-    `words` are those of the kernel command line. `stale_nics`: how many NICs have the snapshot's addresses.
-    """
-    flush = "".join(f"ip addr flush dev eth{index};" for index in range(stale_nics))
-    message = renew.message(time.time_ns(), os.urandom(renew.SEED_SIZE))
-    octal = "".join(f"\\{byte:03o}" for byte in message)
-    # By a file, since a pipe takes another process, and no longer than it has to be there.
-    renewed = f"printf '{octal}' >$chvm_tmp/seed && /lib/chvm/renew <$chvm_tmp/seed && : >$chvm_tmp/seed"
-    # The pool first: nothing may be drawn from it before, and a clone whose pool is the template's must not be ready.
-    return f"{renewed} && {{ {flush}chvm_configure {shlex.join(words)}; }}"
+def _images(root_disk: Path | None) -> list[Path]:
+    return [root_disk, *backing_files(root_disk)] if root_disk is not None else []

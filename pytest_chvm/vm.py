@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pytest_chvm import hotplug
+from pytest_chvm import hotplug, renewal
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.drivers.base import CONSOLE_FILE, VmDriver, share_id
 from pytest_chvm.errors import (
@@ -70,7 +70,7 @@ class Vm:
         driver: VmDriver,
         *,
         boot_deadline: Deadline,
-        nonce_required: bool,
+        built_in_guest: bool,
         lease: Lease,
         virtiofsd: Path | None,
         origin: Origin,
@@ -83,6 +83,7 @@ class Vm:
         self._boot_deadline = boot_deadline
         self._lease = lease
         self._virtiofsd = virtiofsd
+        self._built_in_guest = built_in_guest
         self.origin = origin
         self.plugged: dict[str, Device] = {}
         self.resized = False
@@ -96,7 +97,7 @@ class Vm:
         self._last_console: str | None = None
         self._relays: dict[int, NamespaceRelay] = {}
         self._forwarded: dict[int, tuple[str, int]] = {}
-        self._health = Health(config, lambda: self.handle, driver, nonce_required=nonce_required)
+        self._health = Health(config, lambda: self.handle, driver, nonce_required=handle.nonce is not None)
         self._shell = GuestShell(
             self.name,
             lambda: driver.open_console(handle),
@@ -322,15 +323,16 @@ class Vm:
         """Save the VM as it is now, for clones to start from; it goes on afterwards.
 
         The snapshot is removed with the fixture that made the VM. A shared dir is unmounted in the guest meanwhile. Raises
-        UnsupportedError for a VM with disks, with devices that were plugged in, that was resized or is paused, or without the
-        built-in guest.
+        UnsupportedError for a VM with disks other than a root disk, with devices that were plugged in, that was resized or is
+        paused, or that cannot be renewed: an image of its own without a root shell on its console, for instance.
         """
         return self._snapshot(self)
 
     def save(self, directory: Path, *, go_on: bool = True) -> None:
         """Save the VM to an empty directory; without `go_on` it stays paused. Raises what `snapshot` does."""
         self.check_alive()
-        with self._without_shares(), self._shell.waiting(READ_SET_UP):
+        set_up = READ_SET_UP if self._built_in_guest else renewal.put_into(self._run_for_files)
+        with self._without_shares(), self._shell.waiting(set_up):
             self.pause()
             try:
                 self._driver.snapshot(self.handle, directory)
@@ -341,9 +343,9 @@ class Vm:
 
     def _save_console(self, copy: Path) -> None:
         # Without the ready line: each clone prints its own, and a test that looks for one is to find that.
-        mine = f"nonce={self.handle.nonce}".encode()
+        marker = self.handle.ready_marker.encode()
         with self.serial_log.open("rb") as log, copy.open("wb") as saved:
-            saved.writelines(line for line in log if mine not in line)
+            saved.writelines(line for line in log if marker not in line)
 
     @contextmanager
     def _without_shares(self) -> Iterator[None]:
@@ -379,7 +381,10 @@ class Vm:
     def reboot(self, timeout: float = RUN_TIMEOUT_S) -> Self:
         """Have the guest reboot and block until it is ready again; returns the VM."""
         self.handle = self._driver.allow_reboot(self.handle, self.config)
-        self._health.ready.expect_again()
+        if not self._built_in_guest:
+            # It was told of a nonce when it was made of a saved one, by us.
+            self.handle = replace(self.handle, nonce=None)
+        self._health.ready.expect_again(self.handle.nonce)
         self._shell.tell("sync; reboot -f", timeout)
         self.wait_ready(timeout)
         # Cloud Hypervisor has made a new console with the new boot.

@@ -27,6 +27,8 @@ logger = logging.getLogger("pytest_chvm")
 # In a snapshot's directory, beside the VMM's own: the memory where it is a file, and the console's log up to then.
 MEMORY_FILE = "memory"
 CONSOLE_FILE = "console.log"
+# What a VM writes to its root disk: in its run directory, and in a snapshot's, where it is never written again.
+ROOT_FILE = "root.qcow2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +36,16 @@ class BootOptions:
     """What a boot has beside the VM's config.
 
     `lease`: where the caller has leased the VM's networks already. `console`: the guest is to have a virtio console, for the shell.
-    `nonce`: what the ready line must have after the IP. `memory_file`: the guest's memory is that file, so that a snapshot in the
-    same directory need not copy it. `snapshots`: below which snapshots of the VM will be. `restore_timeout_s`: how long a
-    restore may take until the VM runs.
+    `nonce`: what the ready line must have after the IP. `template_dir`: the memory is a file there, and so is what the VM writes to
+    its root disk, so that a snapshot in that directory need not copy them. `snapshots`: below which snapshots of the VM will be.
+    `restore_timeout_s`: how long a restore may take until the VM runs.
     """
 
     lease: Lease | None = None
     console: bool = False
     ready_marker: str = DEFAULT_MARKER
     nonce: str | None = None
-    memory_file: Path | None = None
+    template_dir: Path | None = None
     snapshots: Path | None = None
     restore_timeout_s: float = 60.0
 
@@ -161,6 +163,7 @@ class Plan:
     # The directory of the snapshot that the VM begins with.
     restoring: Path | None = None
     snapshots: Path | None = None
+    template_dir: Path | None = None
 
     def socket(self, name: str) -> Path:
         """Return where a socket of this VM's lives, short enough for any address."""

@@ -52,7 +52,8 @@ def _rewrite(config: dict[str, Any], plan: Plan, taps: Sequence[AttachedTap]) ->
         raise HypervisorError(f"the snapshot has {len(nics)} NICs and the VM {len(taps)}")
     for nic, tap in zip(nics, taps, strict=True):
         nic.update(tap=tap.name, mac=tap.mac, host_mac=None, fds=None)
-    for zone in config["memory"]["zones"] or []:
+    # None where the VM was not booted to be a template: its memory is in the snapshot then.
+    for zone in config["memory"].get("zones") or []:
         file, shared = (plan.memory.path, plan.memory.shared) if plan.memory else (None, plan.config.hotplug)
         zone.update(file=file, shared=shared)
     config["serial"]["file"] = os.fspath(plan.serial_log)

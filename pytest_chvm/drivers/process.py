@@ -118,12 +118,21 @@ class VmmProcess:
         self, config: VmConfig, build: Callable[[Plan], VmmCommand], lease: Lease, options: BootOptions, restoring: Path | None
     ) -> VmHandle:
         serial_log = config.serial_log or lease.directory / "serial.log"
-        plan = Plan(config, lease, serial_log, options.console, restoring=restoring, snapshots=options.snapshots)
+        plan = Plan(
+            config,
+            lease,
+            serial_log,
+            options.console,
+            restoring=restoring,
+            snapshots=options.snapshots,
+            template_dir=options.template_dir,
+        )
         if restoring is not None:
             plan.memory = _restored_memory(plan, restoring)
-        elif options.memory_file is not None:
-            plan.memory = Memory(os.fspath(options.memory_file), shared=True)
-            with options.memory_file.open("xb") as file:
+        elif options.template_dir is not None:
+            memory = options.template_dir / MEMORY_FILE
+            plan.memory = Memory(os.fspath(memory), shared=True)
+            with memory.open("xb") as file:
                 file.truncate(config.memory_mb << 20)
         handle = VmHandle(
             config.name, config.namespace, self.vmm, VmState.STARTING, None, serial_log, plan.machine_id,
@@ -230,8 +239,11 @@ class VmmProcess:
 
     def scanner(self, handle: VmHandle) -> ReadyScanner:
         """Return the scanner of a VM's serial log, which remembers how far it has read."""
-        fresh = ReadyScanner(handle.serial_log, handle.ready_marker, handle.nonce, nonce_required=handle.nonce is not None)
-        return self._scanners.setdefault(handle.machine_id, fresh)
+        known = self._scanners.get(handle.machine_id)
+        if known is None or known.nonce != handle.nonce:
+            known = ReadyScanner(handle.serial_log, handle.ready_marker, handle.nonce, nonce_required=handle.nonce is not None)
+            self._scanners[handle.machine_id] = known
+        return known
 
     def renew_sidecars(self, handle: VmHandle, config: VmConfig) -> VmHandle:
         """Start a second virtiofsd at each socket, for a VMM that will connect anew; the first ends with its connection."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.drivers import qemu_devices, qemu_state, qemu_vsock, qmp
-from pytest_chvm.drivers.base import DEFAULT_OPTIONS, MEMORY_FILE, BootOptions, Plan, VmmCommand, binary_key, taps_of
-from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
+from pytest_chvm.drivers.base import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, BootOptions, Plan, VmmCommand, binary_key, taps_of
+from pytest_chvm.drivers.disks import base_format, copy_overlay, data_format, make_overlay
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.host.binaries import Binary, find_binary
@@ -86,8 +86,9 @@ class QemuDriver:
             number = plan.add_fd(fd)
             machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
             shown[f",vhostfd={number}"] = ""
+        machine += self._root_disk(plan)
         # A clone's are plugged in before it goes on.
-        machine += [*self._disks(plan), *self._shares(plan)] if plan.restoring is None else []
+        machine += [*self._other_disks(config), *self._shares(plan)] if plan.restoring is None else []
         control = ["-incoming", "defer", "-S"] if plan.restoring is not None else []
         control += ["-chardev", f"socket,id=qmp,fd={plan.add_listener('qmp.sock')},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control"]
@@ -133,28 +134,19 @@ class QemuDriver:
         return words + (["-initrd", os.fspath(config.initramfs)] if config.initramfs else [])
 
     @staticmethod
-    def _disks(plan: Plan) -> list[str]:
-        config = plan.config
-        words = []
+    def _root_disk(plan: Plan) -> list[str]:
+        image = plan.config.root_disk
+        if image is None:
+            return []
+        overlay = (plan.template_dir or plan.lease.directory) / ROOT_FILE
+        make_overlay(plan.restoring / ROOT_FILE if plan.restoring is not None else image, overlay)
+        return _disk("root", "qcow2", overlay, read_only=False)
 
-        def add(name: str, form: str, image: Path, *, read_only: bool) -> None:
-            nonlocal words
-            mode = "on" if read_only else "off"
-            words += [
-                "-blockdev",
-                f"node-name={name},driver={form},read-only={mode},file.driver=file,file.filename={_quoted(image)}",
-                "-device",
-                f"virtio-blk-pci,drive={name}",
-            ]
-
-        if config.root_disk is not None:
-            overlay = plan.socket("root.qcow2")
-            make_overlay(config.root_disk, overlay)
-            add("root", "qcow2", overlay, read_only=False)
-        if config.seed_iso is not None:
-            add("seed", "raw", config.seed_iso, read_only=True)
+    @staticmethod
+    def _other_disks(config: VmConfig) -> list[str]:
+        words = _disk("seed", "raw", config.seed_iso, read_only=True) if config.seed_iso is not None else []
         if config.data_disk is not None:
-            add("data", data_format(config.data_disk), config.data_disk, read_only=False)
+            words += _disk("data", data_format(config.data_disk), config.data_disk, read_only=False)
         return words
 
     @staticmethod
@@ -291,8 +283,14 @@ class QemuDriver:
         return handle
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
-        """Save a paused VM's state, and its memory unless that is the file in this directory already; disks are not saved."""
+        """Save a paused VM's state, and its memory and what it has written to its root disk, unless these are files here already.
+
+        What QEMU knows of a disk is in its file while the VM is paused (`vm_stop` of its cpus.c flushes all).
+        """
         shared = (directory / MEMORY_FILE).exists()
+        assert handle.run_dir is not None
+        if (written := handle.run_dir / ROOT_FILE).exists():
+            copy_overlay(written, directory / ROOT_FILE)
         qemu_state.save(handle.name, self._socket(handle, "qmp.sock"), directory / "state", memory_is_shared=shared)
 
     def restore(self, config: VmConfig, directory: Path, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
@@ -320,6 +318,12 @@ class QemuDriver:
         if handle.run_dir is None:
             raise VmIOError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
         return handle.run_dir / name
+
+
+def _disk(name: str, form: str, image: Path, *, read_only: bool) -> list[str]:
+    mode = "on" if read_only else "off"
+    node = f"node-name={name},driver={form},read-only={mode},file.driver=file,file.filename={_quoted(image)}"
+    return ["-blockdev", node, "-device", f"virtio-blk-pci,drive={name}"]
 
 
 def _channel_socket(name: str) -> str:

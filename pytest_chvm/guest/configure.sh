@@ -6,6 +6,7 @@
 #   chvm.ip= chvm.nonce= chvm.marker= chvm.hostname=
 # At last it says on the serial console that the machine is ready.
 # Written to fork as little as it can: this is most of what a clone's start takes.
+chvm_renew=/lib/chvm/renew
 chvm_console=/dev/console
 for device in /dev/ttyS0 /dev/ttyAMA0; do
     [ -c $device ] && chvm_console=$device && break

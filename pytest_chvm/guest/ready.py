@@ -105,8 +105,9 @@ class ReadyScanner:
                         return self.ip
         return self.ip
 
-    def expect_again(self) -> None:
-        """Forget what was found: the guest is about to start anew."""
+    def expect_again(self, nonce: str | None) -> None:
+        """Forget what was found: the guest is about to start anew, and has to say this nonce, if any."""
+        self.nonce, self.nonce_required = nonce, nonce is not None
         self.ip = self.refused = None
         self._reader.forget()
 

@@ -103,6 +103,12 @@ def test_a_snapshot_has_what_the_test_set_up(boot, tmp_path):
     assert first.snapshot().clone().check_output("cat /root/database") == "changed\n"
 
 
+def test_a_vm_that_was_booted_can_be_saved_too(boot):
+    vm = boot(boot="cold", network="none", hotplug=True)
+    vm.check_output("echo loaded >/root/database")
+    assert vm.snapshot().clone().check_output("cat /root/database") == "loaded\n"
+
+
 def test_a_clone_reboots_as_itself(boot):
     vm = boot(boot="clone")
     address, name = vm.ip, vm.check_output("hostname")

@@ -166,7 +166,7 @@ def test_after_a_reboot_the_old_line_does_not_count_and_the_new_one_does(log):
     log.write_bytes(b"CHVM_READY 192.0.2.7\n")
     scanner = ReadyScanner(log)
     assert scanner.scan() == "192.0.2.7"
-    scanner.expect_again()
+    scanner.expect_again(None)
     assert scanner.scan() is None
     append(log, b"rebooting\n")
     assert scanner.scan() is None
@@ -178,9 +178,18 @@ def test_after_a_reboot_that_truncates_the_log(log):
     log.write_bytes(b"x" * 100 + b"CHVM_READY 192.0.2.7\n")
     scanner = ReadyScanner(log)
     scanner.scan()
-    scanner.expect_again()
+    scanner.expect_again(None)
     log.write_bytes(b"CHVM_READY 192.0.2.8\n")
     assert scanner.scan() == "192.0.2.8"
+
+
+def test_after_a_reboot_an_image_that_knows_no_nonce_is_ready_too(log):
+    log.write_bytes(b"CHVM_READY 192.0.2.7\nCHVM_READY 192.0.2.8 nonce=mine\n")
+    scanner = ReadyScanner(log, nonce="mine", nonce_required=True)
+    assert scanner.scan() == "192.0.2.8"
+    scanner.expect_again(None)
+    append(log, b"CHVM_READY 192.0.2.9\n")
+    assert scanner.scan() == "192.0.2.9"
 
 
 def test_each_scan_reads_what_is_new_and_the_overlap_only(log, monkeypatch):

@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from pytest_chvm import InvalidConfigError, VmConfig, snapshots
+from pytest_chvm import InvalidConfigError, UnsupportedError, VmConfig, renewal, snapshots
 from pytest_chvm.guest import renew
 from pytest_chvm.model import SharedDir, Tap
 from pytest_chvm.snapshots import RECORD_FILE, Template, TemplateStore, _digest, content_key, describe
-from pytest_chvm.templates import renewal, template_config, why_no_clone
+from pytest_chvm.templates import template_config, why_no_clone
 
 MADE_OF = {"vmm": ["qemu", "7.2"], "memory_mb": [256, None], "processors": [1, None, None], "networks": ["tap"], "hotplug": False}
 
@@ -315,10 +316,35 @@ def test_a_digest_that_an_earlier_version_kept_is_computed_again(tmp_path):
 
 def test_only_what_a_clone_can_have_is_cloned(tmp_path):
     can = VmConfig(networks=[Tap()], shared_dirs={"a": tmp_path}, data_disk=tmp_path)
-    assert why_no_clone(can, built_in_guest=True) is None
-    assert "seed_iso" in why_no_clone(VmConfig(seed_iso=tmp_path), built_in_guest=True)
-    assert "channels" in why_no_clone(VmConfig(channels=["a"]), built_in_guest=True)
-    assert "of its own" in why_no_clone(VmConfig(), built_in_guest=False)
+
+    def why(config, *, built_in_guest=True, vmm="qemu", network_mode="tap"):
+        return why_no_clone(config, built_in_guest=built_in_guest, vmm=vmm, network_mode=network_mode)
+
+    assert why(can) is None
+    assert "seed_iso" in why(VmConfig(seed_iso=tmp_path))
+    assert "channels" in why(VmConfig(channels=["a"]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "more", "why"),
+    [
+        ({"cmdline": "quiet"}, {}, None),
+        ({"cmdline": "quiet", "root_disk": Path("disk"), "networks": [Tap(mac="52:54:00:00:00:07")]}, {}, None),
+        ({"root_disk": Path("disk"), "networks": []}, {}, None),
+        ({"root_disk": Path("disk")}, {"network_mode": "none"}, None),
+        ({"root_disk": Path("disk"), "networks": []}, {"vmm": "cloud-hypervisor"}, "does not say"),
+        ({}, {}, "give it a cmdline"),
+        ({"cmdline": "quiet"}, {"network_mode": "user"}, "by a TAP of ours"),
+        ({"cmdline": "quiet", "networks": [Tap("mine")]}, {}, "by a TAP of ours"),
+        ({"cmdline": "quiet", "seed_iso": Path("seed")}, {}, "when it boots"),
+        ({"cmdline": "quiet", "data_disk": Path("disk")}, {}, "when it boots"),
+        ({"cmdline": "quiet", "shared_dirs": {"a": Path("dir")}}, {}, "when it boots"),
+    ],
+)
+def test_only_an_image_that_a_clone_can_be_renewed_of_is_cloned(asked, more, why):
+    options = {"built_in_guest": False, "vmm": "qemu", "network_mode": "tap", **more}
+    found = why_no_clone(VmConfig(**asked), **options)
+    assert why in found if why else found is None
 
 
 def test_a_template_has_nothing_of_the_vm_that_asked_for_it(tmp_path):
@@ -346,8 +372,52 @@ def test_a_template_of_another_user_is_not_readable(store):
     assert template.directory.stat().st_mode & 0o777 == 0o700
 
 
+def test_that_there_can_be_no_template_is_found_out_once(store):
+    asked = []
+
+    def build(directory):
+        save(directory)
+        asked.append(directory)
+        raise UnsupportedError("no shell")
+
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="no shell"):
+            store.get(MADE_OF, 1, build, try_again=False)
+    assert len(asked) == 1
+    [known] = store.all()
+    assert [file.name for file in known.directory.iterdir()] == [RECORD_FILE]
+    assert "no template: no shell" in describe(known, wholly=False)["what"]
+    # Who insists finds out anew; so does a machine that was restarted.
+    get(store)
+    assert Template(known.directory).unfit is None
+
+
+def test_that_there_can_be_no_template_is_not_believed_after_a_restart(store):
+    def build(_directory):
+        raise UnsupportedError("no shell")
+
+    with pytest.raises(UnsupportedError):
+        store.get(MADE_OF, 1, build)
+    [known] = store.all()
+    record = json.loads((known.directory / RECORD_FILE).read_text())
+    (known.directory / RECORD_FILE).write_text(json.dumps({**record, "boot_id": "an earlier one"}))
+    store.get(MADE_OF, 1, save, try_again=False).release()
+
+
+def test_what_was_wanted_before_is_remembered_for_a_month(store):
+    assert not store.wanted_before(MADE_OF)
+    assert store.wanted_before(MADE_OF)
+    assert not store.wanted_before({**MADE_OF, "memory_mb": [128, None]})
+    store.prune()
+    assert store.wanted_before(MADE_OF)
+    for note in store.directory.glob("*.wanted"):
+        os.utime(note, (0, 0))
+    store.prune()
+    assert not store.wanted_before(MADE_OF)
+
+
 def test_a_ready_marker_is_text_to_the_guests_shell():
-    line = renewal(["chvm.marker=$(poweroff);x"])
+    line = renewal.line(["chvm.marker=$(poweroff);x"])
     assert line.isascii()
     assert "chvm_configure 'chvm.marker=$(poweroff);x'" in line
 
@@ -369,7 +439,7 @@ def test_how_a_file_system_keeps_a_file_is_none_of_its_content(tmp_path):
 
 def test_a_clone_whose_random_pool_could_not_be_renewed_is_never_ready(tmp_path):
     for status, said in ((0, "ready\n"), (1, "")):
-        renewed = renewal(["chvm.ip=192.0.2.1"]).replace("/lib/chvm/renew", f"(exit {status})")
+        renewed = renewal.line(["chvm.ip=192.0.2.1"]).replace("$chvm_renew", f"(exit {status})")
         line = f"chvm_tmp={tmp_path}; chvm_configure() {{ echo ready; }}; {renewed}"
         done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=10, check=False)
         assert done.stdout == said

@@ -1,0 +1,73 @@
+"""How a clone is made a machine of its own, by a line that its console shell runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
+
+from pytest_chvm.errors import UnsupportedError, VmIOError
+from pytest_chvm.guest import renew
+from pytest_chvm.model import CommandResult
+
+# A directory of ours in a guest.
+DIRECTORY = re.compile(r"/[a-z/]{1,20}/chvm\.[A-Za-z0-9]{6}\n")
+# Puts the program that is its input where the guest runs programs from, and tries it: without a message it ends with 1.
+INSTALL = """\
+[ "$(id -u)" = 0 ] || { echo "the shell on its console is not root's"; exit 3; }
+command -v ip >/dev/null || { echo "it has no 'ip' (iproute2, BusyBox)"; exit 3; }
+for place in /run /tmp /var/tmp /root /dev; do
+    directory=$(mktemp -d $place/chvm.XXXXXX 2>/dev/null) || continue
+    if [ "$program" ]; then cp $program $directory/renew; else cat >$directory/renew; fi
+    program=$directory/renew
+    chmod 700 $program
+    $program </dev/null >/dev/null 2>&1
+    [ $? = 1 ] && echo $directory && exit
+done
+echo "it runs no x86-64 program from /run, /tmp, /var/tmp, /root or /dev"
+exit 3
+"""
+
+
+def line(words: Sequence[str], *, stale_nics: int = 0) -> str:
+    """Return the shell line that makes a clone a machine of its own, which then says that it is ready.
+
+    `words` are those of the built-in guest's kernel command line. `stale_nics`: how many NICs have the snapshot's addresses.
+    """
+    flush = "".join(f"ip addr flush dev eth{index};" for index in range(stale_nics))
+    octal = "".join(f"\\{byte:03o}" for byte in _message())
+    # By a file, since a pipe takes another process, and no longer than it has to be there.
+    renewed = f"printf '{octal}' >$chvm_tmp/seed && $chvm_renew <$chvm_tmp/seed && : >$chvm_tmp/seed"
+    # The pool first: nothing may be drawn from it before, and a clone whose pool is the template's must not be ready.
+    return f"{renewed} && {{ {flush}chvm_configure {shlex.join(words)}; }}"
+
+
+def _message() -> bytes:
+    return renew.message(time.time_ns(), os.urandom(renew.SEED_SIZE))
+
+
+def set_up_script() -> bytes:
+    """Return what the console shell of an image of one's own reads before it is saved, as the built-in guest's reads another."""
+    return resources.files("pytest_chvm.guest").joinpath("configure_any.sh").read_bytes()
+
+
+def put_into(run: Callable[[str, bytes | None], CommandResult]) -> str:
+    """Put what renews clones into a guest that is not ours; returns the line by which its console shell reads it.
+
+    `run` runs a command in the guest, with an input. Raises UnsupportedError where the guest cannot be renewed.
+    """
+    try:
+        done = run(INSTALL, renew.program())
+        if done.returncode == 0 and DIRECTORY.fullmatch(done.stdout):
+            directory = done.stdout.strip()
+            # A clone that it cannot renew would never say that it is ready.
+            done = run(f"{directory}/renew", _message())
+            if done.returncode == 0 and (done := run(f"cat >{directory}/configure.sh", set_up_script())).returncode == 0:
+                return f"chvm_renew={directory}/renew; . {directory}/configure.sh"
+    except VmIOError as error:
+        raise UnsupportedError(f"nothing can renew its clones: {error}") from error
+    said = (done.stdout + done.stderr).strip()[:200]
+    raise UnsupportedError(f"nothing can renew its clones: {said!r}, status {done.returncode}")

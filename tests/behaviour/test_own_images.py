@@ -1,0 +1,123 @@
+"""Clones of images of one's own: an initramfs, a root disk. The image here is the built-in one, handed over as a user would."""
+
+import functools
+import socket
+import time
+
+import pytest
+
+from pytest_chvm import Settings, Tap, UnsupportedError, VmConfig, VmState
+from pytest_chvm.guest.initramfs import Entry, write_cpio
+from pytest_chvm.guest.shell import CONNECT_TIMEOUT_S
+from pytest_chvm.launcher import choose_guest
+from tests.relay import CLOUD_HYPERVISOR
+
+CLOCK_ERROR_S = 2.0
+
+
+@pytest.fixture
+def own(boot):
+    """`chvm_vm` with an initramfs and a command line of one's own."""
+    initramfs = choose_guest(VmConfig(), Settings.resolve()).config.initramfs
+    return functools.partial(boot, initramfs=initramfs, cmdline="console=ttyS0 quiet chvm.hostname=of-the-image")
+
+
+def test_a_clone_of_an_own_image_is_a_machine_of_its_own(own):
+    def identity(vm):
+        facts = vm.check_output(
+            "cat /sys/class/net/eth0/address /sys/class/net/eth1/address /etc/machine-id /proc/sys/kernel/random/boot_id;"
+            "head -c 16 /dev/urandom | od -An -tx1"
+        )
+        return vm.ip, *facts.splitlines()
+
+    networks = [Tap(), Tap()]
+    clones = [own(boot="clone", name=f"number-{number}", networks=networks) for number in range(3)]
+    for vm in clones:
+        assert vm.origin.boot == "clone"
+        before = time.time()
+        assert before - 1 - CLOCK_ERROR_S < int(vm.check_output("date +%s")) < time.time() + CLOCK_ERROR_S
+        assert vm.check_output("hostname") == "of-the-image\n"
+        addresses = vm.check_output("ip -4 -o addr show dev eth0; ip -4 -o addr show dev eth1; ip route").splitlines()
+        assert len(addresses) == 6, addresses
+        assert f"inet {vm.ip}/" in addresses[0]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((vm.ip, 1), 10)
+        assert vm.console.count("CHVM_READY") == 1
+    # All but the kernel's own boot id, which nothing can change.
+    identities = [identity(vm) for vm in clones]
+    for values in zip(*identities, strict=True):
+        assert len(set(values)) == 3, values
+    vm.check_output("touch /root/gone")
+    vm.reboot()
+    assert (vm.ip, vm.check_output("ls /root"), vm.status.state) == (identities[-1][0], "", VmState.READY)
+
+
+def test_the_first_vm_of_an_own_image_is_booted_and_the_next_ones_are_clones(own, tmp_path):
+    own = functools.partial(own, cmdline=f"console=ttyS0 quiet of={tmp_path.name}-{time.time_ns()}")
+    origins = [own(name=f"number-{number}", network="none").origin for number in range(3)]
+    assert [origin.boot for origin in origins] == ["cold", "clone", "clone"]
+    assert "first of its image" in origins[0].why
+    vm = own(name="unwatched", network="none", wait=False)
+    assert vm.origin.in_words == "booted: it is an image of its own, whose boot is not waited for"
+
+
+def test_an_own_image_can_be_saved_again_and_again(own):
+    vm = own(boot="cold")
+    vm.check_output("echo loaded >/root/database")
+    first = vm.snapshot().clone()
+    assert first.check_output("cat /root/database; echo changed >/root/database") == "loaded\n"
+    second = first.snapshot().clone()
+    assert second.check_output("cat /root/database") == "changed\n"
+    assert len({vm.ip, first.ip, second.ip}) == 3
+
+
+def test_clones_have_what_was_written_to_the_root_disk_and_write_to_it_themselves(own, vmm, tmp_path):
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(b"base" + bytes((8 << 20) - 4))
+    own = functools.partial(own, root_disk=disk, network="none")
+    if vmm == CLOUD_HYPERVISOR:
+        with pytest.raises(UnsupportedError, match="does not say when all of a root disk is in its file"):
+            own(boot="clone")
+        return
+    vm = own(boot="clone", name="first")
+    # Written, and only in the guest's memory: both are the clones'.
+    vm.check_output(
+        "printf one | dd of=/dev/vda bs=1M seek=1 conv=notrunc,fsync; printf two | dd of=/dev/vda bs=1M seek=2 conv=notrunc"
+    )
+
+    def pieces(vm):
+        return vm.check_output(
+            "for n in 0 1 2 3; do dd if=/dev/vda bs=1M skip=$n count=1 2>/dev/null | head -c 4 | tr '\\0' .; done"
+        )
+
+    snapshot = vm.snapshot()
+    vm.check_output("printf vvv | dd of=/dev/vda bs=1M seek=3 conv=notrunc,fsync")
+    clone = snapshot.clone()
+    assert pieces(clone) == "baseone.two....."
+    clone.check_output("printf new | dd of=/dev/vda bs=1M seek=1 conv=notrunc,fsync")
+    again = clone.snapshot()
+    # What a snapshot stands on is the image, not the snapshot before it.
+    clone.close()
+    assert snapshot.close() == []
+    assert pieces(again.clone()) == "basenew.two....."
+    assert pieces(vm) == "baseone.two.vvv."
+    assert pieces(own(boot="clone", name="last")) == "base............"
+    assert disk.read_bytes()[:4] == b"base"
+    assert not any(disk.read_bytes()[4:])
+
+
+def test_an_image_without_a_shell_is_booted_each_time_and_says_why(boot, tmp_path):
+    silent = tmp_path / "silent"
+    init = b"#!/bin/sh\nmount -t devtmpfs dev /dev\necho CHVM_READY 192.0.2.1 >/dev/ttyS0\nwhile :; do sleep 1000; done\n"
+    built_in = choose_guest(VmConfig(), Settings.resolve()).config.initramfs.read_bytes()
+    # Of two archives, the later one's files count (Documentation/driver-api/early-userspace/buffer-format.rst).
+    silent.write_bytes(built_in + bytes(-len(built_in) % 512) + write_cpio(iter([Entry("init", 0o100755, init)])))
+    own = functools.partial(boot, initramfs=silent, cmdline="console=ttyS0 quiet", network="none")
+    with pytest.raises(UnsupportedError, match="no shell answers"):
+        own(boot="clone", name="insists")
+    # That was found out, and is not tried again.
+    started = time.monotonic()
+    vm = own(name="goes-on")
+    assert (vm.ip, vm.origin.boot) == ("192.0.2.1", "cold")
+    assert "no shell answers" in vm.origin.why
+    assert time.monotonic() - started < CONNECT_TIMEOUT_S
