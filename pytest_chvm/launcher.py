@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from pytest_chvm import renewal
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.drivers import choose_vmm, make_driver
 from pytest_chvm.drivers.base import BootOptions, VmDriver, logger
@@ -287,7 +286,7 @@ class Launcher:
             if self.owner is not None:
                 self.owner.add_vm(vm)
             if origin.saved is not None:
-                vm.tell_shell(renewal.line(words, stale_nics=origin.stale_nics))
+                vm.renew(words)
             if wait:
                 vm.wait_ready()
         except BaseException:

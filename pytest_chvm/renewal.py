@@ -1,4 +1,4 @@
-"""How a clone is made a machine of its own, by a line that its console shell runs."""
+"""How a clone is made a machine of its own: by a line that its console shell runs, and by what that asks the host for."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ exit 3
 """
 
 
-def line(words: Sequence[str], *, stale_nics: int = 0) -> str:
+def line(token: str, words: Sequence[str], *, stale_nics: int = 0) -> str:
     """Return the shell line that makes a clone a machine of its own, which then says that it is ready.
 
-    `words` are those of the built-in guest's kernel command line. `stale_nics`: how many NICs have the snapshot's addresses.
+    The program that it starts first asks for its `message`, with a line `TOKEN renew` on the virtio console. `words` are those of
+    the built-in guest's kernel command line. `stale_nics`: how many NICs have the snapshot's addresses.
     """
     flush = "".join(f"ip addr flush dev eth{index};" for index in range(stale_nics))
-    octal = "".join(f"\\{byte:03o}" for byte in _message())
-    # By a file, since a pipe takes another process, and no longer than it has to be there.
-    renewed = f"printf '{octal}' >$chvm_tmp/seed && $chvm_renew <$chvm_tmp/seed && : >$chvm_tmp/seed"
+    renewed = f"printf '\\n{token} ' >/dev/hvc0; $chvm_renew </dev/hvc0 >/dev/hvc0"
     # The pool first: nothing may be drawn from it before, and a clone whose pool is the template's must not be ready.
     return f"{renewed} && {{ {flush}chvm_configure {shlex.join(words)}; }}"
 
 
-def _message() -> bytes:
+def message() -> bytes:
+    """Return what the program is told: the time now, and a seed."""
     return renew.message(time.time_ns(), os.urandom(renew.SEED_SIZE))
 
 
@@ -64,7 +64,7 @@ def put_into(run: Callable[[str, bytes | None], CommandResult]) -> str:
         if done.returncode == 0 and DIRECTORY.fullmatch(done.stdout):
             directory = done.stdout.strip()
             # A clone that it cannot renew would never say that it is ready.
-            done = run(f"{directory}/renew", _message())
+            done = run(f"{directory}/renew", message())
             if done.returncode == 0 and (done := run(f"cat >{directory}/configure.sh", set_up_script())).returncode == 0:
                 return f"chvm_renew={directory}/renew; . {directory}/configure.sh"
     except VmIOError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pytest_chvm.drivers.base import VmDriver
 from pytest_chvm.drivers.disks import backing_files
+from pytest_chvm.guest import renew
 from pytest_chvm.guest.shell import shell_script
 from pytest_chvm.model import Network, Tap, VmConfig
 from pytest_chvm.renewal import set_up_script
@@ -87,7 +88,7 @@ def made_of(config: VmConfig, driver: VmDriver, network_mode: str, cache: Path) 
         "networks": [network_mode] if config.networks is None else ["tap"] * len(config.networks),
         "hotplug": config.hotplug,
         # A template's console shell runs it already.
-        "shell": hashlib.sha256(shell_script() + set_up_script()).hexdigest(),
+        "shell": hashlib.sha256(shell_script() + set_up_script() + renew.program()).hexdigest(),
     }
 
 

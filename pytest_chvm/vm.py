@@ -315,9 +315,13 @@ class Vm:
         """Return a listener that the guest reaches at a vsock port of CID 2, the host."""
         return self._driver.listen_vsock(self.handle, port)
 
-    def tell_shell(self, script: str) -> None:
-        """Have the guest's console shell itself run one line, before any command; it is not waited for."""
-        self._shell.do(script)
+    def renew(self, words: Sequence[str]) -> None:
+        """Have a clone made a machine of its own, which is told `words`; it then says that it is ready, which is not waited for.
+
+        Raises VmIOError where it does not even begin before the boot's deadline.
+        """
+        stale_nics = self.origin.stale_nics
+        self._shell.renew(lambda token: renewal.line(token, words, stale_nics=stale_nics), renewal.message, self._boot_deadline)
 
     def snapshot(self) -> Snapshot:
         """Save the VM as it is now, for clones to start from; it goes on afterwards.

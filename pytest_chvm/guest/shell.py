@@ -32,6 +32,7 @@ KILL_TIMEOUT_S = 5.0
 LARGEST_STATUS = 255
 # What comes in a line after its token, which is another one each time.
 SHELL_OR_LOOP, LOOP, INPUT = re.compile(rb"(sh|loop)\r?"), re.compile(rb"loop\r?"), re.compile(rb"input")
+RENEW = re.compile(rb"renew")
 OUT, ERR, END = re.compile(rb"out (\d{1,15})"), re.compile(rb"err (\d{1,15})"), re.compile(rb"end ([^\n]{0,40})")
 LONGEST_WORDS = 50
 NO_SHELL = (
@@ -133,6 +134,25 @@ class GuestShell:
             except TimeoutError as error:
                 self._in_step = False
                 raise VmIOError(f"VM {self.vm_name!r}: {NO_SHELL}", vm_name=self.vm_name) from error
+
+    def renew(self, line: Callable[[str], str], message: Callable[[], bytes], deadline: Deadline) -> None:
+        """Have a clone's shell run a line, as `do` does, that asks for a message, which is made at that moment.
+
+        `line` is given the token with which the guest has to ask. Raises VmIOError where it does not ask in time.
+        """
+        token = secrets.token_hex(16)
+        with self._lock:
+            try:
+                self._connect(deadline)
+                self._write(f"do - {line(token)}\n".encode("ascii"), deadline)
+                self._read_line(token, RENEW, deadline)
+                self._write(message(), deadline)
+            except TimeoutError as error:
+                self._in_step = False
+                raise VmIOError(
+                    f"VM {self.vm_name!r}: its shell did not begin to make it a machine of its own within {deadline.total_s:g} s",
+                    vm_name=self.vm_name,
+                ) from error
 
     @contextmanager
     def waiting(self, script: str, timeout: float = CONNECT_TIMEOUT_S) -> Iterator[None]:

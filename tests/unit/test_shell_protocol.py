@@ -13,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_chvm import CommandTimeoutError, VmIOError
+from pytest_chvm.deadline import Deadline
 from pytest_chvm.guest import shell
 from pytest_chvm.guest.shell import GuestShell
 
 # In a response: wait until the host has asked for the next piece.
 MORE = object()
+MESSAGE = b"the time, and\na seed"
 
 
 class Peer:
@@ -43,6 +45,10 @@ class Peer:
                 elif words[:1] == [b"input"]:
                     self.scripts.append(self.lines.read(int(words[2])))
                     self.theirs.sendall(b"\n%s input\n" % words[1])
+                elif words[:1] == [b"do"]:
+                    for piece in self.respond(words[2]):
+                        self.theirs.sendall(piece)
+                    self.scripts.append(self.lines.read(len(MESSAGE)))
                 elif words[:1] == [b"run"]:
                     self.scripts.append(line)
                     for piece in self.respond(words[1]):
@@ -76,6 +82,7 @@ def console():
         peer = Peer(respond, hello)
         guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, check_alive, check_alive)
         guest.drops = lambda: peer.drops
+        guest.scripts = lambda: (peer.ours.shutdown(socket.SHUT_WR), peer.thread.join(5), peer.scripts)[-1]
         guest.end = lambda: peer.theirs.shutdown(socket.SHUT_RDWR)
         peers.append((guest, peer))
         return guest
@@ -88,6 +95,32 @@ def console():
 
 def run(guest, command="true", timeout=5, input=None):
     return guest.run(command, timeout=timeout, input=input)
+
+
+def test_a_clone_is_told_what_it_asks_for_when_it_asks(console):
+    asked = threading.Event()
+
+    def respond(token):
+        # Not its own.
+        yield b"\n%s renew\n" % secrets.token_hex(16).encode()
+        yield b"\n%s ren" % token
+        asked.set()
+        yield b"ew\n"
+
+    def message():
+        assert asked.is_set()
+        return MESSAGE
+
+    guest = console(respond)
+    guest.renew(lambda token: token, message, Deadline.after(5))
+    guest.close()
+    assert guest.scripts() == [MESSAGE]
+
+
+def test_a_clone_that_never_asks_is_given_up_in_time(console):
+    guest = console(lambda token: [b"\n%s no\n" % token])
+    with pytest.raises(VmIOError, match=r"did not begin to make it a machine of its own within 0.2 s"):
+        guest.renew(lambda token: token, lambda: MESSAGE, Deadline.after(0.2))
 
 
 OUTPUTS = st.binary(max_size=300) | st.lists(

@@ -361,7 +361,8 @@ def test_the_guests_program_takes_the_message_that_is_made_for_it(tmp_path):
     program.write_bytes(renew.program())
     program.chmod(0o755)
     # Half a message is none, and this machine's clock is left alone.
-    done = subprocess.run([program], input=renew.message(0, bytes(renew.SEED_SIZE))[:-1], timeout=10, check=False)
+    short = renew.message(0, bytes(renew.SEED_SIZE))[:-1]
+    done = subprocess.run([program], input=short, stdout=subprocess.DEVNULL, timeout=10, check=False)
     assert done.returncode == 1
     with pytest.raises(ValueError, match="32 bytes"):
         renew.message(0, b"short")
@@ -417,7 +418,7 @@ def test_what_was_wanted_before_is_remembered_for_a_month(store):
 
 
 def test_a_ready_marker_is_text_to_the_guests_shell():
-    line = renewal.line(["chvm.marker=$(poweroff);x"])
+    line = renewal.line("token", ["chvm.marker=$(poweroff);x"])
     assert line.isascii()
     assert "chvm_configure 'chvm.marker=$(poweroff);x'" in line
 
@@ -439,7 +440,9 @@ def test_how_a_file_system_keeps_a_file_is_none_of_its_content(tmp_path):
 
 def test_a_clone_whose_random_pool_could_not_be_renewed_is_never_ready(tmp_path):
     for status, said in ((0, "ready\n"), (1, "")):
-        renewed = renewal.line(["chvm.ip=192.0.2.1"]).replace("$chvm_renew", f"(exit {status})")
-        line = f"chvm_tmp={tmp_path}; chvm_configure() {{ echo ready; }}; {renewed}"
+        console = tmp_path / "console"
+        console.touch()
+        renewed = renewal.line("token", ["chvm.ip=192.0.2.1"]).replace("/dev/hvc0", str(console))
+        line = f"chvm_renew='exit_with {status}'; exit_with() {{ return $1; }}; chvm_configure() {{ echo ready; }}; {renewed}"
         done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=10, check=False)
         assert done.stdout == said
