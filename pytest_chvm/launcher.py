@@ -30,7 +30,15 @@ from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
 from pytest_chvm.nics import lease_nics, network_mode
 from pytest_chvm.settings import Settings
-from pytest_chvm.snapshots import HeldTemplate, Snapshot, TemplateStore, new_directory, snapshots_dir
+from pytest_chvm.snapshots import (
+    HeldTemplate,
+    Snapshot,
+    TemplateStore,
+    content_key,
+    file_identity,
+    new_directory,
+    snapshots_dir,
+)
 from pytest_chvm.templates import clone_config, made_of, template_config, why_no_clone, why_no_snapshot
 from pytest_chvm.vm import Origin, Vm
 
@@ -238,7 +246,9 @@ class Launcher:
         if not wait:
             return "it is an image of its own, whose boot is not waited for"
         try:
-            if self.settings.boot == "auto" and not self._store.wanted_before(self._made_of(guest)):
+            # Not by content: most images are wanted once only.
+            wanted_before = self._store.wanted_before(self._made_of(guest, file_identity))
+            if self.settings.boot == "auto" and not wanted_before:
                 return "it is the first of its image: the next ones are clones"
         except VmError as error:
             return str(error)
@@ -252,9 +262,12 @@ class Launcher:
     def _store(self) -> TemplateStore:
         return TemplateStore(cache_dir(self.settings))
 
-    def _made_of(self, guest: Guest) -> dict[str, object]:
+    def _made_of(self, guest: Guest, identify: Callable[[Path], str]) -> dict[str, object]:
         mode, _why = network_mode(self.settings, self.driver)
-        return made_of(template_config(guest.config), self.driver, mode, cache_dir(self.settings))
+        try:
+            return made_of(template_config(guest.config), self.driver, mode, identify)
+        except OSError as error:
+            raise VmIOError(f"VM {guest.config.name!r} cannot be a clone: {error}", vm_name=guest.config.name) from error
 
     def cold(self, guest: Guest, why: str, *, wait: bool = True, template_dir: Path | None = None) -> Vm:
         """Boot a VM; `why` says why it is no clone."""
@@ -270,11 +283,19 @@ class Launcher:
         plain = Guest(template_config(guest.config), guest.built_in, secrets.token_hex(8) if guest.built_in else None)
 
         def build(directory: Path) -> None:
-            with self.cold(plain, "it is to be a template", template_dir=directory) as vm:
-                vm.save(directory, go_on=False)
+            try:
+                with self.cold(plain, "it is to be a template", template_dir=directory) as vm:
+                    vm.save(directory, go_on=False)
+            except BootFailedError as error:
+                if guest.built_in or insists:
+                    raise
+                # It may have booted where it was meant to be.
+                raise UnsupportedError(f"its template did not boot: {str(error)[:500]}") from error
 
-        room_mb = plain.config.memory_mb
-        return self._store.get(self._made_of(guest), room_mb, build, try_again=self.settings.boot == "clone")
+        insists = self.settings.boot == "clone"
+        cache = cache_dir(self.settings)
+        parts = self._made_of(guest, lambda file: content_key(file, cache))
+        return self._store.get(parts, plain.config.memory_mb, build, try_again=insists)
 
     def _started(
         self, guest: Guest, origin: Origin, *, wait: bool, template_dir: Path | None = None, held: Sequence[Held] = ()

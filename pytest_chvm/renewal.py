@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 
-from pytest_chvm.errors import UnsupportedError, VmIOError
+from pytest_chvm.errors import GuestCommandError, UnsupportedError, VmIOError
 from pytest_chvm.guest import renew
 from pytest_chvm.model import CommandResult
 
@@ -54,20 +54,31 @@ def set_up_script() -> bytes:
     return resources.files("pytest_chvm.guest").joinpath("configure_any.sh").read_bytes()
 
 
-def put_into(run: Callable[[str, bytes | None], CommandResult]) -> str:
+def put_into(run: Callable[[str, bytes | None], CommandResult], ip: str, words: Sequence[str], *, trial: bool) -> str:
     """Put what renews clones into a guest that is not ours; returns the line by which its console shell reads it.
 
-    `run` runs a command in the guest, with an input. Raises UnsupportedError where the guest cannot be renewed.
+    `run` runs a command in the guest, with an input. `ip` is what the guest says that its address is, `words` what it was told.
+    `trial`: renew the guest itself, once. Raises UnsupportedError where clones could not be renewed or would be otherwise than it.
     """
+    told = [word.removeprefix("chvm.ip=") for word in words if word.startswith("chvm.ip=")] or ["127.0.0.1"]
+    if ip != told[-1]:
+        raise UnsupportedError(f"it says that its address is {ip}, and was told {told[-1]}: its clones would say that")
+    networks = [word for word in words if word.startswith("chvm.net=")]
     try:
         done = run(INSTALL, renew.program())
         if done.returncode == 0 and DIRECTORY.fullmatch(done.stdout):
             directory = done.stdout.strip()
+            steps: list[tuple[str, bytes | None]] = [(f"cat >{directory}/configure.sh", set_up_script())]
+            steps += [(f". {directory}/configure.sh; chvm_check {shlex.join(networks)}", None)]
             # A clone that it cannot renew would never say that it is ready.
-            done = run(f"{directory}/renew", message())
-            if done.returncode == 0 and (done := run(f"cat >{directory}/configure.sh", set_up_script())).returncode == 0:
+            steps += [(f"{directory}/renew", message())] if trial else []
+            for command, data in steps:
+                done = run(command, data)
+                if done.returncode != 0:
+                    break
+            else:
                 return f"chvm_renew={directory}/renew; . {directory}/configure.sh"
-    except VmIOError as error:
+    except (VmIOError, GuestCommandError) as error:
         raise UnsupportedError(f"nothing can renew its clones: {error}") from error
     said = (done.stdout + done.stderr).strip()[:200]
     raise UnsupportedError(f"nothing can renew its clones: {said!r}, status {done.returncode}")

@@ -40,6 +40,7 @@ NO_RECORD = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 # What all templates of a user may take of the disk; one is 100 MB or so.
 LIMIT_MB = 4096
 WANTED_FOR_S = 30 * 86400.0
+UNFIT_FOR_S = 3600.0
 BLOCK_SIZE = 1 << 16
 
 
@@ -67,7 +68,10 @@ class Snapshot:
         return self._start(name, self.directory, wait)
 
     def close(self) -> list[str]:
-        """Remove it; clones that run go on. Returns what could not be removed, in words."""
+        """Remove it; clones that run go on, but one with a root disk cannot be saved any more.
+
+        Returns what could not be removed, in words.
+        """
         self._closed = True
         return self._remove()
 
@@ -117,7 +121,7 @@ class Template:
                     return False
             if record["unfit"]:
                 # It may have been the machine's fault, which had other things to do.
-                return bool(record["boot_id"] == boot_id())
+                return time.time() - (self.directory / RECORD_FILE).stat().st_mtime < UNFIT_FOR_S
             # What was still to be written to the disk when the host went down is lost, sizes and times or not.
             if wholly or boot_id() not in (record["boot_id"], self._checked_in()):
                 if any(_digest(self.directory / name) != digest for name, (_, _, _, digest) in record["files"].items()):
@@ -162,7 +166,7 @@ class TemplateStore:
         `build` has a VM saved in an empty directory, which takes `room_mb` at most. Raises InvalidConfigError where the store
         cannot be written or has not so much room, and what `build` raises; without `try_again` also where it was waited for one
         that failed, which would fail again for each that waits, one after the other. An UnsupportedError of `build` is kept, and
-        raised again until the host's next boot, or with `try_again`.
+        raised again for an hour, unless with `try_again`.
         """
         directory = self._place(made_of)
 
@@ -197,14 +201,14 @@ class TemplateStore:
                 return HeldTemplate(directory, fd)
 
     def wanted_before(self, made_of: Mapping[str, object]) -> bool:
-        """Tell whether this was called for a template before, or it is there; best effort where the store cannot be written."""
-        place = self._place(made_of)
-        note = place.with_name(f"{place.name}.wanted")
-        wanted = note.exists() or place.exists()
+        """Tell whether this was called before for the same; never, where the store cannot be written."""
+        note = self._place(made_of).with_suffix(".wanted")
         with suppress(OSError):
+            wanted = note.exists()
             self.directory.mkdir(parents=True, exist_ok=True)
             note.touch()
-        return wanted
+            return wanted
+        return False
 
     def _place(self, made_of: Mapping[str, object]) -> Path:
         text = json.dumps({"recipe": RECIPE, **made_of}, sort_keys=True)
@@ -334,6 +338,12 @@ def content_key(file: Path, cache: Path) -> str:
 
     # One of an earlier version has another file.
     return (built_once(cache / "digests" / identity, build, lambda found: (found / "digest").is_file()) / "digest").read_text()
+
+
+def file_identity(file: Path) -> str:
+    """Return what tells a file from another without reading it."""
+    found = file.stat()
+    return f"{file}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
 
 
 def _record(directory: Path) -> dict[str, Any]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.drivers.base import VmDriver
-from pytest_chvm.drivers.disks import backing_files
+from pytest_chvm.drivers.disks import plain_images
+from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.guest import renew
 from pytest_chvm.guest.shell import shell_script
 from pytest_chvm.model import Network, Tap, VmConfig
 from pytest_chvm.renewal import set_up_script
-from pytest_chvm.snapshots import content_key
 
 
 def why_no_clone(config: VmConfig, *, built_in_guest: bool, vmm: str, network_mode: str) -> str | None:
@@ -41,6 +41,13 @@ def _why_no_clone_of_an_image(config: VmConfig, vmm: str, network_mode: str) -> 
         return "what it does with a seed_iso, a data_disk or shared dirs it does when it boots"
     if config.root_disk is not None and vmm != "qemu":
         return "Cloud Hypervisor does not say when all of a root disk is in its file"
+    if config.root_disk is not None:
+        try:
+            plain_images(config.root_disk)
+        except (OSError, UnsupportedError) as error:
+            return str(error)
+    if config.netns is not None:
+        return "it is in a network namespace, which its template would not be in"
     has_network = bool(config.networks) if config.networks is not None else network_mode != "none"
     if has_network and config.cmdline is None:
         return "it is not told its addresses: give it a cmdline"
@@ -73,15 +80,20 @@ def clone_config(config: VmConfig) -> VmConfig:
     return config.replace(hotplug=config.hotplug or config.data_disk is not None or bool(config.shared_dirs))
 
 
-def made_of(config: VmConfig, driver: VmDriver, network_mode: str, cache: Path) -> dict[str, object]:
-    """Return all that a template depends on, by name, for its key; `config` is a template's."""
+def made_of(config: VmConfig, driver: VmDriver, network_mode: str, identify: Callable[[Path], str]) -> dict[str, object]:
+    """Return all that a template depends on, by name, for its key; `config` is a template's, `identify` says which file one is.
+
+    Raises OSError where a file cannot be read.
+    """
     return {
         "vmm": driver.snapshot_key(),
         "host": [platform.release(), _processor()],
-        "kernel": content_key(config.kernel, cache) if config.kernel else None,
-        "initramfs": content_key(config.initramfs, cache) if config.initramfs else None,
+        "kernel": identify(config.kernel) if config.kernel else None,
+        "initramfs": identify(config.initramfs) if config.initramfs else None,
         # With its name: a template's own overlay of it has that in it.
-        "root_disk": [[os.fspath(image), content_key(image, cache)] for image in _images(config.root_disk)],
+        "root_disk": [[os.fspath(image), identify(image)] for image in plain_images(config.root_disk)]
+        if config.root_disk
+        else None,
         "cmdline": config.cmdline,
         "processors": [config.cpus, config.max_cpus, config.cpu_model],
         "memory_mb": [config.memory_mb, config.max_memory_mb],
@@ -97,7 +109,3 @@ def _processor() -> str:
     # A guest sees the host's processor with KVM, and a microcode update may take features away.
     lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
     return "\n".join(line for line in lines if line.startswith(("model name", "flags", "microcode")))
-
-
-def _images(root_disk: Path | None) -> list[Path]:
-    return [root_disk, *backing_files(root_disk)] if root_disk is not None else []

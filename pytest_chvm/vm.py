@@ -335,7 +335,11 @@ class Vm:
     def save(self, directory: Path, *, go_on: bool = True) -> None:
         """Save the VM to an empty directory; without `go_on` it stays paused. Raises what `snapshot` does."""
         self.check_alive()
-        set_up = READ_SET_UP if self._built_in_guest else renewal.put_into(self._run_for_files)
+        set_up = READ_SET_UP
+        if not self._built_in_guest:
+            # A test's own VM goes on with the clock that it has.
+            words = (self.config.cmdline or "").split()
+            set_up = renewal.put_into(self._run_for_files, self.ip, words, trial=not go_on)
         with self._without_shares(), self._shell.waiting(set_up):
             self.pause()
             try:

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from pytest_chvm.drivers.memory import copy_sparse
-from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIOError
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, UnsupportedError, VmIOError
 
 QCOW2_MAGIC = b"QFI\xfb"
 OVERLAY_TIMEOUT_S = 30.0
@@ -56,6 +56,20 @@ def backing_files(image: Path) -> list[Path]:
     return found
 
 
+def plain_images(image: Path) -> list[Path]:
+    """Return an image and those it stands on; raises UnsupportedError where one is not a file that holds all of it, OSError."""
+    images = [image, *backing_files(image)]
+    for each in images:
+        if not each.is_file():
+            raise UnsupportedError(f"{str(each)!r} is not a plain file")
+        with each.open("rb") as file:
+            head = file.read(80)
+        # QEMU's docs/interop/qcow2.txt: of version 3, at byte 72, bit 2 is that the data is in another file.
+        if head[:4] == QCOW2_MAGIC and head[4:8] == b"\0\0\0\3" and int.from_bytes(head[72:80]) & 4:
+            raise UnsupportedError(f"{str(each)!r} has its data in another file")
+    return images
+
+
 def make_overlay(base: Path, overlay: Path) -> None:
     """Make an empty qcow2 image on top of `base`, which takes all writes.
 
@@ -69,9 +83,14 @@ def make_overlay(base: Path, overlay: Path) -> None:
 def copy_overlay(overlay: Path, copy: Path) -> None:
     """Copy an overlay that nobody writes just now; the copy stands on no other overlay of that name, which may go before it does.
 
-    Raises what `make_overlay` does.
+    Raises what `make_overlay` does, and VmIOError where something that it stands on is not there any more.
     """
     chain = backing_files(overlay)
+    for image in chain:
+        if not image.is_file():
+            raise VmIOError(
+                f"{str(image)!r}, which this disk stands on, is gone: close a snapshot after its clones have been saved"
+            )
     with copy.open("xb") as file:
         copy_sparse(overlay, file.fileno())
     base = next((image for image in chain if image.name != overlay.name), chain[-1])

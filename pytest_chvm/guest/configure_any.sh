@@ -10,14 +10,31 @@ chvm_nic() {
         [ -e $chvm_device/device ] && echo "$(cat $chvm_device/ifindex) ${chvm_device##*/}"
     done | sort -n | sed -n "$(($1 + 1))s/.* //p"
 }
+# Says why clones could not be given addresses of their own: chvm_check WORD...
+chvm_check() {
+    [ $# = 0 ] && return
+    # The last ones' names are cut at 15 characters.
+    chvm_manager=$(cat /proc/[0-9]*/comm 2>/dev/null |
+        grep -xm1 -e dhclient -e dhcpcd -e udhcpc -e connmand -e wickedd -e NetworkManager -e systemd-network)
+    [ "$chvm_manager" ] && echo "its network is managed by $chvm_manager" && return 1
+    for chvm_word; do
+        chvm_ifs=$IFS IFS=,
+        set -- ${chvm_word#*=}
+        IFS=$chvm_ifs
+        chvm_device=$(chvm_nic ${1#eth})
+        if ! ip -o -4 addr show dev "$chvm_device" | grep -qF " ${2%/*}/"; then
+            echo "its NIC number ${1#eth} does not have the address that it was told: ${2%/*}"
+            return 1
+        fi
+    done
+}
 # Its addresses were the saved VM's.
 chvm_net() {
     chvm_device=$(chvm_nic ${1#eth})
-    ip link set dev $chvm_device down
-    ip addr flush dev $chvm_device
-    [ "$4" ] && ip link set dev $chvm_device address $4
-    [ "$2" ] && ip addr add $2 dev $chvm_device && ip link set dev $chvm_device up
-    [ "$3" ] && ip route append default via $3 dev $chvm_device
+    ip link set dev "$chvm_device" down && ip addr flush dev "$chvm_device" || return 1
+    if [ "$4" ]; then ip link set dev "$chvm_device" address $4 || return 1; fi
+    if [ "$2" ]; then ip addr add $2 dev "$chvm_device" && ip link set dev "$chvm_device" up || return 1; fi
+    if [ "$3" ]; then ip route append default via $3 dev "$chvm_device" || return 1; fi
 }
 chvm_configure() {
     chvm_ip=127.0.0.1 chvm_marker=CHVM_READY chvm_nonce=
@@ -32,7 +49,8 @@ chvm_configure() {
             chvm_ifs=$IFS IFS=,
             set -- $chvm_value
             IFS=$chvm_ifs
-            chvm_net "$@"
+            # One that cannot be reached is not ready.
+            chvm_net "$@" || return 1
             ;;
         esac
     done >$chvm_console 2>&1

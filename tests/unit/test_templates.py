@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from pytest_chvm import InvalidConfigError, UnsupportedError, VmConfig, renewal, snapshots
+from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.guest import renew
 from pytest_chvm.model import SharedDir, Tap
 from pytest_chvm.snapshots import RECORD_FILE, Template, TemplateStore, _digest, content_key, describe
@@ -329,10 +331,13 @@ def test_only_what_a_clone_can_have_is_cloned(tmp_path):
     ("asked", "more", "why"),
     [
         ({"cmdline": "quiet"}, {}, None),
-        ({"cmdline": "quiet", "root_disk": Path("disk"), "networks": [Tap(mac="52:54:00:00:00:07")]}, {}, None),
-        ({"root_disk": Path("disk"), "networks": []}, {}, None),
-        ({"root_disk": Path("disk")}, {"network_mode": "none"}, None),
-        ({"root_disk": Path("disk"), "networks": []}, {"vmm": "cloud-hypervisor"}, "does not say"),
+        ({"cmdline": "quiet", "root_disk": Path(__file__), "networks": [Tap(mac="52:54:00:00:00:07")]}, {}, None),
+        ({"root_disk": Path(__file__), "networks": []}, {}, None),
+        ({"root_disk": Path(__file__)}, {"network_mode": "none"}, None),
+        ({"root_disk": Path("/dev/null"), "networks": []}, {}, "is not a plain file"),
+        ({"root_disk": Path("gone"), "networks": []}, {}, "is not a plain file"),
+        ({"cmdline": "quiet", "netns": "mine", "networks": [Tap()]}, {}, "in a network namespace"),
+        ({"root_disk": Path(__file__), "networks": []}, {"vmm": "cloud-hypervisor"}, "does not say"),
         ({}, {}, "give it a cmdline"),
         ({"cmdline": "quiet"}, {"network_mode": "user"}, "by a TAP of ours"),
         ({"cmdline": "quiet", "networks": [Tap("mine")]}, {}, "by a TAP of ours"),
@@ -388,20 +393,20 @@ def test_that_there_can_be_no_template_is_found_out_once(store):
     [known] = store.all()
     assert [file.name for file in known.directory.iterdir()] == [RECORD_FILE]
     assert "no template: no shell" in describe(known, wholly=False)["what"]
-    # Who insists finds out anew; so does a machine that was restarted.
+    # Who insists finds out anew.
     get(store)
     assert Template(known.directory).unfit is None
 
 
-def test_that_there_can_be_no_template_is_not_believed_after_a_restart(store):
+def test_that_there_can_be_no_template_is_not_believed_for_ever(store):
     def build(_directory):
         raise UnsupportedError("no shell")
 
     with pytest.raises(UnsupportedError):
         store.get(MADE_OF, 1, build)
     [known] = store.all()
-    record = json.loads((known.directory / RECORD_FILE).read_text())
-    (known.directory / RECORD_FILE).write_text(json.dumps({**record, "boot_id": "an earlier one"}))
+    an_hour_ago_s = time.time() - 3600
+    os.utime(known.directory / RECORD_FILE, (an_hour_ago_s, an_hour_ago_s))
     store.get(MADE_OF, 1, save, try_again=False).release()
 
 
@@ -436,6 +441,31 @@ def test_how_a_file_system_keeps_a_file_is_none_of_its_content(tmp_path):
     moved = tmp_path / "moved"
     moved.write_bytes(kept.read_bytes().replace(b"data" + bytes(4), bytes(4) + b"data"))
     assert content_key(moved, tmp_path) != content_key(full, tmp_path)
+
+
+def test_an_image_that_goes_its_own_way_with_addresses_has_no_clones():
+    def run(_command, _data):
+        raise AssertionError("nothing is to be done with it")
+
+    for ip, words in (("192.0.2.1", []), ("192.0.2.1", ["chvm.ip=198.18.0.2", "quiet"])):
+        with pytest.raises(UnsupportedError, match=r"says that its address is 192.0.2.1, and was told"):
+            renewal.put_into(run, ip, words, trial=False)
+
+
+def test_a_disk_that_is_not_wholly_in_its_file_is_told(tmp_path):
+    disk = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path}/data", disk, "1M"], check=True)
+    with pytest.raises(UnsupportedError, match="has its data in another file"):
+        plain_images(disk)
+    overlay = tmp_path / "overlay.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", disk, overlay], check=True)
+    with pytest.raises(UnsupportedError, match="has its data in another file"):
+        plain_images(overlay)
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b", "nbd://192.0.2.1", overlay, "1M"], check=True
+    )
+    with pytest.raises(UnsupportedError, match="is not a plain file"):
+        plain_images(overlay)
 
 
 def test_a_clone_whose_random_pool_could_not_be_renewed_is_never_ready(tmp_path):
