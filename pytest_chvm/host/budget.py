@@ -95,6 +95,9 @@ def take_share(budget: Budget, memory_mb: int, cpus: int, lease: Lease, vm_name:
     ticket = _hold("ticket", memory_mb, cpus, lease)
     directory = common_lock_dir()
     try:
+        if (share := _try_to_take(directory, budget, memory_mb, cpus, ticket, lease)) is not None:
+            return share
+        # Only now: the kernel takes its time to end a watch.
         with FileWatch(directory) as watch:
             tell_at = Deadline.after(PATIENCE_BEFORE_MESSAGE_S)
             told = False
