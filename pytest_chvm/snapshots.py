@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 RECIPE = 3
 RECORD_FILE = "template.json"
 CHECKED_FILE = "checked"
+DIGESTS_DIR = "digests"
+DIGEST = r"[0-9a-f]{64}"
 # What a record raises that is none.
 NO_RECORD = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 # What all templates of a user may take of the disk; one is 100 MB or so.
@@ -232,7 +235,7 @@ class TemplateStore:
         for directory in self.directory.glob("[0-9a-f]*/"):
             if directory.is_dir() and not (directory / RECORD_FILE).exists():
                 shutil.rmtree(directory, ignore_errors=True)
-        for note in self.directory.glob("*.wanted"):
+        for note in (*self.directory.glob("*.wanted"), *self.directory.parent.glob(f"{DIGESTS_DIR}/*.blake2b")):
             with suppress(FileNotFoundError):
                 if time.time() - note.stat().st_mtime > WANTED_FOR_S:
                     note.unlink()
@@ -329,15 +332,30 @@ def new_directory(parent: Path, lease: Lease) -> Path:
 
 
 def content_key(file: Path, cache: Path) -> str:
-    """Return the hash of a file's content; computed once for each inode, size and time, and kept in the cache."""
+    """Return the hash of a file's content; computed once for each inode, size and time, and kept in the cache.
+
+    Raises OSError where the file cannot be read or the cache not be written.
+    """
     found = file.stat()
     identity = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
-
-    def build(directory: Path) -> None:
-        (directory / "digest").write_text(_digest(file))
-
-    # One of an earlier version has another file.
-    return (built_once(cache / "digests" / identity, build, lambda found: (found / "digest").is_file()) / "digest").read_text()
+    kept = cache / DIGESTS_DIR / f"{identity}.blake2b"
+    with suppress(OSError):
+        # Without a lock, and where nothing can be written.
+        if re.fullmatch(DIGEST, digest := kept.read_text(errors="replace")):
+            with suppress(OSError):
+                os.utime(kept)
+            return digest
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.open("a+", errors="replace") as known:
+        # Others that want the same wait for it.
+        fcntl.flock(known, fcntl.LOCK_EX)
+        known.seek(0)
+        digest = known.read()
+        if not re.fullmatch(DIGEST, digest):
+            digest = _digest(file)
+            known.truncate(0)
+            known.write(digest)
+    return digest
 
 
 def file_identity(file: Path) -> str:
