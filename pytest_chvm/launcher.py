@@ -16,7 +16,9 @@ from typing import Any, Protocol
 
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.drivers import choose_vmm, make_driver
-from pytest_chvm.drivers.base import BootOptions, VmDriver, logger
+from pytest_chvm.drivers.base import MEMORY_FILE, ROOT_FILE, BootOptions, VmDriver, logger
+from pytest_chvm.drivers.disks import check_was_closed
+from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import BootFailedError, StopFailedError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.guest.cache import default_cache_dir
@@ -256,7 +258,7 @@ class Launcher:
 
     def _why_no_clone(self, guest: Guest) -> str | None:
         mode, _why = network_mode(self.settings, self.driver)
-        return why_no_clone(guest.config, built_in_guest=guest.built_in, vmm=self.driver.vmm, network_mode=mode)
+        return why_no_clone(guest.config, built_in_guest=guest.built_in, network_mode=mode)
 
     @property
     def _store(self) -> TemplateStore:
@@ -286,6 +288,10 @@ class Launcher:
             try:
                 with self.cold(plain, "it is to be a template", template_dir=directory) as vm:
                     vm.save(directory, go_on=False)
+                    if plain.config.root_disk is not None:
+                        _end_of_disk(vm, directory)
+                if (directory / ROOT_FILE).exists():
+                    check_was_closed(directory / ROOT_FILE)
             except BootFailedError as error:
                 if guest.built_in or insists:
                     raise
@@ -371,7 +377,7 @@ class Launcher:
 
     def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:
         is_clone = vm.origin.boot == "clone"
-        why = self._why_no_clone(guest) or why_no_snapshot(guest.config, vm.plugged, is_clone=is_clone)
+        why = self._why_no_clone(guest) or why_no_snapshot(guest.config, vm.plugged, is_clone=is_clone, vmm=self.driver.vmm)
         if why is None and vm.status.state is VmState.PAUSED:
             why = "it is paused: resume() it first"
         elif why is None and vm.resized:
@@ -406,6 +412,16 @@ class Launcher:
         if self.owner is not None:
             self.owner.add_snapshot(snapshot)
         return snapshot
+
+
+def _end_of_disk(vm: Vm, directory: Path) -> None:
+    """End a saved VM so that all of its root disk is in its file: Cloud Hypervisor writes the last of it when it ends."""
+    memory, kept = directory / MEMORY_FILE, directory / f"{MEMORY_FILE}.kept"
+    # On its way out it lets its devices go on, which write to the guest's memory.
+    with kept.open("xb") as file:
+        copy_sparse(memory, file.fileno())
+    vm.stop()
+    kept.rename(memory)
 
 
 def _release(held: Sequence[Held]) -> list[str]:

@@ -18,12 +18,12 @@ from pytest_chvm.model import Network, Tap, VmConfig
 from pytest_chvm.renewal import set_up_script
 
 
-def why_no_clone(config: VmConfig, *, built_in_guest: bool, vmm: str, network_mode: str) -> str | None:
+def why_no_clone(config: VmConfig, *, built_in_guest: bool, network_mode: str) -> str | None:
     """Return why a VM has to be booted, or None where it can be a clone of one that was.
 
     `network_mode` is that of a VM whose config names no networks.
     """
-    why = None if built_in_guest else _why_no_clone_of_an_image(config, vmm, network_mode)
+    why = None if built_in_guest else _why_no_clone_of_an_image(config, network_mode)
     if why is not None:
         return f"it has an initramfs or root disk of its own, and {why}"
     if config.seed_iso is not None:
@@ -35,12 +35,10 @@ def why_no_clone(config: VmConfig, *, built_in_guest: bool, vmm: str, network_mo
     return None
 
 
-def _why_no_clone_of_an_image(config: VmConfig, vmm: str, network_mode: str) -> str | None:
+def _why_no_clone_of_an_image(config: VmConfig, network_mode: str) -> str | None:
     # What the built-in guest's set-up does in a clone too, an image has done when it was booted.
     if config.seed_iso is not None or config.data_disk is not None or config.shared_dirs:
         return "what it does with a seed_iso, a data_disk or shared dirs it does when it boots"
-    if config.root_disk is not None and vmm != "qemu":
-        return "Cloud Hypervisor does not say when all of a root disk is in its file"
     if config.root_disk is not None:
         try:
             plain_images(config.root_disk)
@@ -58,8 +56,10 @@ def _why_no_clone_of_an_image(config: VmConfig, vmm: str, network_mode: str) -> 
     return None
 
 
-def why_no_snapshot(config: VmConfig, plugged: Iterable[str], *, is_clone: bool) -> str | None:
+def why_no_snapshot(config: VmConfig, plugged: Iterable[str], *, is_clone: bool, vmm: str) -> str | None:
     """Return why a running VM, of a kind that can be a clone, cannot be saved for clones to start from, or None where it can."""
+    if config.root_disk is not None and vmm != "qemu":
+        return "Cloud Hypervisor has all of a root disk in its file only when it has ended"
     if config.data_disk is not None:
         return "it has a data_disk, which would be its clones' too"
     if config.shared_dirs and not is_clone:

@@ -194,12 +194,16 @@ class AttachedTap:
 
 @dataclass(frozen=True)
 class VmmCommand:
-    """A VMM's arguments: `machine` is what a person types to repeat it, `control` is for us to talk to it."""
+    """A VMM's arguments: `machine` is what a person types to repeat it, `control` is for us to talk to it.
+
+    `prints_console`: the serial console is its standard output.
+    """
 
     machine: list[str]
     control: list[str]
     # What stands for a descriptor in a text for people: `fd={fd0}` -> `ifname=chvm1`.
     shown: dict[str, str] = field(default_factory=dict)
+    prints_console: bool = False
 
     def for_people(self) -> tuple[str, ...]:
         """Return the arguments as a person would type them."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from pytest_chvm.drivers import ch_landlock
 from pytest_chvm.drivers.base import AttachedTap, Plan
+from pytest_chvm.drivers.disks import root_overlay
 from pytest_chvm.errors import HypervisorError, VmIOError
 
 CONFIG, STATE, MEMORY = "config.json", "state.json", "memory-ranges"
@@ -50,13 +51,16 @@ def _rewrite(config: dict[str, Any], plan: Plan, taps: Sequence[AttachedTap]) ->
     nics = config.get("net") or []
     if len(nics) != len(taps):
         raise HypervisorError(f"the snapshot has {len(nics)} NICs and the VM {len(taps)}")
+    if (overlay := root_overlay(plan)) is not None:
+        config["disks"][0]["path"] = os.fspath(overlay)
     for nic, tap in zip(nics, taps, strict=True):
         nic.update(tap=tap.name, mac=tap.mac, host_mac=None, fds=None)
     # None where the VM was not booted to be a template: its memory is in the snapshot then.
     for zone in config["memory"].get("zones") or []:
         file, shared = (plan.memory.path, plan.memory.shared) if plan.memory else (None, plan.config.hotplug)
         zone.update(file=file, shared=shared)
-    config["serial"]["file"] = os.fspath(plan.serial_log)
+    # A file it would empty, and the log has the boot of the VM that was saved.
+    config["serial"].update(mode="Tty", file=None)
     # Made anew, as a PTY is.
     config["console"]["file"] = None
     # The socket is in the run directory of the VM that was saved.

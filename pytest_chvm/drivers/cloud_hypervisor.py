@@ -22,7 +22,7 @@ from pytest_chvm.drivers.base import (
     taps_of,
 )
 from pytest_chvm.drivers.ch_events import EventMonitor, event_log, open_event_log
-from pytest_chvm.drivers.disks import base_format, data_format, make_overlay
+from pytest_chvm.drivers.disks import base_format, data_format, root_overlay
 from pytest_chvm.drivers.memory import copy_sparse, inherited_memory
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, MissingRequirementError, UnsupportedError, VmError, VmIOError
@@ -50,6 +50,8 @@ class CloudHypervisorDriver:
         self._binary = binary
         self._process = VmmProcess(self.vmm, ("cloud-hypervisor",), virtiofsd)
         self._monitors: dict[str, EventMonitor] = {}
+        # Of clones, until they are asked for.
+        self._consoles: dict[str, int] = {}
 
     def binary(self) -> Binary:
         """Return the executable; raises InvalidConfigError where there is none, or only one older than v52."""
@@ -152,9 +154,7 @@ class CloudHypervisorDriver:
     def _disks(plan: Plan) -> list[str]:
         config = plan.config
         words = []
-        if config.root_disk is not None:
-            overlay = plan.socket("root.qcow2")
-            make_overlay(config.root_disk, overlay)
+        if (overlay := root_overlay(plan)) is not None:
             words += ["--disk", f"path={_quoted(overlay)},image_type=qcow2,backing_files=on"]
         if config.seed_iso is not None:
             words += ["--disk", f"path={_quoted(config.seed_iso)},readonly=on,image_type=raw"]
@@ -166,13 +166,18 @@ class CloudHypervisorDriver:
 
     def stop(self, handle: VmHandle) -> None:
         """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
-        self._monitors.pop(handle.machine_id, None)
+        self._forget(handle)
         self._process.stop(handle)
 
     def kill(self, handle: VmHandle) -> None:
         """End the VMM with SIGKILL and remove all that the VM had."""
-        self._monitors.pop(handle.machine_id, None)
+        self._forget(handle)
         self._process.kill(handle)
+
+    def _forget(self, handle: VmHandle) -> None:
+        self._monitors.pop(handle.machine_id, None)
+        if (console := self._consoles.pop(handle.machine_id, None)) is not None:
+            os.close(console)
 
     def state(self, handle: VmHandle) -> VmStatus:
         """Return what has become of a VM."""
@@ -180,6 +185,11 @@ class CloudHypervisorDriver:
 
     def open_console(self, handle: VmHandle) -> int:
         """Return the PTY that is the guest's virtio console."""
+        console = self._consoles.pop(handle.machine_id, None)
+        return self._open_pty(handle) if console is None else console
+
+    def _open_pty(self, handle: VmHandle) -> int:
+        import termios
         import tty
 
         config = self.info(handle).get("config")
@@ -188,7 +198,11 @@ class CloudHypervisorDriver:
         if not isinstance(path, str) or not re.fullmatch(r"/dev/pts/\d+", path):
             raise VmIOError(f"VM {handle.name!r} has no console: Cloud Hypervisor says {console!r}", vm_name=handle.name)
         fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-        tty.setraw(fd)
+        try:
+            tty.setraw(fd)
+        except termios.error as error:
+            os.close(fd)
+            raise VmIOError(f"VM {handle.name!r}: its console {path} cannot be used: {error}", vm_name=handle.name) from error
         return fd
 
     def open_channel(self, handle: VmHandle, name: str) -> int:
@@ -332,14 +346,21 @@ class CloudHypervisorDriver:
                 self.add_disk(handle, config.data_disk, read_only=False)
             for index, share in enumerate(config.shared_dirs):
                 self.add_share(handle, share, handle.run_dir / f"fs{index}.sock")
-            self._call(handle, "vm.resume")
+            if options.console:
+                # While nobody has opened it, the VMM looks for that each half second (virtio-devices/src/console.rs).
+                self._consoles[handle.machine_id] = self._open_pty(handle)
+            try:
+                self._call(handle, "vm.resume")
+            except BaseException:
+                self._forget(handle)
+                raise
         return handle
 
     def _restore_command(self, plan: Plan) -> VmmCommand:
         assert plan.restoring is not None
         ch_state.make_source(plan, plan.restoring, plan.lease.directory / RESTORE_DIR, self._taps(plan))
         namespace = ["ip", "netns", "exec", plan.config.netns] if plan.config.netns else []
-        return VmmCommand([*namespace, os.fspath(self.binary().path)], self._control(plan))
+        return VmmCommand([*namespace, os.fspath(self.binary().path)], self._control(plan), prints_console=True)
 
     def _call(
         self, handle: VmHandle, endpoint: str, body: dict[str, object] | None = None, *, ask: bool = False

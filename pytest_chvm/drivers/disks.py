@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from pytest_chvm.drivers.base import ROOT_FILE, Plan
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, UnsupportedError, VmIOError
 
@@ -68,6 +69,29 @@ def plain_images(image: Path) -> list[Path]:
         if head[:4] == QCOW2_MAGIC and head[4:8] == b"\0\0\0\3" and int.from_bytes(head[72:80]) & 4:
             raise UnsupportedError(f"{str(each)!r} has its data in another file")
     return images
+
+
+def root_overlay(plan: Plan) -> Path | None:
+    """Make what takes all that a VM writes to its root disk, and return it; None where it has none.
+
+    Raises what `make_overlay` does.
+    """
+    if plan.config.root_disk is None:
+        return None
+    overlay = (plan.template_dir or plan.lease.directory) / ROOT_FILE
+    make_overlay(plan.config.root_disk if plan.restoring is None else plan.restoring / ROOT_FILE, overlay)
+    return overlay
+
+
+def check_was_closed(overlay: Path) -> None:
+    """Raise UnsupportedError where a VMM did not close an overlay, so that what it knew of it is lost.
+
+    QEMU's docs/interop/qcow2.txt: at byte 72, bit 0 is that the refcounts may be wrong. Cloud Hypervisor has it set while it
+    writes, and QEMU, which has everything in the file when a VM is paused, never.
+    """
+    with overlay.open("rb") as file:
+        if int.from_bytes(file.read(80)[72:]) & 1:
+            raise UnsupportedError(f"the VMM has not written all of the disk {str(overlay)!r}")
 
 
 def make_overlay(base: Path, overlay: Path) -> None:

@@ -153,7 +153,8 @@ class VmmProcess:
             command = build(plan)
             argv = [*command.machine, *command.control]
             logger.info("%s: %s", config.name, shlex.join(argv))
-            process = keeper().spawn(argv, handle.vmm_log, lease.directory, plan.fds)
+            output = serial_log if command.prints_console else None
+            process = keeper().spawn(argv, handle.vmm_log, lease.directory, plan.fds, output=output)
         finally:
             for fd in plan.fds:
                 os.close(fd)

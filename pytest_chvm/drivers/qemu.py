@@ -11,7 +11,7 @@ from typing import Any
 
 from pytest_chvm.drivers import qemu_devices, qemu_state, qemu_vsock, qmp
 from pytest_chvm.drivers.base import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, BootOptions, Plan, VmmCommand, binary_key, taps_of
-from pytest_chvm.drivers.disks import base_format, copy_overlay, data_format, make_overlay
+from pytest_chvm.drivers.disks import base_format, copy_overlay, data_format, root_overlay
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.host.binaries import Binary, find_binary
@@ -135,12 +135,8 @@ class QemuDriver:
 
     @staticmethod
     def _root_disk(plan: Plan) -> list[str]:
-        image = plan.config.root_disk
-        if image is None:
-            return []
-        overlay = (plan.template_dir or plan.lease.directory) / ROOT_FILE
-        make_overlay(plan.restoring / ROOT_FILE if plan.restoring is not None else image, overlay)
-        return _disk("root", "qcow2", overlay, read_only=False)
+        overlay = root_overlay(plan)
+        return _disk("root", "qcow2", overlay, read_only=False) if overlay is not None else []
 
     @staticmethod
     def _other_disks(config: VmConfig) -> list[str]:

@@ -14,7 +14,7 @@ Standard library only, and of that what is small: it starts once per worker, wit
 dict per packet (importing json would take a third of the start-up), with file descriptors beside it; each has an "id" and
 gets one marshalled dict back that has it too:
 
-    {"spawn": [ARGV...], "environment": {...}, "log": PATH, "lease": PATH}
+    {"spawn": [ARGV...], "environment": {...}, "output": PATH, "log": PATH, "lease": PATH}
                                                               -> {"pid": N, "start_time_ticks": N}
         "{fd0}", "{fd1}" in an argument become the numbers of the descriptors sent along
     {"status": PID}                                           -> {"returncode": N or None}
@@ -152,7 +152,8 @@ class Keeper:
         pid = os.fork()
         if pid == 0:
             registry = os.path.join(request["lease"], records.PROCESSES_FILE)
-            run_child(argv, request["environment"], request["log"], fds, its_end, registry, keeper_pid)
+            outputs = request["output"], request["log"]
+            run_child(argv, request["environment"], outputs, fds, its_end, registry, keeper_pid)
         os.close(its_end)
         with open(failure, "rb") as pipe:
             reason = pipe.read()
@@ -174,7 +175,13 @@ class Keeper:
 
 
 def run_child(
-    argv: list[str], environment: dict[str, str], log: str, fds: list[int], failure: int, registry: str, keeper_pid: int
+    argv: list[str],
+    environment: dict[str, str],
+    outputs: tuple[str, str],
+    fds: list[int],
+    failure: int,
+    registry: str,
+    keeper_pid: int,
 ) -> NoReturn:
     """Become the program, in the forked child: in its own session, dying with the keeper, with default signals.
 
@@ -189,10 +196,9 @@ def run_child(
             signal.signal(number, signal.SIG_DFL)
         register(registry)
         os.chdir("/")
-        output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        for number, path in enumerate(outputs, start=1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), number)
         for fd in fds:
             os.set_inheritable(fd, True)
         os.execvpe(argv[0], [os.fsencode(word) for word in argv], environment)

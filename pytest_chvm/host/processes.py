@@ -211,14 +211,19 @@ class Keeper:
                 raise VmIOError(_gone(self.pid)) from error
             return self._receive(number, deadline, next(iter(request)))
 
-    def spawn(self, argv: Sequence[str], log: Path, lease: Path, fds: Sequence[int] = ()) -> ProcessIdentity:
-        """Start a program below the keeper, its outputs appended to `log`; it is written down in `lease`, the directory of one.
+    def spawn(
+        self, argv: Sequence[str], log: Path, lease: Path, fds: Sequence[int] = (), *, output: Path | None = None
+    ) -> ProcessIdentity:
+        """Start a program below the keeper; it is written down in `lease`, the directory of one.
+
+        What it says is appended to `log`, of its standard output to `output` where that is given.
 
         `{fd0}` in an argument becomes the number that `fds[0]` has in the program. It gets no other descriptor
         and next to nothing of the environment. Raises BootFailedError where it cannot be started.
         """
         environment = {key: os.environ[key] for key in PASSED_ENVIRONMENT if key in os.environ}
-        request = {"spawn": list(argv), "environment": environment, "log": os.fspath(log), "lease": os.fspath(lease)}
+        request = {"spawn": list(argv), "environment": environment, "lease": os.fspath(lease)}
+        request |= {"log": os.fspath(log), "output": os.fspath(output or log)}
         reply = self._ask(request, fds)
         pid, ticks = reply.get("pid"), reply.get("start_time_ticks")
         if not isinstance(pid, int):
