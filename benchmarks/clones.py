@@ -42,6 +42,7 @@ import boot
 
 from pytest_chvm import Settings, Vm, launch, renewal
 from pytest_chvm.deadline import Deadline
+from pytest_chvm.guest import renew
 from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.launcher import built_in_kernel
 
@@ -163,11 +164,12 @@ class Floor:
                 stack.callback(process.kill)
                 self._load(stack)
                 console = self._connected(stack, "console")
-                console.sendall(f"do - {renewal.line('floor', self.words)}\n".encode())
+                call = renew.call("0" * renew.TOKEN_SIZE)
+                console.sendall(call)
                 answer = b""
-                while b"\nfloor renew\n" not in answer:
+                while call not in answer:
                     answer += console.recv(4096)
-                console.sendall(renewal.message())
+                console.sendall(renewal.message() + f"do - {renewal.line(self.words)}\n".encode())
                 with FileWatch(log) as watch:
                     while boot.MARKER not in log.read_bytes():
                         watch.wait(Deadline.after(boot.TIMEOUT_S), process.pid)

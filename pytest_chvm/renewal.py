@@ -1,4 +1,4 @@
-"""How a clone is made a machine of its own: by a line that its console shell runs, and by what that asks the host for."""
+"""How a clone is made a machine of its own: by a program that runs in it already when it is saved, and a shell line after that."""
 
 from __future__ import annotations
 
@@ -32,16 +32,22 @@ exit 3
 """
 
 
-def line(token: str, words: Sequence[str], *, stale_nics: int = 0) -> str:
-    """Return the shell line that makes a clone a machine of its own, which then says that it is ready.
+def waiting_line(set_up: str, token: str) -> str:
+    """Return the shell line after which a guest can be saved: it waits for its renewal, after a line `TOKEN waits`.
 
-    The program that it starts first asks for its `message`, with a line `TOKEN renew` on the virtio console. `words` are those of
-    the built-in guest's kernel command line. `stale_nics`: how many NICs have the snapshot's addresses.
+    `set_up` reads the set-up that makes it a machine of its own.
+    """
+    return f"{set_up}; chvm_renewed=; printf '\\n{token} ' >/dev/hvc0; $chvm_renew </dev/hvc0 >/dev/hvc0 && chvm_renewed=1"
+
+
+def line(words: Sequence[str], *, stale_nics: int = 0) -> str:
+    """Return the shell line that makes a renewed clone a machine of its own, which then says that it is ready.
+
+    `words` are those of the built-in guest's kernel command line. `stale_nics`: how many NICs have the snapshot's addresses.
     """
     flush = "".join(f"ip addr flush dev eth{index};" for index in range(stale_nics))
-    renewed = f"printf '\\n{token} ' >/dev/hvc0; $chvm_renew </dev/hvc0 >/dev/hvc0"
-    # The pool first: nothing may be drawn from it before, and a clone whose pool is the template's must not be ready.
-    return f"{renewed} && {{ {flush}chvm_configure {shlex.join(words)}; }}"
+    # A clone whose pool is the template's must not be ready.
+    return f"[ $chvm_renewed ] && {{ {flush}chvm_configure {shlex.join(words)}; }}"
 
 
 def message() -> bytes:
@@ -71,7 +77,7 @@ def put_into(run: Callable[[str, bytes | None], CommandResult], ip: str, words: 
             steps: list[tuple[str, bytes | None]] = [(f"cat >{directory}/configure.sh", set_up_script())]
             steps += [(f". {directory}/configure.sh; chvm_check {shlex.join(networks)}", None)]
             # A clone that it cannot renew would never say that it is ready.
-            steps += [(f"{directory}/renew", message())] if trial else []
+            steps += [(f"{directory}/renew", renew.call("0" * renew.TOKEN_SIZE) + message())] if trial else []
             for command, data in steps:
                 done = run(command, data)
                 if done.returncode != 0:

@@ -104,7 +104,6 @@ class Vm:
             self._health.wake_fds,
             self.check_alive,
             self._health.check_ending,
-            in_step=origin.saved is not None,
         )
 
     def __repr__(self) -> str:
@@ -320,8 +319,8 @@ class Vm:
 
         Raises VmIOError where it does not even begin before the boot's deadline.
         """
-        stale_nics = self.origin.stale_nics
-        self._shell.renew(lambda token: renewal.line(token, words, stale_nics=stale_nics), renewal.message, self._boot_deadline)
+        line = renewal.line(words, stale_nics=self.origin.stale_nics)
+        self._shell.renew(renewal.message, line, self._boot_deadline)
 
     def snapshot(self) -> Snapshot:
         """Save the VM as it is now, for clones to start from; it goes on afterwards.
@@ -335,12 +334,12 @@ class Vm:
     def save(self, directory: Path, *, go_on: bool = True) -> None:
         """Save the VM to an empty directory; without `go_on` it stays paused. Raises what `snapshot` does."""
         self.check_alive()
-        set_up = READ_SET_UP
+        set_up = READ_SET_UP if go_on else f"{READ_SET_UP}; chvm_settle"
         if not self._built_in_guest:
             # A test's own VM goes on with the clock that it has.
             words = (self.config.cmdline or "").split()
             set_up = renewal.put_into(self._run_for_files, self.ip, words, trial=not go_on)
-        with self._without_shares(), self._shell.waiting(set_up):
+        with self._without_shares(), self._shell.waiting(lambda token: renewal.waiting_line(set_up, token)):
             self.pause()
             try:
                 self._driver.snapshot(self.handle, directory)

@@ -32,6 +32,12 @@ chvm_share() {
     mkdir -p /mnt/$tag
     chvm_retry mount -t virtiofs -o $options $tag /mnt/$tag || { echo "chvm: cannot mount shared dir $tag" && return 1; }
 }
+# A kernel that is still to measure its clock would do that in each clone: it does so a second after its boot.
+chvm_settle() {
+    local source
+    read -r source </sys/devices/system/clocksource/clocksource0/current_clocksource
+    [ $source != tsc-early ] || timeout 5 grep -qm1 'clocksource: Switched to clocksource tsc$' /dev/kmsg
+}
 chvm_configure() {
     local word value ip=127.0.0.1 marker=CHVM_READY nonce= machine_id level _
     read -r machine_id </proc/sys/kernel/random/uuid

@@ -13,12 +13,13 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 
 from pytest_chvm.deadline import Deadline, wait_readable
-from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmIOError
+from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmError, VmIOError
+from pytest_chvm.guest import renew
 from pytest_chvm.model import CommandResult
 
 # An answer larger than this is not the guest's memory any more, but somebody's trick.
@@ -32,7 +33,7 @@ KILL_TIMEOUT_S = 5.0
 LARGEST_STATUS = 255
 # What comes in a line after its token, which is another one each time.
 SHELL_OR_LOOP, LOOP, INPUT = re.compile(rb"(sh|loop)\r?"), re.compile(rb"loop\r?"), re.compile(rb"input")
-RENEW = re.compile(rb"renew")
+WAITS, RENEW = re.compile(rb"waits"), re.compile(rb"renew")
 OUT, ERR, END = re.compile(rb"out (\d{1,15})"), re.compile(rb"err (\d{1,15})"), re.compile(rb"end ([^\n]{0,40})")
 LONGEST_WORDS = 50
 NO_SHELL = (
@@ -64,8 +65,6 @@ class GuestShell:
     wake_fds: Callable[[], list[int]]
     check_alive: Callable[[], None]
     console_closed: Callable[[], None]
-    # Of a clone: the guest's side waits for a command, as the snapshot was taken.
-    in_step: bool = False
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,7 +75,7 @@ class GuestShell:
         self._owed = 0
         self._unsent = 0
         # Whether the guest's side is known to be waiting for a command.
-        self._in_step = self.in_step
+        self._in_step = False
 
     def run(self, command: str | Sequence[str], *, timeout: float, input: bytes | None) -> CommandResult:
         """Run a command in the guest and return what it did; one at a time, others wait for their turn.
@@ -135,18 +134,19 @@ class GuestShell:
                 self._in_step = False
                 raise VmIOError(f"VM {self.vm_name!r}: {NO_SHELL}", vm_name=self.vm_name) from error
 
-    def renew(self, line: Callable[[str], str], message: Callable[[], bytes], deadline: Deadline) -> None:
-        """Have a clone's shell run a line, as `do` does, that asks for a message, which is made at that moment.
+    def renew(self, message: Callable[[], bytes], line: str, deadline: Deadline) -> None:
+        """Have a clone renewed, whose shell was `waiting` when it was saved, and then run a line, as `do` does.
 
-        `line` is given the token with which the guest has to ask. Raises VmIOError where it does not ask in time.
+        `message` makes what the guest is told when it asks for it. Raises VmIOError where it does not ask in time.
         """
-        token = secrets.token_hex(16)
+        token = secrets.token_hex(renew.TOKEN_SIZE // 2)
         with self._lock:
             try:
-                self._connect(deadline)
-                self._write(f"do - {line(token)}\n".encode("ascii"), deadline)
+                self._open()
+                self._write(renew.call(token), deadline)
                 self._read_line(token, RENEW, deadline)
-                self._write(message(), deadline)
+                self._write(message() + f"do - {line}\n".encode("ascii"), deadline)
+                self._in_step = True
             except TimeoutError as error:
                 self._in_step = False
                 raise VmIOError(
@@ -155,17 +155,35 @@ class GuestShell:
                 ) from error
 
     @contextmanager
-    def waiting(self, script: str, timeout: float = CONNECT_TIMEOUT_S) -> Iterator[None]:
-        """Hold the guest's shell at its wait for a command, after a line as for `do`: as a snapshot has to find it.
+    def waiting(self, line: Callable[[str], str], timeout: float = CONNECT_TIMEOUT_S) -> Iterator[None]:
+        """Have the guest's shell wait for its renewal, as a snapshot has to find it; afterwards it goes on.
 
-        Raises VmIOError where there is none.
+        `line` makes the line, as for `do`, after which it waits, of the token that it says then. Raises VmIOError where it says
+        nothing.
         """
-        self.do(script, timeout)
+        token = secrets.token_hex(16)
+        deadline = Deadline.after(timeout)
         with self._lock:
-            # What is still on its way to the guest is not saved with it.
+            # In step anew, with the terminal's settings: what is still on its way to the guest is not saved with it.
             self._in_step = False
-            self._connect(Deadline.after(timeout))
-            yield
+            try:
+                self._connect(deadline)
+                self._in_step = False
+                try:
+                    self._write(f"do - {line(token)}\n".encode("ascii"), deadline)
+                    self._read_line(token, WAITS, deadline)
+                    yield
+                finally:
+                    # Of one that ended meanwhile, which takes nothing any more, the next command says so.
+                    if self._fd is not None:
+                        with suppress(VmError, TimeoutError):
+                            self._write(renew.AWAY, Deadline.after(timeout))
+            except TimeoutError as error:
+                if isinstance(error, VmError):
+                    raise
+                raise VmIOError(
+                    f"VM {self.vm_name!r}: its shell did not begin to wait for a renewal within {timeout:g} s", vm_name=self.vm_name
+                ) from error
 
     def close(self) -> None:
         """Let go of the console; the next command connects again."""
@@ -176,10 +194,13 @@ class GuestShell:
         if fd is not None:
             os.close(fd)
 
-    def _connect(self, deadline: Deadline) -> None:
+    def _open(self) -> None:
         if self._fd is None:
             self._fd = self.open_console()
             os.set_blocking(self._fd, False)
+
+    def _connect(self, deadline: Deadline) -> None:
+        self._open()
         if self._in_step:
             return
         patience = Deadline.after(min(CONNECT_TIMEOUT_S, deadline.remaining_s))
@@ -372,8 +393,9 @@ def _script(command: str | Sequence[str]) -> bytes:
 
 
 def _escaped(script: bytes) -> bytes:
-    # printf's %b takes \0NNN; everything that a line-wise read or the terminal could take amiss goes that way.
-    return b"".join(bytes([byte]) if 0x20 < byte < 0x7F and byte != 0x5C else b"\\0%03o" % byte for byte in script)
+    # printf's %b takes \0NNN; all that a line-wise read or the terminal could take amiss goes that way, spaces at both ends too.
+    printable = b"".join(bytes([byte]) if 0x20 <= byte < 0x7F and byte != 0x5C else b"\\0%03o" % byte for byte in script)
+    return re.sub(rb"^ | \Z", rb"\\0040", printable)
 
 
 def shown_outputs(stdout: str, stderr: str, limit: int = 4000) -> str:

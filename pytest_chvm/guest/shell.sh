@@ -3,7 +3,8 @@
 # (cgroup v2 with cgroup.kill, Linux 5.14), else in a session of its own.
 chvm_tmp=$(mktemp -d /run/chvm.XXXXXX 2>/dev/null || mktemp -d)
 chvm_cgroup=/sys/fs/cgroup/chvm chvm_number=0 chvm_input=/dev/null
-mkdir -p $chvm_cgroup 2>/dev/null
+# The next command's is always there: making it takes milliseconds of an emulated guest.
+mkdir -p $chvm_cgroup/1 2>/dev/null
 [ -w $chvm_cgroup/cgroup.kill ] || chvm_cgroup=
 chvm_open_more() { rm -f $chvm_tmp/more; mkfifo $chvm_tmp/more; exec 9<>$chvm_tmp/more; }
 chvm_open_more
@@ -26,8 +27,13 @@ chvm_send() {
 }
 chvm_supervise() {
     files=$chvm_tmp/$chvm_number group=
-    [ "$chvm_cgroup" ] && mkdir $chvm_cgroup/$chvm_number && group=$chvm_cgroup/$chvm_number
+    if [ "$chvm_cgroup" ]; then
+        group=$chvm_cgroup/$chvm_number
+        [ -d $group ] || mkdir $group 2>/dev/null || [ -d $group ] || group=
+    fi
     : >$files.out; : >$files.err
+    # Not empty while there is something to kill.
+    echo - >$files.pid
     (
         [ "$group" ] && echo 0 >$group/cgroup.procs
         unset chvm_tmp chvm_cgroup chvm_number chvm_input chvm_token
@@ -37,12 +43,20 @@ chvm_supervise() {
     wait $!
     status=$?
     # Of both at once, since each process takes milliseconds of an emulated guest: size, name, size, name, and their sum.
-    set -- $1 $(wc -c $files.out $files.err)
+    if [ -s $files.out ] || [ -s $files.err ]; then
+        set -- $1 $(wc -c $files.out $files.err)
+    else
+        set -- $1 0 $files.out 0 $files.err
+    fi
     chvm_send $1 out $3 $2
     chvm_send $1 err $5 $4
+    : >$files.pid
     printf '\n%s end %d\n' $1 $status
     rm -f $files.*
-    [ "$group" ] && rmdir $group 2>/dev/null
+    if [ "$group" ]; then
+        rmdir $group
+        mkdir $chvm_cgroup/$((chvm_number + 1))
+    fi 2>/dev/null
 }
 chvm_kill() {
     if [ "$chvm_cgroup" ]; then
@@ -57,8 +71,10 @@ chvm_loop() {
         case $chvm_op in
         run)
             chvm_number=$((chvm_number + 1))
-            chvm_command=$(printf '%b.' "$chvm_rest")
-            chvm_supervise $chvm_token "${chvm_command%.}" &
+            case $chvm_rest in
+            *\\*) chvm_command=$(printf '%b.' "$chvm_rest") && chvm_rest=${chvm_command%.} ;;
+            esac
+            chvm_supervise $chvm_token "$chvm_rest" &
             chvm_job=$! chvm_input=/dev/null
             ;;
         input)
@@ -73,8 +89,8 @@ chvm_loop() {
         do) eval "$chvm_rest" </dev/null >/dev/null 2>&1 ;;
         kill) chvm_kill ;;
         drop)
-            # The host has given the command up, its answer too.
-            chvm_kill
+            # The host has given the command up, its answer too. What one that has ended left running goes on.
+            [ -s $chvm_tmp/$chvm_number.pid ] && chvm_kill
             kill -KILL $chvm_job 2>/dev/null && wait $chvm_job 2>/dev/null
             chvm_open_more
             chvm_input=/dev/null

@@ -3,6 +3,7 @@
 import ipaddress
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import time
@@ -91,7 +92,9 @@ def test_clones_have_shared_dirs_of_their_own(boot, tmp_path):
 def test_a_snapshot_has_what_the_test_set_up(boot, tmp_path):
     (tmp_path / "code").write_text("shared")
     vm = boot(shared_dirs={"dir": tmp_path})
-    vm.check_output("echo loaded >/root/database; sleep 1000 >/dev/null 2>&1 & echo $! >/run/pid")
+    vm.check_output(
+        "echo the set-up of $$ >/dev/ttyS0; echo loaded >/root/database; sleep 1000 >/dev/null 2>&1 & echo $! >/run/pid"
+    )
     snapshot = vm.snapshot()
     # It goes on, with all it had.
     assert vm.check_output("kill -0 $(cat /run/pid) && cat /root/database /mnt/dir/code") == "loaded\nshared"
@@ -102,13 +105,31 @@ def test_a_snapshot_has_what_the_test_set_up(boot, tmp_path):
     assert len({vm.ip, first.ip, second.ip}) == 3
     assert second.check_output("hostname") == f"{second.name}\n"
     # A snapshot of a clone of a snapshot.
-    assert first.snapshot().clone().check_output("cat /root/database") == "changed\n"
+    third = first.snapshot().clone()
+    assert third.check_output("cat /root/database") == "changed\n"
+    # The saved VM's console, then its own.
+    assert re.search(r"the set-up of \d+\r?\n(.*\n)*CHVM_READY", third.console), third.console
+
+
+def test_a_template_that_is_deleted_while_clones_run_is_made_again(boot):
+    # Of a size that no other test has, whose template this would be.
+    one = boot(boot="clone", memory_mb=200, network="none")
+    content = "cat /bin/busybox $(cat /lib/chvm-modules) | md5sum"
+    expected = one.check_output(content)
+    shutil.rmtree(one.origin.saved)
+    two = boot(boot="clone", memory_mb=200, network="none")
+    assert [vm.check_output(content) for vm in (one, two)] == [expected] * 2
+    assert two.origin.saved == one.origin.saved
+    assert two.origin.saved.is_dir()
 
 
 def test_a_vm_that_was_booted_can_be_saved_too(boot):
     vm = boot(boot="cold", network="none", hotplug=True)
     vm.check_output("echo loaded >/root/database")
-    assert vm.snapshot().clone().check_output("cat /root/database") == "loaded\n"
+    vm.check_output("sleep 1000 >/dev/null 2>&1 & echo $! >/run/pid")
+    # What the last command left running goes on, in both.
+    for each in (vm.snapshot().clone(), vm):
+        assert each.check_output("kill -0 $(cat /run/pid) && cat /root/database") == "loaded\n"
 
 
 def test_a_clone_reboots_as_itself(boot):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pytest_chvm import CommandTimeoutError, VmIOError
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.guest import shell
+from pytest_chvm.guest.renew import AWAY
 from pytest_chvm.guest.shell import GuestShell
 
 # In a response: wait until the host has asked for the next piece.
@@ -45,10 +46,16 @@ class Peer:
                 elif words[:1] == [b"input"]:
                     self.scripts.append(self.lines.read(int(words[2])))
                     self.theirs.sendall(b"\n%s input\n" % words[1])
-                elif words[:1] == [b"do"]:
-                    for piece in self.respond(words[2]):
+                elif words[1:] == [b"renew"]:
+                    for piece in self.respond(words[0]):
                         self.theirs.sendall(piece)
                     self.scripts.append(self.lines.read(len(MESSAGE)))
+                elif words[:1] == [b"do"]:
+                    self.scripts.append(line)
+                    for piece in self.respond(words[-1]):
+                        self.theirs.sendall(piece)
+                elif line == AWAY:
+                    self.scripts.append(line)
                 elif words[:1] == [b"run"]:
                     self.scripts.append(line)
                     for piece in self.respond(words[1]):
@@ -112,15 +119,36 @@ def test_a_clone_is_told_what_it_asks_for_when_it_asks(console):
         return MESSAGE
 
     guest = console(respond)
-    guest.renew(lambda token: token, message, Deadline.after(5))
+    guest.renew(message, "configure", Deadline.after(5))
     guest.close()
-    assert guest.scripts() == [MESSAGE]
+    assert guest.scripts() == [MESSAGE, b"do - configure\n"]
 
 
 def test_a_clone_that_never_asks_is_given_up_in_time(console):
     guest = console(lambda token: [b"\n%s no\n" % token])
     with pytest.raises(VmIOError, match=r"did not begin to make it a machine of its own within 0.2 s"):
-        guest.renew(lambda token: token, lambda: MESSAGE, Deadline.after(0.2))
+        guest.renew(lambda: MESSAGE, "configure", Deadline.after(0.2))
+
+
+def test_a_guest_that_was_saved_is_told_to_go_on_whatever_became_of_the_save(console):
+    guest = console(lambda token: [b"\n%s waits\n" % token])
+    with pytest.raises(ZeroDivisionError), guest.waiting(lambda token: f"wait {token}", 5):
+        raise ZeroDivisionError
+    guest.close()
+    line, away = guest.scripts()
+    assert (line[:10], away) == (b"do - wait ", AWAY)
+
+
+def test_a_guest_that_does_not_wait_cannot_be_saved(console):
+    guest = console(lambda token: [b"\n%s no\n" % token])
+    with (
+        pytest.raises(VmIOError, match=r"did not begin to wait for a renewal within 0.2 s"),
+        guest.waiting(lambda token: token, 0.2),
+    ):
+        pytest.fail("it was saved")
+    guest.close()
+    # Should it begin to wait later.
+    assert guest.scripts()[-1] == AWAY
 
 
 OUTPUTS = st.binary(max_size=300) | st.lists(
@@ -313,7 +341,7 @@ def test_flood_without_an_answer_takes_bounded_memory(console, monkeypatch):
 def test_command_goes_as_one_line_that_printf_restores(raw):
     escaped = shell._escaped(raw)
     assert b"\n" not in escaped
-    assert b" " not in escaped
+    assert escaped.strip() == escaped
     assert re.sub(rb"\\0([0-7]{3})", lambda match: bytes([int(match[1], 8)]), escaped) == raw
 
 

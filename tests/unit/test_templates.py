@@ -307,20 +307,34 @@ def test_a_file_is_read_again_only_when_it_changed(tmp_path):
     assert content_key(file, tmp_path / "cache") == first
 
 
-def test_a_digest_that_an_earlier_version_kept_is_computed_again(tmp_path):
+@pytest.mark.parametrize("left", [b"", b"12ab", b"x" * 64, b"\xff" * 64])
+def test_a_digest_that_was_not_written_wholly_is_computed_again(tmp_path, left):
     file = tmp_path / "disk"
     file.write_bytes(b"one")
     key = content_key(file, tmp_path / "cache")
-    [kept] = (tmp_path / "cache" / "digests").glob("*/*")
-    kept.rename(kept.with_name("sha256"))
+    [kept] = (tmp_path / "cache" / "digests").iterdir()
+    kept.write_bytes(left)
     assert content_key(file, tmp_path / "cache") == key
+    assert kept.read_text() == key
+
+
+def test_digests_that_nobody_wanted_for_a_month_are_removed(store, tmp_path):
+    cache = store.directory.parent
+    for name in ("new", "old"):
+        (tmp_path / name).write_text(name)
+        content_key(tmp_path / name, cache)
+    for kept in (cache / "digests").iterdir():
+        os.utime(kept, (0, 0))
+    content_key(tmp_path / "new", cache)
+    store.prune()
+    assert len(list((cache / "digests").iterdir())) == 1
 
 
 def test_only_what_a_clone_can_have_is_cloned(tmp_path):
     can = VmConfig(networks=[Tap()], shared_dirs={"a": tmp_path}, data_disk=tmp_path)
 
-    def why(config, *, built_in_guest=True, vmm="qemu", network_mode="tap"):
-        return why_no_clone(config, built_in_guest=built_in_guest, vmm=vmm, network_mode=network_mode)
+    def why(config, *, built_in_guest=True, network_mode="tap"):
+        return why_no_clone(config, built_in_guest=built_in_guest, network_mode=network_mode)
 
     assert why(can) is None
     assert "seed_iso" in why(VmConfig(seed_iso=tmp_path))
@@ -337,7 +351,6 @@ def test_only_what_a_clone_can_have_is_cloned(tmp_path):
         ({"root_disk": Path("/dev/null"), "networks": []}, {}, "is not a plain file"),
         ({"root_disk": Path("gone"), "networks": []}, {}, "is not a plain file"),
         ({"cmdline": "quiet", "netns": "mine", "networks": [Tap()]}, {}, "in a network namespace"),
-        ({"root_disk": Path(__file__), "networks": []}, {"vmm": "cloud-hypervisor"}, "does not say"),
         ({}, {}, "give it a cmdline"),
         ({"cmdline": "quiet"}, {"network_mode": "user"}, "by a TAP of ours"),
         ({"cmdline": "quiet", "networks": [Tap("mine")]}, {}, "by a TAP of ours"),
@@ -347,7 +360,7 @@ def test_only_what_a_clone_can_have_is_cloned(tmp_path):
     ],
 )
 def test_only_an_image_that_a_clone_can_be_renewed_of_is_cloned(asked, more, why):
-    options = {"built_in_guest": False, "vmm": "qemu", "network_mode": "tap", **more}
+    options = {"built_in_guest": False, "network_mode": "tap", **more}
     found = why_no_clone(VmConfig(**asked), **options)
     assert why in found if why else found is None
 
@@ -365,10 +378,15 @@ def test_the_guests_program_takes_the_message_that_is_made_for_it(tmp_path):
     program = tmp_path / "renew"
     program.write_bytes(renew.program())
     program.chmod(0o755)
+    call = renew.call("1" * renew.TOKEN_SIZE)
     # Half a message is none, and this machine's clock is left alone.
-    short = renew.message(0, bytes(renew.SEED_SIZE))[:-1]
-    done = subprocess.run([program], input=short, stdout=subprocess.DEVNULL, timeout=10, check=False)
-    assert done.returncode == 1
+    short = call + renew.message(0, bytes(renew.SEED_SIZE))[:-1]
+    message = renew.message(0, bytes(renew.SEED_SIZE))
+    for told, said in ((b"", b""), (short, b"\n" + call), (call[:-1], b""), (renew.AWAY + message, b"")):
+        done = subprocess.run([program], input=told, stdout=subprocess.PIPE, timeout=10, check=False)
+        assert (done.returncode, done.stdout) == (1, b"waits\n" + said)
+    with pytest.raises(ValueError, match="32 characters"):
+        renew.call("short")
     with pytest.raises(ValueError, match="32 bytes"):
         renew.message(0, b"short")
 
@@ -423,7 +441,7 @@ def test_what_was_wanted_before_is_remembered_for_a_month(store):
 
 
 def test_a_ready_marker_is_text_to_the_guests_shell():
-    line = renewal.line("token", ["chvm.marker=$(poweroff);x"])
+    line = renewal.line(["chvm.marker=$(poweroff);x"])
     assert line.isascii()
     assert "chvm_configure 'chvm.marker=$(poweroff);x'" in line
 
@@ -472,7 +490,8 @@ def test_a_clone_whose_random_pool_could_not_be_renewed_is_never_ready(tmp_path)
     for status, said in ((0, "ready\n"), (1, "")):
         console = tmp_path / "console"
         console.touch()
-        renewed = renewal.line("token", ["chvm.ip=192.0.2.1"]).replace("/dev/hvc0", str(console))
-        line = f"chvm_renew='exit_with {status}'; exit_with() {{ return $1; }}; chvm_configure() {{ echo ready; }}; {renewed}"
-        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=10, check=False)
+        waiting = renewal.waiting_line("chvm_renewed=1", "token").replace("/dev/hvc0", str(console))
+        lines = f"chvm_renew='exit_with {status}'; exit_with() {{ return $1; }}; chvm_configure() {{ echo ready; }}; {waiting}\n"
+        lines += renewal.line(["chvm.ip=192.0.2.1"])
+        done = subprocess.run(["sh", "-c", lines], capture_output=True, text=True, timeout=10, check=False)
         assert done.stdout == said
