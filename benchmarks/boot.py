@@ -187,10 +187,13 @@ def _virtme_ng(vng: str, kernel: Path, measured: Measurements) -> None:
     machine = ["--disable-kvm", "--memory", "256M", "--cpus", "1", "--run", str(kernel), "--rwdir", str(done.parent)]
     started = time.perf_counter()
     # Its exit status is lost where there is no udev in the guest, so that the file has to tell.
-    subprocess.run(
-        [vng, *machine, "--", "touch", str(done)], stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False
-    )
+    command = [vng, *machine, "--", "touch", str(done)]
+    said = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     measured.add("virtme-ng", time.perf_counter() - started)
+    if not done.exists():
+        raise subprocess.SubprocessError(
+            f"{vng} has run no command: is its directory on PATH? It said: {(said.stderr or said.stdout)[-500:]}"
+        )
     done.unlink()
 
 
