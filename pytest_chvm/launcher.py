@@ -54,6 +54,8 @@ BUILT_IN_CMDLINE = (
     "random.trust_cpu=on"
 )
 
+FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
+
 _numbers = itertools.count(1)
 
 
@@ -107,7 +109,11 @@ def launch(
             logger.warning("VM %r is booted, not cloned: %s", config.name, why)
     elif settings.boot == "clone":
         raise UnsupportedError(f"VM {config.name!r} cannot be a clone: {why}; use boot='auto' or 'cold'", vm_name=config.name)
-    return launcher.cold(guest, why, wait=wait)
+    vm = launcher.cold(guest, why, wait=wait)
+    if why == FIRST_OF_IMAGE:
+        # Not of an image that does not get ready: its template would take as long to fail.
+        launcher.want_template(guest)
+    return vm
 
 
 def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:
@@ -249,9 +255,11 @@ class Launcher:
             return "it is an image of its own, whose boot is not waited for"
         try:
             # Not by content: most images are wanted once only.
-            wanted_before = self._store.wanted_before(self._made_of(guest, file_identity))
-            if self.settings.boot == "auto" and not wanted_before:
-                return "it is the first of its image: the next ones are clones"
+            made_of = self._made_of(guest, file_identity)
+            if self.settings.boot == "clone":
+                self._store.want(made_of)
+            elif not self._store.wanted_before(made_of):
+                return FIRST_OF_IMAGE
         except VmError as error:
             return str(error)
         return None
@@ -259,6 +267,10 @@ class Launcher:
     def _why_no_clone(self, guest: Guest) -> str | None:
         mode, _why = network_mode(self.settings, self.driver)
         return why_no_clone(guest.config, built_in_guest=guest.built_in, network_mode=mode)
+
+    def want_template(self, guest: Guest) -> None:
+        """Have the next VM of an image of one's own be a clone."""
+        self._store.want(self._made_of(guest, file_identity))
 
     @property
     def _store(self) -> TemplateStore:

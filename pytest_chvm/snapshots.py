@@ -204,14 +204,17 @@ class TemplateStore:
                 return HeldTemplate(directory, fd)
 
     def wanted_before(self, made_of: Mapping[str, object]) -> bool:
-        """Tell whether this was called before for the same; never, where the store cannot be written."""
-        note = self._place(made_of).with_suffix(".wanted")
+        """Tell whether `want` was called before for the same, within a month; never, where the store cannot be written."""
+        wanted = self._place(made_of).with_suffix(".wanted").exists()
+        if wanted:
+            self.want(made_of)
+        return wanted
+
+    def want(self, made_of: Mapping[str, object]) -> None:
+        """Remember that a template of these would have been of use."""
         with suppress(OSError):
-            wanted = note.exists()
             self.directory.mkdir(parents=True, exist_ok=True)
-            note.touch()
-            return wanted
-        return False
+            self._place(made_of).with_suffix(".wanted").touch()
 
     def _place(self, made_of: Mapping[str, object]) -> Path:
         text = json.dumps({"recipe": RECIPE, **made_of}, sort_keys=True)

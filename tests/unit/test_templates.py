@@ -430,6 +430,8 @@ def test_that_there_can_be_no_template_is_not_believed_for_ever(store):
 
 def test_what_was_wanted_before_is_remembered_for_a_month(store):
     assert not store.wanted_before(MADE_OF)
+    assert not store.wanted_before(MADE_OF)
+    store.want(MADE_OF)
     assert store.wanted_before(MADE_OF)
     assert not store.wanted_before({**MADE_OF, "memory_mb": [128, None]})
     store.prune()
