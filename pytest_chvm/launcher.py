@@ -302,8 +302,6 @@ class Launcher:
                     vm.save(directory, go_on=False)
                     if plain.config.root_disk is not None:
                         _end_of_disk(vm, directory)
-                if (directory / ROOT_FILE).exists():
-                    check_was_closed(directory / ROOT_FILE)
             except BootFailedError as error:
                 if guest.built_in or insists:
                     raise
@@ -427,13 +425,17 @@ class Launcher:
 
 
 def _end_of_disk(vm: Vm, directory: Path) -> None:
-    """End a saved VM so that all of its root disk is in its file: Cloud Hypervisor writes the last of it when it ends."""
+    """End a saved VM so that all of its root disk is in its file: Cloud Hypervisor writes the last of it when it ends.
+
+    Raises UnsupportedError where it did not.
+    """
     memory, kept = directory / MEMORY_FILE, directory / f"{MEMORY_FILE}.kept"
     # On its way out it lets its devices go on, which write to the guest's memory.
     with kept.open("xb") as file:
         copy_sparse(memory, file.fileno())
     vm.stop()
     kept.rename(memory)
+    check_was_closed(directory / ROOT_FILE)
 
 
 def _release(held: Sequence[Held]) -> list[str]:

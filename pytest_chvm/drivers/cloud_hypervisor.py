@@ -335,7 +335,7 @@ class CloudHypervisorDriver:
     def restore(self, config: VmConfig, directory: Path, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
         """Start a VM from a snapshot's directory and return it running; it writes nothing there."""
         handle = self._process.boot(config, self._restore_command, options, directory)
-        with self._process.restoring(handle):
+        with self._process.restoring(handle, self.kill):
             assert handle.run_dir is not None
             assert handle.process is not None
             source = handle.run_dir / RESTORE_DIR
@@ -349,11 +349,7 @@ class CloudHypervisorDriver:
             if options.console:
                 # While nobody has opened it, the VMM looks for that each half second (virtio-devices/src/console.rs).
                 self._consoles[handle.machine_id] = self._open_pty(handle)
-            try:
-                self._call(handle, "vm.resume")
-            except BaseException:
-                self._forget(handle)
-                raise
+            self._call(handle, "vm.resume")
         return handle
 
     def _restore_command(self, plan: Plan) -> VmmCommand:

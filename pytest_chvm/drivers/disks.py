@@ -12,6 +12,8 @@ from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, UnsupportedError, VmIOError
 
 QCOW2_MAGIC = b"QFI\xfb"
+# Incompatible features of an image (QEMU's docs/interop/qcow2.txt): its refcounts may be wrong; its data is not in it.
+DIRTY, DATA_IN_ANOTHER_FILE = 1, 4
 OVERLAY_TIMEOUT_S = 30.0
 # Cloud Hypervisor follows ten; a name has 1023 bytes at most.
 LONGEST_CHAIN, LONGEST_NAME = 10, 1023
@@ -63,10 +65,7 @@ def plain_images(image: Path) -> list[Path]:
     for each in images:
         if not each.is_file():
             raise UnsupportedError(f"{str(each)!r} is not a plain file")
-        with each.open("rb") as file:
-            head = file.read(80)
-        # QEMU's docs/interop/qcow2.txt: of version 3, at byte 72, bit 2 is that the data is in another file.
-        if head[:4] == QCOW2_MAGIC and head[4:8] == b"\0\0\0\3" and int.from_bytes(head[72:80]) & 4:
+        if _incompatible_features(each) & DATA_IN_ANOTHER_FILE:
             raise UnsupportedError(f"{str(each)!r} has its data in another file")
     return images
 
@@ -86,12 +85,17 @@ def root_overlay(plan: Plan) -> Path | None:
 def check_was_closed(overlay: Path) -> None:
     """Raise UnsupportedError where a VMM did not close an overlay, so that what it knew of it is lost.
 
-    QEMU's docs/interop/qcow2.txt: at byte 72, bit 0 is that the refcounts may be wrong. Cloud Hypervisor has it set while it
-    writes, and QEMU, which has everything in the file when a VM is paused, never.
+    Cloud Hypervisor has an image dirty while it writes, and QEMU, which has everything in the file when a VM is paused, never.
     """
-    with overlay.open("rb") as file:
-        if int.from_bytes(file.read(80)[72:]) & 1:
-            raise UnsupportedError(f"the VMM has not written all of the disk {str(overlay)!r}")
+    if _incompatible_features(overlay) & DIRTY:
+        raise UnsupportedError(f"the VMM has not written all of the disk {str(overlay)!r}")
+
+
+def _incompatible_features(image: Path) -> int:
+    """Return the bits of what a reader of a qcow2 image has to know, at byte 72 of version 3; 0 for another image."""
+    with image.open("rb") as file:
+        head = file.read(80)
+    return int.from_bytes(head[72:]) if head[:8] == QCOW2_MAGIC + b"\0\0\0\3" else 0
 
 
 def make_overlay(base: Path, overlay: Path) -> None:

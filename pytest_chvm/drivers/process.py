@@ -166,13 +166,13 @@ class VmmProcess:
         )
 
     @contextmanager
-    def restoring(self, handle: VmHandle) -> Iterator[None]:
-        """End a VM whose restore fails in the block; raises HypervisorError with what the VMM's log says."""
+    def restoring(self, handle: VmHandle, kill: Callable[[VmHandle], None]) -> Iterator[None]:
+        """End a VM with `kill` whose restore fails in the block; raises HypervisorError with what the VMM's log says."""
         try:
             yield
         except BaseException as error:
             said = last_lines(handle.vmm_log)
-            self.kill(handle)
+            kill(handle)
             if isinstance(error, VmError):
                 raise HypervisorError(
                     f"VM {handle.name!r} could not be restored: {error}{f'. Its log ends with:{chr(10)}{said}' if said else ''}",

@@ -300,7 +300,7 @@ class QemuDriver:
                 await qemu_devices.plug_share(client, handle, share, self._socket(handle, f"fs{index}.sock"))
             await client.execute("cont")
 
-        with self._process.restoring(handle):
+        with self._process.restoring(handle, self.kill):
             shared = (directory / MEMORY_FILE).exists()
             qmp_socket, state = self._socket(handle, "qmp.sock"), directory / "state"
             qemu_state.load(handle.name, qmp_socket, state, options.restore_timeout_s, memory_is_shared=shared, then=go_on)
