@@ -2,7 +2,7 @@
 
     python benchmarks/clones.py [--vmm qemu] [--rounds 10] [--alive 40] [--suite 100] [--json build/clones.json]
 
-In each round:
+In each round, in an order drawn anew, the short ones three times:
 
     bare            the QEMU command of a VM with the distribution's bzImage, from its start to the marker on the serial file
     virtme-ng       `vng --disable-kvm --run KERNEL -- touch FILE` from its start to its end, where vng and kmod are installed
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -61,24 +62,27 @@ LIMITS = {
     "suite of clones, -n 1 / -n 2": (1.4, ""),
 }
 SIZES_MB = (128, 256, 512, 1024, 2048)
+SHORT_REPEATED = 3
 
 
 def rounds(count: int, vmm: str, vng: str | None, measured: boot.Measurements) -> None:
-    """Measure each kind in turn, each round beginning with another one."""
+    """Measure each kind in each round, in an order drawn anew."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         launch(vmm=vmm, boot="clone").close()
-        kinds = [lambda: clone(vmm, measured), lambda: cold(vmm, measured)]
+        kinds = [lambda: clone(vmm, measured)] * SHORT_REPEATED + [lambda: cold(vmm, measured)]
         if vmm == "qemu":
             command = stock_command()
             kinds.append(lambda: measured.add("bare", boot._bare(command, directory / "bare.log")))
             floor = Floor(directory)
-            kinds.append(lambda: measured.add("floor", floor.measure()))
+            kinds += [lambda: measured.add("floor", floor.measure())] * SHORT_REPEATED
         if vng is not None:
             tree = boot._tree_with_index(directory)
             kinds.append(lambda: boot._virtme_ng(vng, tree, measured))
+        # Drawn, not in turn: what a kind leaves behind (caches, memory to be cleared) must not always meet the same one.
+        draw = random.Random(0)
         for number in range(count):
-            for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
+            for kind in draw.sample(kinds, len(kinds)):
                 kind()
             print(f"round {number + 1} of {count}", file=sys.stderr, flush=True)
 

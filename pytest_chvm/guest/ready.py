@@ -31,7 +31,7 @@ PANIC = re.compile(rb"(?:^|[\r\n])(?:\[ *\d+\.\d+\] )?(Kernel panic - not syncin
 class LogReader:
     """Yields what a growing file has new, in bounded pieces, each with the last `overlap` bytes before it.
 
-    A file that shrank is read from its start again: a guest's reboot truncates it.
+    A file that shrank is read from its start again: Cloud Hypervisor truncates it when a guest that it booted reboots.
     """
 
     path: Path
