@@ -14,9 +14,9 @@ In each round, in an order drawn anew, the short ones three times:
     clock           by how much that clone's clock is off, at most
     teardown        the end of that clone
 
-Then clones of 128 to 2048 MiB, `--alive` clones at once (time of each, private memory), and a suite of `--suite` tests with a VM
-each that runs one command: cold and cloned, with `-n 1` and `-n 2`. `--vmm cloud-hypervisor` is for inside the lab: cold and
-clone only.
+Then clones and boots of 128 to 2048 MiB, `--alive` clones at once (time of each, memory of 1, 10 and all of them), and a suite of
+`--suite` tests with a VM each that runs one command: cold and cloned, with `-n 1` and `-n 2`. `--vmm cloud-hypervisor` is for
+inside the lab: cold and clone only.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ LIMITS = {
     "2048 MiB / 128 MiB": (1.2, ""),
     "last alive / first": (1.5, ""),
     "private memory of one": (90.0, "MiB"),
+    "private memory of one (Cloud Hypervisor)": (30.0, "MiB"),
     "suite -n 2, clones / cold": (1 / 5, ""),
     "suite of clones, -n 1 / -n 2": (1.4, ""),
 }
@@ -70,7 +71,7 @@ def rounds(count: int, vmm: str, vng: str | None, measured: boot.Measurements) -
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         launch(vmm=vmm, boot="clone").close()
-        kinds = [lambda: clone(vmm, measured)] * SHORT_REPEATED + [lambda: cold(vmm, measured)]
+        kinds = [lambda: clone(vmm, measured)] * SHORT_REPEATED + [lambda: measured.add("cold", cold(vmm))]
         if vmm == "qemu":
             command = stock_command()
             kinds.append(lambda: measured.add("bare", boot._bare(command, directory / "bare.log")))
@@ -116,11 +117,11 @@ def clock_error_s(vm: Vm) -> float:
     return max(-max(least for least, _ in off), min(most for _, most in off))
 
 
-def cold(vmm: str, measured: boot.Measurements) -> None:
-    """Boot a VM."""
+def cold(vmm: str, **arguments: Any) -> float:
+    """Boot a VM; returns the seconds until it is ready."""
     started = time.perf_counter()
-    with launch(vmm=vmm, boot="cold"):
-        measured.add("cold", time.perf_counter() - started)
+    with launch(vmm=vmm, boot="cold", **arguments):
+        return time.perf_counter() - started
 
 
 def stock_command() -> list[str]:
@@ -219,31 +220,43 @@ class Floor:
 
 
 def sizes(count: int, vmm: str, measured: boot.Measurements) -> None:
-    """Measure clones of several sizes in turn."""
+    """Measure clones and boots of several sizes in turn."""
     for size_mb in SIZES_MB:
         launch(vmm=vmm, boot="clone", memory_mb=size_mb).close()
     for _ in range(count):
         for size_mb in SIZES_MB:
             measured.add(f"clone of {size_mb} MiB", clone(vmm, measured, memory_mb=size_mb))
+            measured.add(f"cold of {size_mb} MiB", cold(vmm, memory_mb=size_mb))
 
 
 def alive(count: int, vmm: str) -> dict[str, Any]:
-    """Start clones that stay; returns the seconds of each, and each one's private memory in MiB with all alive."""
+    """Start clones that stay; returns the seconds of each, and what one has for itself and all have together, in MiB.
+
+    The memory is by how many were alive: one, ten, all.
+    """
     seconds: list[float] = []
+    memory_mb: dict[int, dict[str, float]] = {}
     with ExitStack() as stack:
         vms: list[Vm] = []
-        for number in range(count):
+        for number in range(1, count + 1):
             started = time.perf_counter()
             vms.append(stack.enter_context(launch(vmm=vmm, boot="clone", name=f"alive{number}")))
             vms[-1].check_output("true")
             seconds.append(time.perf_counter() - started)
-        return {"seconds": seconds, "private_mb": [private_mb(vm.pid) for vm in vms]}
+            if number in {1, 10, count}:
+                used = [used_mb(vm.pid) for vm in vms]
+                memory_mb[number] = {
+                    "private": statistics.median(private for private, _ in used),
+                    "together": sum(part for _, part in used),
+                }
+    return {"seconds": seconds, "memory_mb": memory_mb}
 
 
-def private_mb(pid: int) -> float:
-    """Return the memory of a process that it shares with nobody, in MiB (proc(5), smaps_rollup)."""
+def used_mb(pid: int) -> tuple[float, float]:
+    """Return the memory that is a process's alone, and that with its part of what is shared, in MiB (smaps_rollup, proc(5))."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024
+    sizes_kb = {words[0]: int(words[1]) for line in lines[1:] if (words := line.split())}
+    return (sizes_kb["Private_Clean:"] + sizes_kb["Private_Dirty:"]) / 1024, sizes_kb["Pss:"] / 1024
 
 
 def suite(count: int, vmm: str) -> dict[str, float]:
@@ -265,6 +278,7 @@ def suite(count: int, vmm: str) -> dict[str, float]:
 def figures(vmm: str, measured: boot.Measurements, living: dict[str, Any], suites: dict[str, float]) -> dict[str, float]:
     """Return what the promises are about, by name."""
     found = {}
+    other_vmm = " (Cloud Hypervisor)" if vmm != "qemu" else ""
     median = measured.median
     answers = median("clone answers")
     for what in ("bare", "virtme-ng"):
@@ -274,7 +288,7 @@ def figures(vmm: str, measured: boot.Measurements, living: dict[str, Any], suite
     if booted and bare:
         found["cold / bare"] = booted / bare
     if answers and booted:
-        found["clone answers / cold" + (" (Cloud Hypervisor)" if vmm != "qemu" else "")] = answers / booted
+        found["clone answers / cold" + other_vmm] = answers / booted
     if answers and floor:
         found["clone answers - floor"] = (answers - floor) * 1000
     if off := median("clock"):
@@ -285,19 +299,22 @@ def figures(vmm: str, measured: boot.Measurements, living: dict[str, Any], suite
     if living:
         # One alone says nothing on a machine with other work.
         found["last alive / first"] = statistics.median(living["seconds"][-5:]) / statistics.median(living["seconds"][:5])
-        found["private memory of one"] = statistics.median(living["private_mb"])
+        last = max(living["memory_mb"])
+        found["private memory of one" + other_vmm] = living["memory_mb"][last]["private"]
     if suites:
         found["suite -n 2, clones / cold"] = suites["clone -n2"] / suites["cold -n2"]
         found["suite of clones, -n 1 / -n 2"] = suites["clone -n1"] / suites["clone -n2"]
     return found
 
 
-def report(found: dict[str, float], measured: boot.Measurements) -> None:
+def report(found: dict[str, float], measured: boot.Measurements, memory_mb: dict[int, dict[str, float]]) -> None:
     """Print the tables."""
     print(f"\n{'what':<34}{'median':>10}{'lowest':>10}{'highest':>10}{'n':>5}")
     for what, values in measured.seconds.items():
         cells = [statistics.median(values), min(values), max(values)]
         print(f"{what:<34}" + "".join(f"{cell * 1000:>7.1f} ms" for cell in cells) + f"{len(values):>5}")
+    for number, used in memory_mb.items():
+        print(f"{number} alive: {used['private']:.1f} MiB private each, {used['together']:.0f} MiB together")
     print(f"\n{'promise':<42}{'measured':>12}{'limit':>14}")
     for what, value in found.items():
         limit, unit = LIMITS.get(what, (None, ""))
@@ -324,7 +341,7 @@ def main() -> int:
     living = alive(options.alive, options.vmm) if options.alive else {}
     suites = suite(options.suite, options.vmm) if options.suite else {}
     found = figures(options.vmm, measured, living, suites)
-    report(found, measured)
+    report(found, measured, living.get("memory_mb", {}))
     result = {"seconds": measured.seconds, "alive": living, "suite_s": suites, "figures": found, "load_average": os.getloadavg()}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
