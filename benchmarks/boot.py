@@ -172,7 +172,7 @@ def _marker(chvm_vm: Any, built_in: Any, measured: Measurements, directory: Path
 def _tree_with_index(directory: Path) -> Path:
     """Copy the built-in guest's kernel and modules and index them, as virtme-ng wants them; returns the kernel's path there."""
     from pytest_chvm import Settings
-    from pytest_chvm.launcher import built_in_kernel
+    from pytest_chvm.guest_choice import built_in_kernel
 
     kernel = built_in_kernel(Settings.resolve())
     assert kernel.modules is not None

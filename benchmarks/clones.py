@@ -44,8 +44,8 @@ import boot
 from pytest_chvm import Settings, Vm, launch, renewal
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.guest import renew
+from pytest_chvm.guest_choice import built_in_kernel
 from pytest_chvm.host.watch import FileWatch
-from pytest_chvm.launcher import built_in_kernel
 
 # What the project promises: the name of a figure and its limit, a ratio unless the unit says otherwise.
 LIMITS = {

@@ -101,7 +101,7 @@ def _add_templates(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _template_store() -> TemplateStore:
-    from pytest_chvm.launcher import cache_dir
+    from pytest_chvm.guest_choice import cache_dir
     from pytest_chvm.settings import Settings
     from pytest_chvm.snapshots import TemplateStore
 

@@ -27,10 +27,12 @@ from pytest_chvm.errors import BootFailedError, InvalidConfigError, UnsupportedE
 from pytest_chvm.guest import lab_agent
 from pytest_chvm.guest.initramfs import build_initramfs, find_busybox
 from pytest_chvm.guest.kernel import Kernel, index_modules, inspect_kernel
+from pytest_chvm.guest_choice import built_in_kernel, cache_dir
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.watch import FileWatch
-from pytest_chvm.launcher import built_in_kernel, cache_dir, launch, show_progress
+from pytest_chvm.launcher import launch
 from pytest_chvm.model import SharedDir, VmConfig
+from pytest_chvm.progress import show_progress
 from pytest_chvm.settings import Settings
 from pytest_chvm.vm import Vm
 

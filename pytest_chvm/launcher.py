@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
 import secrets
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,16 +19,13 @@ from pytest_chvm.drivers.disks import check_was_closed
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import BootFailedError, StopFailedError, UnsupportedError, VmError, VmIOError
-from pytest_chvm.guest.cache import default_cache_dir
-from pytest_chvm.guest.initramfs import build_initramfs
-from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
-from pytest_chvm.guest.ready import DEFAULT_MARKER
-from pytest_chvm.guest.vmlinux import unpacked_kernel
+from pytest_chvm.guest_choice import Guest, cache_dir, choose_guest
 from pytest_chvm.host.budget import Share, budget_of, take_share
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
-from pytest_chvm.nics import lease_nics, network_mode
+from pytest_chvm.nics import Nics, lease_nics, network_mode
+from pytest_chvm.progress import show_progress
 from pytest_chvm.settings import Settings
 from pytest_chvm.snapshots import (
     HeldTemplate,
@@ -43,16 +38,6 @@ from pytest_chvm.snapshots import (
 )
 from pytest_chvm.templates import clone_config, made_of, template_config, why_no_clone, why_no_snapshot
 from pytest_chvm.vm import Origin, Vm
-
-# For a kernel of the user's without a command line of theirs.
-PLAIN_CMDLINE = "console=ttyS0"
-# What a throwaway VM can do without, for the built-in kernel: console messages (the serial port is slow), guards against attacks
-# from its own programs, looking for a timer that is known, tests of the crypto code, waiting long for grace periods, page tables of
-# five levels (which software walks for each guest address it has not seen lately).
-BUILT_IN_CMDLINE = (
-    "console=ttyS0 quiet mitigations=off nokaslr no5lvl no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 "
-    "random.trust_cpu=on"
-)
 
 FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
 
@@ -138,88 +123,6 @@ def _driver(vmm: str, accel: str, binary: Path | None, virtiofsd: Path | None, _
     return make_driver(vmm, accel=accel, binary=binary, virtiofsd=virtiofsd)
 
 
-@dataclass(frozen=True, slots=True)
-class Guest:
-    """What is booted: a complete config, whether it is the built-in guest, and the nonce that its ready line must have, if any."""
-
-    config: VmConfig
-    built_in: bool
-    nonce: str | None
-
-    def words(self, marker: str) -> list[str]:
-        """Return what the guest is told beside its networks, on its kernel command line or as a clone.
-
-        A host name is the built-in guest's only: an image has its own.
-        """
-        words = [f"chvm.nonce={self.nonce}"] if self.nonce is not None else []
-        if self.built_in:
-            words.append(f"chvm.hostname={self.config.name.replace('_', '-').replace('.', '-')}")
-        if marker != DEFAULT_MARKER:
-            words.append(f"chvm.marker={marker}")
-        if self.config.data_disk is not None:
-            words.append("chvm.disk=/dev/vda")
-        return words + [f"chvm.share={share.guest_word}" for share in self.config.shared_dirs]
-
-
-def choose_guest(config: VmConfig, settings: Settings) -> Guest:
-    """Fill in the built-in guest where the config names none: its kernel, and its initramfs for a kernel without a root.
-
-    Raises InvalidConfigError where it cannot be built.
-    """
-    kernel = built_in_kernel(settings) if config.kernel is None else None
-    if kernel is not None:
-        config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
-    if config.initramfs is not None or config.root_disk is not None:
-        return Guest(config, False, None)
-    preflight(config)
-    assert config.kernel is not None
-    initramfs = _built_in_initramfs(kernel or inspect_kernel(config.kernel), cache_dir(settings))
-    cmdline = config.cmdline
-    if cmdline is None:
-        cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
-    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), True, secrets.token_hex(8))
-
-
-def cache_dir(settings: Settings) -> Path:
-    """Return where built guests and fetched kernels are kept."""
-    return settings.cache_dir or default_cache_dir()
-
-
-def built_in_kernel(settings: Settings) -> Kernel:
-    """Return the built-in guest's kernel, fetched at the first call; raises InvalidConfigError where there is none."""
-    return _built_in_kernel(cache_dir(settings))
-
-
-@lru_cache(maxsize=4)
-def _built_in_kernel(cache: Path) -> Kernel:
-    return default_kernel(cache, platform.machine(), show_progress)
-
-
-@lru_cache(maxsize=16)
-def _built_in_initramfs(kernel: Kernel, cache: Path) -> Path:
-    return build_initramfs(kernel, cache, show_progress)
-
-
-_uncaptured: Callable[[], AbstractContextManager[object]] = nullcontext
-
-
-def show_progress_with(uncaptured: Callable[[], AbstractContextManager[object]]) -> None:
-    """Have progress shown within such a context: a test runner's, that does not capture what is written in it."""
-    global _uncaptured
-    _uncaptured = uncaptured
-
-
-def show_progress(text: str) -> None:
-    """Tell the person at the terminal what takes long just now."""
-    logger.info("%s", text)
-    # What takes half a minute must not be silent.
-    stream = sys.__stderr__
-    if stream is not None:
-        with _uncaptured():
-            stream.write(f"pytest-chvm: {text}\n")
-            stream.flush()
-
-
 class Owner(Protocol):
     """Who is told of each VM and snapshot before it is waited for, and ends them; `end_with_test` is for clones of snapshots."""
 
@@ -234,6 +137,26 @@ class Owner(Protocol):
 
     def end_with_test(self, vm: Vm) -> None:
         """End this VM at the end of the test that runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """What the host lends a VM until it ends."""
+
+    lease: Lease
+    share: Share
+    nics: Nics
+    others: Sequence[Held]
+
+    def release(self) -> list[str]:
+        """Give all of it back; returns what could not be, in words."""
+        failures = []
+        for part in (self.share, *self.nics.held, *self.others, self.lease):
+            try:
+                failures += part.release() or []
+            except Exception as error:  # one that fails must not keep the others
+                failures.append(f"{part}: {error}")
+        return failures
 
 
 @dataclass(frozen=True)
@@ -317,47 +240,51 @@ class Launcher:
         self, guest: Guest, origin: Origin, *, wait: bool, template_dir: Path | None = None, held: Sequence[Held] = ()
     ) -> Vm:
         with ExitStack() as undo:
-            vm, words, share = self._start(guest, origin, template_dir, held, undo)
+            lent = self._borrow(guest.config, origin, held, undo)
+            vm = self._start(guest, origin, lent, template_dir, undo)
             undo.pop_all()
         try:
             if self.owner is not None:
                 self.owner.add_vm(vm)
             if origin.saved is not None:
-                vm.renew(words)
+                vm.renew(self._words(guest, lent))
             if wait:
                 vm.wait_ready()
         except BaseException:
             _close_quietly(vm)
             raise
         # Of one that is not waited for, nobody sees when it is up.
-        share.booted()
+        lent.share.booted()
         return vm
 
-    def _start(
-        self, guest: Guest, origin: Origin, template_dir: Path | None, held: Sequence[Held], undo: ExitStack
-    ) -> tuple[Vm, list[str], Share]:
-        settings, driver = self.settings, self.driver
+    def _borrow(self, config: VmConfig, origin: Origin, held: Sequence[Held], undo: ExitStack) -> Lent:
+        """Take what a VM needs from the host; `undo` gives it back, and `held` too."""
         for part in held:
             undo.callback(part.release)
         lease = Lease()
         undo.callback(_log_failures, lease.release)
         if self.owner is not None:
             self.owner.add_lease(lease)
-        config = guest.config
-        lease.describe(name=config.name, vmm=driver.vmm, cpus=config.cpus, memory_mb=config.memory_mb)
-        budget = budget_of(settings.memory_budget_mb, settings.max_vms)
+        lease.describe(name=config.name, vmm=self.driver.vmm, cpus=config.cpus, memory_mb=config.memory_mb)
+        budget = budget_of(self.settings.memory_budget_mb, self.settings.max_vms)
         boots_with = config.cpus if origin.saved is None else 0
         share = take_share(budget, config.memory_mb, boots_with, lease, config.name, show_progress)
         undo.callback(share.release)
-        nics = lease_nics(guest.config, driver, settings, lease, undo)
-        words = guest.words(settings.ready_marker) + nics.words
+        return Lent(lease, share, lease_nics(config, self.driver, self.settings, lease, undo), held)
+
+    def _words(self, guest: Guest, lent: Lent) -> list[str]:
+        return guest.words(self.settings.ready_marker) + lent.nics.words
+
+    def _start(self, guest: Guest, origin: Origin, lent: Lent, template_dir: Path | None, undo: ExitStack) -> Vm:
+        settings, driver = self.settings, self.driver
+        own_cmdline = guest.config.cmdline
         # An image of its own is told its addresses with a command line of its own.
-        told = words if guest.built_in else nics.words if guest.config.cmdline is not None else []
-        cmdline = " ".join([*([guest.config.cmdline] if guest.config.cmdline else []), *told]) or guest.config.cmdline
-        config = guest.config.replace(networks=nics.attachments, cmdline=cmdline)
+        told = self._words(guest, lent) if guest.built_in else lent.nics.words if own_cmdline is not None else []
+        cmdline = " ".join([*([own_cmdline] if own_cmdline else []), *told]) or own_cmdline
+        config = guest.config.replace(networks=lent.nics.attachments, cmdline=cmdline)
         snapshots = snapshots_dir(cache_dir(settings))
         options = BootOptions(
-            lease,
+            lent.lease,
             True,
             settings.ready_marker,
             guest.nonce,
@@ -370,20 +297,19 @@ class Launcher:
         undo.callback(driver.kill, handle)
         assert handle.process is not None
         pid, ticks = handle.process.pid, handle.process.start_time_ticks
-        lease.describe(pid=pid, start_time_ticks=ticks, console=os.fspath(handle.serial_log))
-        vm = Vm(
+        lent.lease.describe(pid=pid, start_time_ticks=ticks, console=os.fspath(handle.serial_log))
+        return Vm(
             config,
             handle,
             driver,
             boot_deadline=boot_deadline,
             built_in_guest=guest.built_in,
-            lease=lease,
+            lease=lent.lease,
             virtiofsd=settings.virtiofsd,
             origin=origin,
             snapshot=lambda vm: self._snapshot(vm, guest),
-            release=lambda: _release([share, *nics.held, *held, lease]),
+            release=lent.release,
         )
-        return vm, words, share
 
     def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:
         is_clone = vm.origin.boot == "clone"
@@ -436,16 +362,6 @@ def _end_of_disk(vm: Vm, directory: Path) -> None:
     vm.stop()
     kept.rename(memory)
     check_was_closed(directory / ROOT_FILE)
-
-
-def _release(held: Sequence[Held]) -> list[str]:
-    failures = []
-    for part in held:
-        try:
-            failures += part.release() or []
-        except Exception as error:  # one that fails must not keep the others
-            failures.append(f"{part}: {error}")
-    return failures
 
 
 def _log_failures(release: Callable[[], list[str]]) -> None:

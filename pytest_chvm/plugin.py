@@ -352,7 +352,7 @@ def _factory(
     from functools import cache
 
     from pytest_chvm.factory import VmFactory
-    from pytest_chvm.launcher import show_progress_with
+    from pytest_chvm.progress import show_progress_with
 
     if capture := request.config.pluginmanager.get_plugin("capturemanager"):
         show_progress_with(capture.global_and_fixture_disabled)

@@ -192,7 +192,7 @@ def fake_kernel(tmp_path_factory):
 def guest():
     """The built-in guest: its config with kernel and initramfs, for tests that talk to a driver."""
     from pytest_chvm import Settings, VmConfig
-    from pytest_chvm.launcher import choose_guest
+    from pytest_chvm.guest_choice import choose_guest
 
     return choose_guest(VmConfig(), Settings.resolve()).config
 

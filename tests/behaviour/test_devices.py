@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pytest_chvm import BootFailedError, HypervisorError, Settings, SharedDir, Tap, UnsupportedError, VmConfig, VmIOError
-from pytest_chvm.launcher import choose_guest
+from pytest_chvm.guest_choice import choose_guest
 from pytest_chvm.model import mac_for
 
 WAIT_FOR = "n=0; until {}; do n=$((n+1)); [ $n -lt 100 ] || exit 1; usleep 100000; done"

@@ -10,7 +10,7 @@ import pytest
 from pytest_chvm import Settings, Tap, UnsupportedError, VmConfig, VmIOError, VmState
 from pytest_chvm.guest.initramfs import Entry, write_cpio
 from pytest_chvm.guest.shell import CONNECT_TIMEOUT_S
-from pytest_chvm.launcher import choose_guest
+from pytest_chvm.guest_choice import choose_guest
 from tests.relay import CLOUD_HYPERVISOR
 
 CLOCK_ERROR_S = 2.0

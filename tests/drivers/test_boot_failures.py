@@ -455,7 +455,7 @@ def test_full_disk_below_the_cache(small_disk, monkeypatch):
     (small_disk / "filler").write_bytes(bytes(900_000))
     from pytest_chvm import Settings
     from pytest_chvm.guest.initramfs import build_initramfs
-    from pytest_chvm.launcher import built_in_kernel
+    from pytest_chvm.guest_choice import built_in_kernel
 
     with pytest.raises(InvalidConfigError, match=r"cannot be written: .*No space left.*free some space.*CHVM_CACHE_DIR"):
         build_initramfs(built_in_kernel(Settings.resolve()), small_disk / "cache", print)

@@ -8,7 +8,7 @@ import pytest
 from pytest_chvm.guest.cache import default_cache_dir
 from pytest_chvm.guest.kernel import PackageError, fetch_kernel_package
 from pytest_chvm.host.kvm import why_no_kvm
-from pytest_chvm.launcher import show_progress
+from pytest_chvm.progress import show_progress
 from tests.relay import require_binary
 
 # Debian 12's newer kernel; elsewhere the built-in guest's own has it, and tests/behaviour shows it.

@@ -1,0 +1,91 @@
+"""Which guest a VM boots: the built-in one, where its config names none."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from pytest_chvm.drivers.preflight import preflight
+from pytest_chvm.guest.cache import default_cache_dir
+from pytest_chvm.guest.initramfs import build_initramfs
+from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
+from pytest_chvm.guest.ready import DEFAULT_MARKER
+from pytest_chvm.guest.vmlinux import unpacked_kernel
+from pytest_chvm.model import VmConfig
+from pytest_chvm.progress import show_progress
+from pytest_chvm.settings import Settings
+
+# For a kernel of the user's without a command line of theirs.
+PLAIN_CMDLINE = "console=ttyS0"
+# What a throwaway VM can do without, for the built-in kernel: console messages (the serial port is slow), guards against attacks
+# from its own programs, looking for a timer that is known, tests of the crypto code, waiting long for grace periods, page tables of
+# five levels (which software walks for each guest address it has not seen lately).
+BUILT_IN_CMDLINE = (
+    "console=ttyS0 quiet mitigations=off nokaslr no5lvl no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 "
+    "random.trust_cpu=on"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """What is booted: a complete config, whether it is the built-in guest, and the nonce that its ready line must have, if any."""
+
+    config: VmConfig
+    built_in: bool
+    nonce: str | None
+
+    def words(self, marker: str) -> list[str]:
+        """Return what the guest is told beside its networks, on its kernel command line or as a clone.
+
+        A host name is the built-in guest's only: an image has its own.
+        """
+        words = [f"chvm.nonce={self.nonce}"] if self.nonce is not None else []
+        if self.built_in:
+            words.append(f"chvm.hostname={self.config.name.replace('_', '-').replace('.', '-')}")
+        if marker != DEFAULT_MARKER:
+            words.append(f"chvm.marker={marker}")
+        if self.config.data_disk is not None:
+            words.append("chvm.disk=/dev/vda")
+        return words + [f"chvm.share={share.guest_word}" for share in self.config.shared_dirs]
+
+
+def choose_guest(config: VmConfig, settings: Settings) -> Guest:
+    """Fill in the built-in guest where the config names none: its kernel, and its initramfs for a kernel without a root.
+
+    Raises InvalidConfigError where it cannot be built.
+    """
+    kernel = built_in_kernel(settings) if config.kernel is None else None
+    if kernel is not None:
+        config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
+    if config.initramfs is not None or config.root_disk is not None:
+        return Guest(config, False, None)
+    preflight(config)
+    assert config.kernel is not None
+    initramfs = _built_in_initramfs(kernel or inspect_kernel(config.kernel), cache_dir(settings))
+    cmdline = config.cmdline
+    if cmdline is None:
+        cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
+    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), True, secrets.token_hex(8))
+
+
+def cache_dir(settings: Settings) -> Path:
+    """Return where built guests and fetched kernels are kept."""
+    return settings.cache_dir or default_cache_dir()
+
+
+def built_in_kernel(settings: Settings) -> Kernel:
+    """Return the built-in guest's kernel, fetched at the first call; raises InvalidConfigError where there is none."""
+    return _built_in_kernel(cache_dir(settings))
+
+
+@lru_cache(maxsize=4)
+def _built_in_kernel(cache: Path) -> Kernel:
+    return default_kernel(cache, platform.machine(), show_progress)
+
+
+@lru_cache(maxsize=16)
+def _built_in_initramfs(kernel: Kernel, cache: Path) -> Path:
+    return build_initramfs(kernel, cache, show_progress)
