@@ -81,8 +81,8 @@ def launch(
         find_virtiofsd(settings.virtiofsd)
     launcher = Launcher(driver, settings, owner)
     why = launcher.why_cold(guest, wait=wait)
+    template = None
     if why is None:
-        template = None
         try:
             template = launcher.template(guest)
             return launcher.clone(guest, template.directory, wait=wait, held=[template])
@@ -98,6 +98,9 @@ def launch(
     if why == FIRST_OF_IMAGE:
         # Not of an image that does not get ready: its template would take as long to fail.
         launcher.want_template(guest)
+    elif template is not None and not guest.built_in:
+        # Each of its clones would be waited for as long as this one.
+        template.call_unfit(f"a clone of it failed, and then it booted: {why[:500]}")
     return vm
 
 
@@ -151,7 +154,8 @@ class Lent:
     def release(self) -> list[str]:
         """Give all of it back; returns what could not be, in words."""
         failures = []
-        for part in (self.share, *self.nics.held, *self.others, self.lease):
+        held: Sequence[Held] = (self.share, *self.nics.held, *self.others, self.lease)
+        for part in held:
             try:
                 failures += part.release() or []
             except Exception as error:  # one that fails must not keep the others

@@ -150,6 +150,13 @@ class HeldTemplate:
     directory: Path
     _fd: int
 
+    def call_unfit(self, why: str) -> None:
+        """Have no more clones started from it for an hour, unless somebody insists; also when it was released."""
+        with suppress(OSError, *NO_RECORD):
+            record = _record(self.directory)
+            # In its place: those that hold it have a lock on this file.
+            (self.directory / RECORD_FILE).write_text(json.dumps({**record, "unfit": why}))
+
     def release(self) -> None:
         """Let go of it."""
         os.close(self._fd)
@@ -285,7 +292,7 @@ def describe(template: Template, *, wholly: bool) -> dict[str, Any]:
         made_of = template.made_of
         words = [str(made_of["vmm"][0]), f"{made_of['memory_mb'][0]} MiB", f"{made_of['processors'][0]} CPUs"]
         words += [*made_of["networks"], *(["hotplug"] if made_of["hotplug"] else [])]
-        words += [f"no template: {clean(template.unfit.encode())}"] if template.unfit else []
+        words += [f"no template: {clean(template.unfit.encode(errors='replace'))}"] if template.unfit else []
     except NO_RECORD:
         made_of, words = {}, ["its record cannot be read"]
     return {

@@ -1,6 +1,8 @@
 """Clones of images of one's own: an initramfs, a root disk. The image here is the built-in one, handed over as a user would."""
 
 import functools
+import os
+import re
 import socket
 import time
 from importlib import resources
@@ -71,6 +73,22 @@ def test_the_first_vm_of_an_own_image_is_booted_and_the_next_ones_are_clones(own
     assert "first of its image" in origins[0].why
     vm = own(name="unwatched", network="none", wait=False)
     assert vm.origin.in_words == "booted: it is an image of its own, whose boot is not waited for"
+
+
+def test_an_own_image_that_boots_and_whose_clone_fails_is_not_cloned_again(own, tmp_path):
+    own = functools.partial(own, cmdline=f"console=ttyS0 quiet of={tmp_path.name}-{time.time_ns()}", network="none")
+    saved = own(boot="clone", name="fit").origin.saved
+    for file in saved.glob("state*"):
+        was = file.stat()
+        file.write_bytes(bytes(was.st_size))
+        os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    for name in ("finds-out", "knows"):
+        vm = own(name=name)
+        assert vm.origin.boot == "cold"
+        assert vm.check_output("echo on") == "on\n"
+    assert re.match("booted: a clone of it failed, and then it booted: .*VM 'finds-out'", vm.origin.in_words)
+    # Who insists has it made anew.
+    assert own(boot="clone", name="insists").origin.boot == "clone"
 
 
 def test_an_own_image_can_be_saved_again_and_again(own):

@@ -416,6 +416,20 @@ def test_that_there_can_be_no_template_is_found_out_once(store):
     assert Template(known.directory).unfit is None
 
 
+def test_a_template_that_was_called_unfit_is_made_anew_for_who_insists(store):
+    held = store.get(MADE_OF, 1, save)
+    held.call_unfit("its clone failed: \udcff")
+    held.release()
+    with pytest.raises(UnsupportedError, match="its clone failed"):
+        store.get(MADE_OF, 1, save, try_again=False)
+    assert "no template: its clone failed" in describe(store.all()[0], wholly=False)["what"]
+    assert Template(get(store).directory).unfit is None
+    # Of one that was removed meanwhile there is nothing to say.
+    shutil.rmtree(held.directory)
+    held.call_unfit("gone")
+    get(store)
+
+
 def test_that_there_can_be_no_template_is_not_believed_for_ever(store):
     def build(_directory):
         raise UnsupportedError("no shell")
