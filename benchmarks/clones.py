@@ -1,4 +1,4 @@
-"""How long a clone takes, against booting: one run, all of it in turn.
+"""How long a clone takes, against booting, in one run.
 
     python benchmarks/clones.py [--vmm qemu] [--rounds 10] [--alive 40] [--suite 100] [--json build/clones.json]
 
@@ -327,7 +327,7 @@ def main() -> int:
     """Measure, print, write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vmm", default="qemu", choices=("qemu", "cloud-hypervisor"))
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="of each kind (default: 10)")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="default: 10")
     parser.add_argument("--alive", type=int, default=40, metavar="N", help="clones at once (default: 40; 0: none)")
     parser.add_argument("--suite", type=int, default=100, metavar="N", help="tests of the suite (default: 100; 0: none)")
     parser.add_argument("--vng", default=shutil.which("vng"), metavar="PATH", help="virtme-ng (default: from PATH)")

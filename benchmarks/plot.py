@@ -35,7 +35,7 @@ def main(measured: Path, drawing: Path) -> None:
     draw_kinds(above.subplots(), result["seconds"])
     by_size, by_alive = below.subplots(1, 2)
     draw_sizes(by_size, result["seconds"])
-    draw_alive(by_alive, result["alive"]["seconds"])
+    draw_alive(by_alive, result["alive"].get("seconds", []))
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(drawing, metadata={"Date": None})
