@@ -15,7 +15,7 @@ export PATH := $(VENV)/bin:$(PATH)
 help:
 	@echo "make example   boot real virtual machines: run example_project"
 	@echo "make test      lint, and all tests (WORKERS=$(WORKERS), PYTEST_ARGS=...)"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff, mypy and pyright"
 	@echo "make bench     how long boots take, against bare QEMU"
 	@echo "make chaos     runs come to grief in every way: nothing may be left (long); then a campaign"
 	@echo "make campaign  N=200 random kills; SEED=... repeats them"
@@ -32,6 +32,8 @@ lint: $(VENV)/.installed
 	@ruff check --quiet .
 	@ruff format --check --quiet .
 	@mypy --no-error-summary
+	@mypy --no-error-summary --config-file example_project/pyproject.toml example_project/logbox example_project/tests
+	@basedpyright --project example_project --level error
 
 bench: $(VENV)/.guest
 	@python benchmarks/boot.py $(BENCH_ARGS)

@@ -6,13 +6,15 @@ pytest run of everyone who has it installed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
 
 _HOMES = {
     "launch": "launcher",
     "Vm": "vm",
+    "VmFactory": "factory",
+    "Snapshot": "snapshots",
+    "Device": "hotplug",
+    **dict.fromkeys(("ConfigArguments", "VmArguments"), "arguments"),
     "Settings": "settings",
     "VmDriver": "drivers.base",
     "CloudHypervisorDriver": "drivers.cloud_hypervisor",
@@ -54,40 +56,6 @@ _HOMES = {
         "errors",
     ),
 }
-
-if TYPE_CHECKING:
-    from pytest_chvm.drivers.base import VmDriver as VmDriver
-    from pytest_chvm.drivers.cloud_hypervisor import CloudHypervisorDriver as CloudHypervisorDriver
-    from pytest_chvm.drivers.qemu import QemuDriver as QemuDriver
-    from pytest_chvm.errors import BootFailedError as BootFailedError
-    from pytest_chvm.errors import CommandTimeoutError as CommandTimeoutError
-    from pytest_chvm.errors import GuestCommandError as GuestCommandError
-    from pytest_chvm.errors import GuestPanicError as GuestPanicError
-    from pytest_chvm.errors import GuestRebootError as GuestRebootError
-    from pytest_chvm.errors import GuestShutdownError as GuestShutdownError
-    from pytest_chvm.errors import HypervisorError as HypervisorError
-    from pytest_chvm.errors import InvalidConfigError as InvalidConfigError
-    from pytest_chvm.errors import MissingRequirementError as MissingRequirementError
-    from pytest_chvm.errors import StateFailedError as StateFailedError
-    from pytest_chvm.errors import StopFailedError as StopFailedError
-    from pytest_chvm.errors import UnsupportedError as UnsupportedError
-    from pytest_chvm.errors import VmError as VmError
-    from pytest_chvm.errors import VmIOError as VmIOError
-    from pytest_chvm.errors import VmNotFoundError as VmNotFoundError
-    from pytest_chvm.launcher import launch as launch
-    from pytest_chvm.model import CommandResult as CommandResult
-    from pytest_chvm.model import Network as Network
-    from pytest_chvm.model import ProcessIdentity as ProcessIdentity
-    from pytest_chvm.model import SharedDir as SharedDir
-    from pytest_chvm.model import SocketPairFd as SocketPairFd
-    from pytest_chvm.model import Tap as Tap
-    from pytest_chvm.model import UserNetwork as UserNetwork
-    from pytest_chvm.model import VmConfig as VmConfig
-    from pytest_chvm.model import VmHandle as VmHandle
-    from pytest_chvm.model import VmState as VmState
-    from pytest_chvm.model import VmStatus as VmStatus
-    from pytest_chvm.settings import Settings as Settings
-    from pytest_chvm.vm import Vm as Vm
 
 __all__ = sorted(_HOMES)
 

@@ -7,8 +7,9 @@ import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from pytest_chvm.arguments import VmArguments
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.errors import StopFailedError
 from pytest_chvm.host import networks
@@ -59,10 +60,12 @@ class VmFactory:
         self._count = itertools.count(1)
         self.closed = False
 
-    def __call__(self, config: VmConfig | None = None, **arguments: Any) -> Vm:
-        """Boot a VM; see `launch`."""
+    def __call__(self, config: VmConfig | None = None, *, wait: bool | None = None, **arguments: Unpack[VmArguments]) -> Vm:
+        """Boot a VM; see `launch`. With `wait=False` it is returned at once (default: what the marker says, else True)."""
         check_argument_names(arguments)
-        given = {**(self._defaults if config is None else {}), **arguments}
+        given: dict[str, Any] = {**(self._defaults if config is None else {}), **arguments}
+        if wait is not None:
+            given["wait"] = wait
         if config is None:
             number = next(self._count)
             given.setdefault("name", self._name if number == 1 else f"{self._name}-{number}")

@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
+from pytest_chvm.arguments import VmArguments
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.drivers import choose_vmm, make_driver
 from pytest_chvm.drivers.base import MEMORY_FILE, ROOT_FILE, BootOptions, VmDriver, logger
@@ -57,7 +58,7 @@ def launch(
     settings: Settings | None = None,
     wait: bool = True,
     owner: Owner | None = None,
-    **arguments: Any,
+    **arguments: Unpack[VmArguments],
 ) -> Vm:
     """Boot a VM and return it when it is ready, or at once with `wait=False`; `with launch(...) as vm:` ends it.
 
@@ -67,9 +68,10 @@ def launch(
     BootFailedError after; then nothing is left.
     """
     check_argument_names(arguments)
-    settings = (settings or Settings.resolve()).with_arguments({key: arguments.pop(key, None) for key in LAUNCH_FIELDS})
+    given: dict[str, Any] = {**arguments}
+    settings = (settings or Settings.resolve()).with_arguments({key: given.pop(key, None) for key in LAUNCH_FIELDS})
     # A value of None is one not given, but for a field that has a meaning for it.
-    fields = {key: value for key, value in arguments.items() if value is not None}
+    fields = {key: value for key, value in given.items() if value is not None}
     if config is None:
         fields.setdefault("name", f"vm{next(_numbers)}")
     config = (config or VmConfig(**_defaults(settings, fields))).replace(**fields)

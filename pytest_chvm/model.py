@@ -17,9 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from pytest_chvm.errors import InvalidConfigError
+
+if TYPE_CHECKING:
+    from pytest_chvm.arguments import ConfigArguments
 
 StrPath = str | os.PathLike[str]
 
@@ -66,6 +69,17 @@ class SharedDir:
     read_only: bool = False
     cache: str = "never"
     announce_submounts: bool = True
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            tag: str,
+            host_path: StrPath,
+            read_only: bool = False,
+            cache: Literal["never", "auto", "always"] = "never",
+            announce_submounts: bool = True,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if not isinstance(self.tag, str) or not TAG_PATTERN.fullmatch(self.tag):
@@ -185,6 +199,10 @@ class VmConfig:
     max_cpus: int | None = None
     max_memory_mb: int | None = None
 
+    if TYPE_CHECKING:
+        # What comes in is more than what comes out: a `str` is a path too.
+        def __init__(self, **arguments: Unpack[ConfigArguments]) -> None: ...
+
     def __post_init__(self) -> None:
         for key in ("name", "namespace"):
             value = getattr(self, key)
@@ -270,9 +288,10 @@ class VmConfig:
                 raise self._invalid(f"shared dir tag {tag!r} is used twice")
         return tuple(shared)
 
-    def replace(self, **changes: Any) -> VmConfig:
+    def replace(self, **changes: Unpack[ConfigArguments]) -> VmConfig:
         """Return a copy with some fields changed, validated anew."""
-        return replace(self, **changes)
+        values: dict[str, Any] = {**changes}
+        return replace(self, **values)
 
 
 CONFIG_FIELDS = tuple(f.name for f in fields(VmConfig))

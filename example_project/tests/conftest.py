@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm import Settings, Vm
+from pytest_chvm import Settings, Vm, VmFactory
 from pytest_chvm.guest.kernel import inspect_kernel, modules_in_order
 from pytest_chvm.guest_choice import built_in_kernel
 
@@ -27,7 +27,7 @@ def data_disk(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def boot_box(chvm_vm: Callable[..., Vm], data_disk: Path) -> Callable[[], Vm]:
+def boot_box(chvm_vm: VmFactory, data_disk: Path) -> Callable[[], Vm]:
     """Boots a logbox server on the test's data disk; called again after the first is gone, it finds what that one left."""
 
     def boot() -> Vm:
@@ -39,7 +39,7 @@ def boot_box(chvm_vm: Callable[..., Vm], data_disk: Path) -> Callable[[], Vm]:
 
 
 @pytest.fixture(scope="session")
-def shared_vm(chvm_vm_factory: Callable[..., Vm]) -> Vm:
+def shared_vm(chvm_vm_factory: VmFactory) -> Vm:
     """One VM for all tests that leave it as it was."""
     return chvm_vm_factory(name="shared", shared_dirs=SHARED)
 

@@ -25,30 +25,33 @@ def server_that_answers() -> Iterator[Callable[[bytes], tuple[str, int]]]:
 
             threads.append(threading.Thread(target=serve, daemon=True))
             threads[-1].start()
-            return listener.getsockname()
+            host, port = listener.getsockname()
+            return host, port
 
         yield start
         for thread in threads:
             thread.join(5)
 
 
-def test_an_acknowledged_line_returns(server_that_answers):
+def test_an_acknowledged_line_returns(server_that_answers: Callable[[bytes], tuple[str, int]]) -> None:
     with Client(server_that_answers(b"OK\n")) as client:
         client.send("hello")
 
 
-def test_a_refused_line_raises_the_reason(server_that_answers):
+def test_a_refused_line_raises_the_reason(server_that_answers: Callable[[bytes], tuple[str, int]]) -> None:
     with Client(server_that_answers(b"ERR no space\n")) as client, pytest.raises(LogboxError, match=r"^no space$"):
         client.send("hello")
 
 
 @pytest.mark.parametrize("answer", [b"", b"O", b"OK"], ids=["nothing", "half", "no newline"])
-def test_a_server_that_goes_away_has_acknowledged_nothing(server_that_answers, answer):
+def test_a_server_that_goes_away_has_acknowledged_nothing(
+    server_that_answers: Callable[[bytes], tuple[str, int]], answer: bytes
+) -> None:
     with Client(server_that_answers(answer)) as client, pytest.raises(LogboxError, match="before it answered"):
         client.send("hello")
 
 
-def test_a_newline_cannot_smuggle_a_second_line(server_that_answers):
+def test_a_newline_cannot_smuggle_a_second_line(server_that_answers: Callable[[bytes], tuple[str, int]]) -> None:
     with Client(server_that_answers(b"OK\n")) as client:
         with pytest.raises(ValueError, match="no newline"):
             client.send("one\ntwo")

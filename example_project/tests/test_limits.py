@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from logbox import Client, LogboxError
 
+from pytest_chvm import Vm
+
 PORT = 5140
 
 
-def test_a_full_volume_refuses_the_line_and_keeps_the_others(shared_vm, small_volume):
+def test_a_full_volume_refuses_the_line_and_keeps_the_others(shared_vm: Vm, small_volume: str) -> None:
     with Client(shared_vm.address(PORT)) as client:
         client.send("first")
         with pytest.raises(LogboxError, match="no space left"):
@@ -18,7 +20,7 @@ def test_a_full_volume_refuses_the_line_and_keeps_the_others(shared_vm, small_vo
     assert shared_vm.check_output(f"cat {small_volume}/log") == "first\nlast\n"
 
 
-def test_a_client_reaches_a_service_address(shared_vm, small_volume, dummy_module):
+def test_a_client_reaches_a_service_address(shared_vm: Vm, small_volume: str, dummy_module: str) -> None:
     shared_vm.check_output(
         f"ip link add service0 type {dummy_module} && ip addr add 10.77.0.1/32 dev service0 && ip link set service0 up"
     )
@@ -30,7 +32,7 @@ def test_a_client_reaches_a_service_address(shared_vm, small_volume, dummy_modul
     assert answer == "OK\n"
 
 
-def test_the_daemon_says_when_its_port_is_taken(shared_vm, small_volume):
+def test_the_daemon_says_when_its_port_is_taken(shared_vm: Vm, small_volume: str) -> None:
     second = shared_vm.run(f"nc -l -p {PORT} </dev/null")
 
     assert second.returncode != 0

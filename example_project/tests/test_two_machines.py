@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from pytest_chvm import Network, VmFactory
 
 PORT = 5140
 GUEST_PROGRAMS = Path(__file__).parents[1] / "logbox" / "guest"
 
 
-def test_one_machine_logs_to_another(chvm_vm, chvm_network):
+def test_one_machine_logs_to_another(chvm_vm: VmFactory, chvm_network: Callable[..., Network]) -> None:
     network = chvm_network()
     # Both boot at the same time.
     server = chvm_vm(name="server", networks=[network], wait=False, shared_dirs={"logbox": GUEST_PROGRAMS})

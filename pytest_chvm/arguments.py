@@ -1,0 +1,46 @@
+"""The arguments of `chvm_vm`, `launch` and `VmConfig`, as type checkers see them.
+
+What they mean and which values they take is said, and checked, by `VmConfig` and `Settings`; a test holds the names together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+from pytest_chvm.model import Attachment, SharedDir, StrPath
+
+
+class ConfigArguments(TypedDict, total=False):
+    """The fields of `VmConfig`, in the forms that it takes."""
+
+    name: str
+    namespace: str
+    kernel: StrPath | None
+    initramfs: StrPath | None
+    cmdline: str | None
+    cpus: int
+    memory_mb: int
+    root_disk: StrPath | None
+    seed_iso: StrPath | None
+    data_disk: StrPath | None
+    networks: Sequence[Attachment] | Attachment | None
+    netns: str | None
+    shared_dirs: Mapping[str, StrPath] | Sequence[SharedDir] | SharedDir
+    serial_log: StrPath | None
+    cpu_model: str | None
+    channels: Sequence[str]
+    hotplug: bool
+    max_cpus: int | None
+    max_memory_mb: int | None
+
+
+class VmArguments(ConfigArguments, total=False):
+    """Those of a launch too, but for `wait`."""
+
+    vmm: Literal["auto", "cloud-hypervisor", "qemu"] | None
+    accel: Literal["auto", "kvm", "tcg"] | None
+    network: Literal["auto", "tap", "user", "none"] | None
+    boot: Literal["auto", "cold", "clone"] | None
+    boot_timeout: float | None
+    ready_marker: str | None
