@@ -65,23 +65,29 @@ class UnsupportedError(VmError):
 
 
 class GuestCommandError(VmError):
-    """A command in the guest returned non-zero; the message shows both of its outputs."""
+    """A command in the guest returned non-zero; the message shows both of its outputs.
 
-
-class CommandTimeoutError(GuestCommandError, TimeoutError):
-    """A command in the guest passed its deadline; it and all it started were killed."""
+    `returncode` is its exit status, None where it has none; `stdout` and `stderr` are what it had printed, undecodable bytes by
+    `surrogateescape`.
+    """
 
     def __init__(
         self,
         message: str,
         *,
         vm_name: str | None = None,
+        returncode: int | None = None,
         stdout: str = "",
         stderr: str = "",
     ) -> None:
-        GuestCommandError.__init__(self, message, vm_name=vm_name)
+        super().__init__(message, vm_name=vm_name)
+        self.returncode = returncode
         self.stdout = stdout
         self.stderr = stderr
+
+
+class CommandTimeoutError(GuestCommandError, TimeoutError):
+    """A command in the guest passed its deadline; it and all it started were killed."""
 
 
 class GuestPanicError(BootFailedError):

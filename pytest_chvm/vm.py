@@ -220,6 +220,9 @@ class Vm:
             raise GuestCommandError(
                 f"VM {self.name!r}: {done.command!r} returned {done.returncode}.\n{shown_outputs(done.stdout, done.stderr)}",
                 vm_name=self.name,
+                returncode=done.returncode,
+                stdout=done.stdout,
+                stderr=done.stderr,
             )
         return done.stdout
 

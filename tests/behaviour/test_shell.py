@@ -28,8 +28,9 @@ def test_a_list_is_one_programs_arguments(vm):
 
 
 def test_a_command_that_fails_shows_both_outputs(vm):
-    with pytest.raises(GuestCommandError, match=r"(?s)returned 7.*stdout: said.*stderr: moaned"):
+    with pytest.raises(GuestCommandError, match=r"(?s)returned 7.*stdout: said.*stderr: moaned") as caught:
         vm.check_output("echo said; echo moaned >&2; exit 7")
+    assert (caught.value.returncode, caught.value.stdout, caught.value.stderr) == (7, "said\n", "moaned\n")
 
 
 def test_a_timeout_kills_all_that_was_started_and_the_next_command_works(vm):
