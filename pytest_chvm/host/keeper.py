@@ -88,14 +88,8 @@ class Keeper:
                 return
 
     def reap(self) -> None:
-        """Collect every child that ended, orphans of children too (this process is their subreaper)."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        """Collect every child that has ended, and know how."""
+        for pid, status in collect():
             if pid in self.spawned:
                 self.spawned.discard(pid)
                 self.returncodes[pid] = os.waitstatus_to_exitcode(status)
@@ -129,18 +123,18 @@ class Keeper:
         return True
 
     def serve_one(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        """Do what one request asks for and return the answer."""
+        """Do what one request asks for and return the answer; children that ended before are collected by then."""
+        self.reap()
         if "spawn" in request:
             return self.spawn(request, fds)
         if "status" in request:
-            self.reap()
             return {"returncode": self.returncodes.get(request["status"])}
         if "remember" in request:
             self.leases.pop(request["remember"], None)
             if request["record"] is not None:
                 self.leases[request["remember"]] = request["record"]
             return {}
-        return {"failures": end_processes() if request["end"] == "processes" else self.end_leases()}
+        return {"failures": self.end_processes() if request["end"] == "processes" else self.end_leases()}
 
     def spawn(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         """Start a child that the kernel kills when this process ends, and that has nothing it was not given."""
@@ -162,6 +156,12 @@ class Keeper:
             return {"error": reason.decode(errors="replace")}
         self.spawned.add(pid)
         return {"pid": pid, "start_time_ticks": remains.start_time_ticks(pid)}
+
+    def end_processes(self) -> list[str]:
+        """Kill all children and collect them; returns who outlived that, in words."""
+        failures = end_processes()
+        self.reap()
+        return failures
 
     def end_leases(self) -> list[str]:
         """Remove what the leases name, also those whose record somebody has removed; returns failures in words."""
@@ -227,6 +227,19 @@ def children() -> dict[int, int]:
     return {child: ticks for child, ticks in started.items() if ticks is not None}
 
 
+def collect() -> list[tuple[int, int]]:
+    """Collect every child that has ended, orphans of children too (see PR_SET_CHILD_SUBREAPER); returns pids and wait statuses."""
+    ended: list[tuple[int, int]] = []
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        ended.append((pid, status))
+
+
 def end_processes() -> list[str]:
     """Kill all children, and the children they leave behind; returns who outlived that, in words."""
     deadline = time.monotonic() + END_S
@@ -257,7 +270,7 @@ def keep(owners: list[tuple[int, int]], first: int, control: socket.socket, dire
     finally:
         if len(owners) > 1 and remains.start_time_ticks(owners[1][0]) != owners[1][1]:
             end_worker(owners[0], pidfds)
-        failures = end_processes()
+        failures = keeper.end_processes()
         failures += keeper.end_leases()
         for failure in failures:
             sys.stderr.write(f"pytest-chvm keeper: {failure}\n")
@@ -322,6 +335,7 @@ def main(arguments: list[str]) -> int:
     # The owner sees the end of the socket, which is open here too, when everything is gone.
     if status:
         failures = end_processes() + records.remove_owner_directory(directory)
+        collect()
         remove_run_directory(directory)
         return 1 if failures else 0
     return 0

@@ -72,12 +72,20 @@ def end_process(process: ProcessIdentity, programs: Sequence[str], *, term_timeo
     """End a process: SIGTERM and `term_timeout_s` of patience (0: none), then SIGKILL. True if SIGKILL was needed.
 
     Raises StateFailedError where it is another process, TimeoutError where it outlives SIGKILL. One that is gone
-    already is no error.
+    already is no error. One that this process's keeper started is also collected by it: not even a zombie is left.
     """
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
         return False
+    killed = _end_checked(process, pidfd, programs, term_timeout_s=term_timeout_s, kill_timeout_s=kill_timeout_s)
+    _see_collected(process)
+    return killed
+
+
+def _end_checked(
+    process: ProcessIdentity, pidfd: int, programs: Sequence[str], *, term_timeout_s: float, kill_timeout_s: float
+) -> bool:
     try:
         # Checked while the pidfd is open: what it refers to cannot change any more.
         if not is_running(process, programs):
@@ -92,6 +100,14 @@ def end_process(process: ProcessIdentity, programs: Sequence[str], *, term_timeo
         return True
     finally:
         os.close(pidfd)
+
+
+def _see_collected(process: ProcessIdentity) -> None:
+    """Block until the keeper that started an ended process has collected it; another process's keeper is not ours to ask."""
+    for one in [one for one in _keepers if one.pid == _keeper_of.get(process.pid)]:
+        # A keeper that was killed has left them to one that collects them.
+        with suppress(VmIOError):
+            one.returncode(process)
 
 
 def end_all(

@@ -1,10 +1,15 @@
+import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from pytest_chvm.errors import StateFailedError
-from pytest_chvm.host.processes import end_process, identity_of
+from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.processes import end_process, identity_of, keeper
+from pytest_chvm.host.records import read_pairs
 from pytest_chvm.model import ProcessIdentity
 
 # Fields 48 and 49 of stat, where the arguments are (proc(5)): what /proc/PID/cmdline shows of a process whose memory is gone.
@@ -35,3 +40,39 @@ def test_a_process_with_neither_command_line_nor_start_time_is_not_signalled(nam
     with pytest.raises(StateFailedError):
         end_process(ProcessIdentity(nameless.pid), ("virtiofsd",), term_timeout_s=5, kill_timeout_s=5)
     assert nameless.poll() is None
+
+
+@pytest.fixture
+def lease():
+    lease = Lease()
+    yield lease
+    assert lease.release(search=True) == []
+
+
+def parent(pid):
+    with open(f"/proc/{pid}/stat") as stat:
+        return int(stat.read().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("ended_before", [True, False], ids=["that ended by itself", "that is killed"])
+def test_of_a_process_of_the_keeper_s_not_even_a_zombie_is_left(lease, freeze, wait_ended, ended_before):
+    process = keeper().spawn(["sleep", "600"], lease.directory / "log", lease.directory)
+    its_parent = parent(process.pid)
+    assert its_parent in read_pairs(keeper().directory / "lock")
+    # A keeper that has other things to do.
+    freeze(its_parent)
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            if ended_before:
+                os.kill(process.pid, signal.SIGKILL)
+                assert wait_ended(process.pid)
+            ending = executor.submit(end_process, process, ("sleep",), term_timeout_s=0, kill_timeout_s=5)
+            assert wait_ended(process.pid)
+            assert os.path.exists(f"/proc/{process.pid}")
+            # Whether it waits cannot be seen; that it did can.
+            with pytest.raises(TimeoutError):
+                ending.result(0.3)
+        finally:
+            os.kill(its_parent, signal.SIGCONT)
+        ending.result(10)
+    assert not os.path.exists(f"/proc/{process.pid}")
