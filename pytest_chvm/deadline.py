@@ -1,4 +1,8 @@
-"""A moment on the monotonic clock by which something must have happened."""
+"""A moment by which something must have happened, on a clock that goes on only while this process can.
+
+Ctrl-Z and fg, a paused or migrated virtual machine, a frozen container: the monotonic clock goes on meanwhile, and what is waited
+for has had no chance to happen. So a wait that wakes much later than it asked to sets the clock back by what it overslept.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,33 @@ import select
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+# The longest time that a stop may take of a deadline.
+LONGEST_WAIT_S = 0.5
+# What is shorter is a busy machine, whose deadlines are meant to pass.
+SHORTEST_STOP_S = 2.0
+
+
+class _Clock:
+    """The monotonic clock, without the time in which this process stood still."""
+
+    def __init__(self) -> None:
+        self._stopped_s = 0.0
+        self._seen_s = 0.0
+
+    def now_s(self) -> float:
+        return time.monotonic() - self._stopped_s
+
+    def woke(self, due_s: float) -> None:
+        """Take note that a wait is over that was to be so at `due_s` of the monotonic clock, or before."""
+        # Of several threads that were stopped, the first that wakes counts it. Without a lock, which a forked child would inherit.
+        seen_s, self._seen_s = self._seen_s, time.monotonic()
+        overslept_s = self._seen_s - max(due_s, seen_s)
+        if overslept_s > SHORTEST_STOP_S:
+            self._stopped_s += overslept_s
+
+
+_clock = _Clock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +49,17 @@ class Deadline:
     @classmethod
     def after(cls, seconds: float) -> Deadline:
         """Return the deadline that many seconds from now."""
-        return cls(time.monotonic() + seconds, seconds)
+        return cls(_clock.now_s() + seconds, seconds)
 
     @property
     def remaining_s(self) -> float:
         """Seconds left, never below zero."""
-        return max(0.0, self.at_s - time.monotonic())
+        return max(0.0, self.at_s - _clock.now_s())
 
     @property
     def expired(self) -> bool:
         """Whether the moment has passed."""
-        return time.monotonic() >= self.at_s
+        return _clock.now_s() >= self.at_s
 
 
 def wait_readable(fds: Iterable[int], deadline: Deadline) -> set[int]:
@@ -36,5 +67,16 @@ def wait_readable(fds: Iterable[int], deadline: Deadline) -> set[int]:
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
-    # Rounded up: a poll of 0 ms with time left would spin.
-    return {fd for fd, _events in poll.poll(int(deadline.remaining_s * 1000) + 1)}
+    return {fd for fd, _events in poll_until(poll, deadline)}
+
+
+def poll_until(poll: select.poll, deadline: Deadline) -> list[tuple[int, int]]:
+    """Block until a poll object has something, or the deadline passes; returns what `poll` of it does."""
+    while True:
+        wait_s = min(deadline.remaining_s, LONGEST_WAIT_S)
+        due_s = time.monotonic() + wait_s
+        # Rounded up: a poll of 0 ms with time left would spin.
+        ready = poll.poll(int(wait_s * 1000) + 1)
+        _clock.woke(due_s)
+        if ready or deadline.expired:
+            return ready

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_chvm.deadline import Deadline, wait_readable
+from pytest_chvm.deadline import Deadline, poll_until, wait_readable
 from pytest_chvm.errors import BootFailedError, InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.guest import lab_agent
 from pytest_chvm.guest.initramfs import build_initramfs, find_busybox
@@ -322,7 +322,7 @@ class _Session:
         poll.register(self.channel, select.POLLIN | (select.POLLOUT if self.to_send else 0))
         if self.input_open and len(self.to_send) < lab_agent.LARGEST_BACKLOG:
             poll.register(self.streams.stdin, select.POLLIN)
-        return dict(poll.poll(None if deadline is None else int(deadline.remaining_s * 1000) + 1))
+        return dict(poll.poll() if deadline is None else poll_until(poll, deadline))
 
     def _receive(self, pidfd: int) -> int | None:
         try:

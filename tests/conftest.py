@@ -4,6 +4,7 @@ A stand-in is a real executable in a directory of the test's that is first on PA
 descriptors and exit statuses. It writes down what it was given, and does what the test told it to.
 """
 
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,9 @@ from pytest_chvm.host.watch import FileWatch
 # How long an example takes says how busy the machine is, not how good the code.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")
+
+# Of what is to happen at once, where it would take twice as long and more otherwise; the rest is a busy machine's.
+AT_ONCE_S = 30.0
 
 PROLOGUE = """\
 #!{python} -IS
@@ -147,7 +151,7 @@ class StandIn:
         return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_for_file(path, timeout_s=10):
+def wait_for_file(path, timeout_s=AT_ONCE_S):
     with FileWatch(path.parent) as watch:
         deadline = Deadline.after(timeout_s)
         while not path.exists():
@@ -246,17 +250,21 @@ def stranger():
 
 
 @pytest.fixture
-def pool(worker_number):
-    """A pool of subnets that no other test worker has."""
-    return f"10.{200 + worker_number}.{os.getpid() % 64 * 4}.0/22"
+def pool():
+    """A pool of subnets that no other test worker of the machine has."""
+    for number in itertools.count():
+        assert number < 55 * 64, "each pool is taken"
+        with socket.socket(socket.AF_UNIX) as taken:
+            try:
+                # A name that is nobody's once this process is gone.
+                taken.bind(f"\0chvm-test-pool-{number}")
+            except OSError:
+                continue
+            yield f"10.{200 + number // 64}.{number % 64 * 4}.0/22"
+            return
 
 
-@pytest.fixture
-def worker_number():
-    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-
-
-def reachable(address, timeout_s=10.0):
+def reachable(address, timeout_s=AT_ONCE_S):
     """Return what an HTTP server says at an address, over a connection of its own."""
     with socket.create_connection(address, timeout=timeout_s) as connection:
         connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
@@ -285,7 +293,7 @@ def freeze():
 
     def stop(pid):
         os.kill(pid, signal.SIGSTOP)
-        deadline = Deadline.after(5)
+        deadline = Deadline.after(AT_ONCE_S)
         # Not our child: there is no event to wait for.
         while not frozen(pid):
             assert not deadline.expired
@@ -341,6 +349,14 @@ def nothing_left():
     yield
     left = kept() - before
     assert not left, f"left behind: {sorted(left)}"
+
+
+@pytest.fixture
+def ctrl_c_interrupts():
+    """SIGINT raises KeyboardInterrupt here, also where these tests were started by a shell that has it ignored (`make test &`)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ this one, and runs beside this one, are not seen.
 from __future__ import annotations
 
 import os
-import select
 import shlex
 import subprocess
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from pytest_chvm.deadline import Deadline, wait_readable
 
 GONE_WITHIN_S = 2.0
 # On the host as a whole other processes come and go: there, these are looked for.
@@ -135,7 +135,7 @@ class Sandbox:
 
     def run(self, *argv: str | os.PathLike[str]) -> None:
         """Run a program inside; it must succeed."""
-        subprocess.run(self.command(*argv), check=True, timeout=30)
+        subprocess.run(self.command(*argv), check=True, timeout=120)
 
     def links(self) -> list[str]:
         """Return the names of the network interfaces inside."""
@@ -158,11 +158,11 @@ class Sandbox:
 
         `but`: processes that may stay.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = Deadline.after(timeout_s)
         spared = frozenset(but)
         while True:
             extra = self._look(spared) - self._before
-            if not extra.pids or time.monotonic() > deadline:
+            if not extra.pids or deadline.expired:
                 return extra
             _wait_for_ends(extra.pids, deadline)
 
@@ -172,13 +172,11 @@ class Sandbox:
         return Snapshot(lines, found.pids - spared)
 
 
-def _wait_for_ends(pids: Iterable[int], deadline: float) -> None:
+def _wait_for_ends(pids: Iterable[int], deadline: Deadline) -> None:
     for pid in pids:
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             continue
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        wait_readable([pidfd], deadline)
         os.close(pidfd)

@@ -6,7 +6,6 @@ What an inner run leaves behind is for `tests.leaks` to see.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_chvm.deadline import Deadline, wait_readable
 from tests.leaks import Sandbox
 
 
@@ -34,7 +34,8 @@ def users_environment(guest_cache: Path) -> dict[str, str]:
     """Return an environment as a user's shell has it: nothing of the outer run in it, but for the cache of guests."""
     from pytest_chvm.settings import OPTIONS
 
-    ours = {*(option.variable for option in OPTIONS), "PYTEST_ADDOPTS", "PYTEST_TIMEOUT"}
+    # In a sandbox the run directory is below an empty /run, whatever the user's session says.
+    ours = {*(option.variable for option in OPTIONS), "PYTEST_ADDOPTS", "PYTEST_TIMEOUT", "XDG_RUNTIME_DIR"}
     kept = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("PYTEST_XDIST")}
     return {**kept, "CHVM_CACHE_DIR": str(guest_cache)}
 
@@ -66,6 +67,7 @@ class PytestProcess:
         *arguments: str | os.PathLike[str],
         environment: Mapping[str, str] | None = None,
     ) -> None:
+        self._sandbox = sandbox
         self._news = directory / "news"
         os.mkfifo(self._news)
         # Both ends, so that opening it does not block and it never ends.
@@ -87,7 +89,7 @@ class PytestProcess:
         """Return the next line that a test of the run writes to the file named by $NEWS."""
         line = b""
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self._fd], [], [], timeout_s)
+            ready = wait_readable([self._fd], Deadline.after(timeout_s))
             assert ready, f"no news within {timeout_s} s; the run said:\n{self.output}"
             line += os.read(self._fd, 1)
         return line.decode().strip()
@@ -105,9 +107,21 @@ class PytestProcess:
         """Send the run a signal as a terminal does: its workers get it too."""
         os.killpg(self.pid, number)
 
-    def wait(self, timeout_s: float = 30.0) -> int:
+    def kill_with_keepers(self) -> None:
+        """SIGKILL the run's first process and its keepers; stopped before, so that none of them sees another's end and cleans up."""
+        keepers = [pid for pid, command in self._sandbox.processes().items() if "keeper.py" in command]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (self.pid, *keepers):
+                os.kill(pid, number)
+        self.wait()
+
+    def wait(self, timeout_s: float = 60.0) -> int:
         """Wait for the end of the run and return its exit status."""
-        return self._process.wait(timeout_s)
+        if self._process.poll() is None:
+            with open(os.pidfd_open(self.pid), "rb", buffering=0) as ended:
+                over = wait_readable([ended.fileno()], Deadline.after(timeout_s))
+            assert over, f"it still runs after {timeout_s} s; it said:\n{self.output}"
+        return self._process.wait()
 
     def close(self) -> None:
         """End the run, if it has not ended."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 
-from pytest_chvm.deadline import Deadline, wait_readable
+from pytest_chvm.deadline import Deadline, poll_until, wait_readable
 from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.guest import renew
 from pytest_chvm.model import CommandResult
@@ -360,7 +360,7 @@ class GuestShell:
         for wake in self.wake_fds():
             poll.register(wake, select.POLLIN)
         while view:
-            events = dict(poll.poll(int(deadline.remaining_s * 1000) + 1))
+            events = dict(poll_until(poll, deadline))
             if self._fd in events:
                 try:
                     view = view[os.write(self._fd, view) :]

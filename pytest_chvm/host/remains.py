@@ -13,7 +13,13 @@ import os
 import select
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 COMMAND_TIMEOUT_S = 1.0
+# The longest time that a stop of the machine may take of a wait.
+LONGEST_WAIT_S = 0.5
 
 
 def boot_id() -> str:
@@ -87,8 +93,7 @@ def processes_of_sessions(leaders: dict[int, int], directory: str) -> dict[int, 
 
 def kill_and_wait(processes: dict[int, int], timeout_s: float) -> list[int]:
     """SIGKILL processes, told by pid and start time, and wait for their end; returns the pids still there at the deadline."""
-    deadline = time.monotonic() + timeout_s
-    descriptors = {}
+    descriptors: dict[int, int] = {}
     for pid, started in processes.items():
         try:
             descriptors[pid] = os.pidfd_open(pid)
@@ -100,17 +105,37 @@ def kill_and_wait(processes: dict[int, int], timeout_s: float) -> list[int]:
         except OSError:
             # Gone, or not ours to signal: it then survives, and that is told.
             continue
-    survivors = [pid for pid, fd in descriptors.items() if not pidfd_ended(fd, deadline - time.monotonic())]
+    there = wait_for_ends(descriptors.values(), timeout_s)
     for fd in descriptors.values():
         os.close(fd)
-    return survivors
+    return [pid for pid, fd in descriptors.items() if fd in there]
 
 
 def pidfd_ended(pidfd: int, timeout_s: float) -> bool:
     """Wait for a process to end (a zombie has ended); tells whether it did within the time."""
+    return not wait_for_ends([pidfd], timeout_s)
+
+
+def wait_for_ends(pidfds: Iterable[int], timeout_s: float) -> set[int]:
+    """Wait for processes to end; returns the descriptors of those still there when the time is over.
+
+    What a wait overslept does not count: the processes stood still as well.
+    """
     poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(max(0, timeout_s * 1000)))
+    there = set(pidfds)
+    for pidfd in there:
+        poll.register(pidfd, select.POLLIN)
+    while there:
+        wait_s = max(0.0, min(timeout_s, LONGEST_WAIT_S))
+        started_s = time.monotonic()
+        ended = [pidfd for pidfd, _events in poll.poll(wait_s * 1000)]
+        timeout_s -= min(wait_s, time.monotonic() - started_s)
+        for pidfd in ended:
+            poll.unregister(pidfd)
+            there.discard(pidfd)
+        if not ended and timeout_s <= 0:
+            break
+    return there
 
 
 def remove_tap(name: str, netns: str | None) -> list[str]:

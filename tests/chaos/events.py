@@ -127,7 +127,7 @@ def kill_keepers_and_all_and_reap(scene: Scene) -> None:
     """The person at the terminal cleans up."""
     kill_keepers_and_all(scene)
     reap = scene.sandbox.command(sys.executable, "-m", "pytest_chvm.cli", "reap")
-    done = subprocess.run(reap, capture_output=True, text=True, timeout=30, check=False, env=scene.neighbourhood.environment)
+    done = subprocess.run(reap, capture_output=True, text=True, timeout=120, check=False, env=scene.neighbourhood.environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

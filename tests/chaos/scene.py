@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pytest_chvm.deadline import Deadline
 from pytest_chvm.host.remains import pidfd_ended, start_time_ticks
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.model import SharedDir
@@ -209,14 +210,14 @@ class Scene:
 
 def wait_ended(pids: Iterable[int], timeout_s: float) -> list[int]:
     """Wait for the ends of processes; returns those that are still there at the end of the time."""
-    deadline = time.monotonic() + timeout_s
+    deadline = Deadline.after(timeout_s)
     living = []
     for pid in pids:
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             continue
-        if not pidfd_ended(pidfd, deadline - time.monotonic()):
+        if not pidfd_ended(pidfd, deadline.remaining_s):
             living.append(pid)
         os.close(pidfd)
     return living

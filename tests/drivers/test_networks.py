@@ -143,7 +143,7 @@ def test_processes_that_take_subnets_at_once_never_collide(lease, pool):
         take_subnet(parse_pool(pool), 30, lease).release()
     finally:
         for process in processes:
-            process.communicate("done\n", timeout=10)
+            process.communicate("done\n", timeout=120)
     left = [path for path in common_lock_dir().glob("subnet-*") if any(network.split("/")[0] in path.name for network in taken)]
     # Those of the killed one are for its keeper to remove.
     assert len(left) <= 32
@@ -185,8 +185,11 @@ def test_released_subnet_leaves_no_lock_file(lease, pool):
     assert not path.exists()
 
 
-def test_lock_directory_is_for_all_users():
+def test_lock_directory_is_for_all_users(lease, pool):
+    # As long as it is held, nobody who leaves removes the directory.
+    subnet = take_subnet(parse_pool(pool), 30, lease)
     assert common_lock_dir().stat().st_mode & 0o7777 == 0o1777
+    subnet.release()
 
 
 @pytest.mark.parametrize(

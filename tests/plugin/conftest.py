@@ -12,7 +12,7 @@ from pytest_chvm.guest_choice import choose_guest
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 
-INNER_RUN_TIMEOUT_S = 120.0
+INNER_RUN_TIMEOUT_S = 240.0
 
 RunPytest = Callable[..., pytest.RunResult]
 

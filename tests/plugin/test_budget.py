@@ -85,10 +85,10 @@ def test_those_that_are_up_keep_nobody_from_booting(monkeypatch: pytest.MonkeyPa
         said: queue.Queue[str] = queue.Queue()
         with ThreadPoolExecutor(1) as executor:
             second = executor.submit(take_share, budget, 100, 1, leases[1], "second", said.put)
-            waits_for = said.get(timeout=30)
+            waits_for = said.get(timeout=120)
             was_done = second.done()
             first.booted()
-            second.result(30).release()
+            second.result(120).release()
         assert "1 boot with 1 of 1 processors" in waits_for
         assert not was_done
         first.release()

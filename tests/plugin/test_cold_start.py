@@ -35,7 +35,7 @@ def test_eight_workers_starting_cold_build_the_guest_once(
     for worker in workers:
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    said = [worker.communicate(timeout=60) for worker in workers]
+    said = [worker.communicate(timeout=240) for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * WORKERS, said
     (guest,) = {Path(output.strip()) for output, _ in said}
     progress = "".join(errors for _, errors in said).splitlines()

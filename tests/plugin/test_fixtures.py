@@ -99,7 +99,7 @@ with launch(VmConfig(name="plain"), boot="cold", boot_timeout=50) as vm:
 assert not os.path.exists(f"/proc/{vm.pid}")
 assert "pytest" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout) == (0, "plain\n"), done.stderr
 
 

@@ -218,7 +218,7 @@ def test_without_a_vmm_vm_tests_fail_or_are_skipped_with_what_to_install(
     sandbox.run("sh", "-c", "for file in /usr/bin/qemu-system-*; do mount --bind /dev/null $file; done")
     sandbox.take_for_granted()
     command = sandbox.command(sys.executable, "-m", "pytest", "-rs", f"--chvm-missing={missing}", cwd=pytester.path)
-    result = pytester.run(*command, timeout=60)
+    result = pytester.run(*command, timeout=240)
     reason = (
         "qemu-system-* was not found: looked on PATH and in /usr/bin, *; install qemu-system-x86 *, or name one with --chvm-binary"
     )

@@ -15,24 +15,24 @@ def test_stopped_vmms_and_hung_sidecars_of_a_test_and_of_the_session_go_within_4
 ) -> None:
     pytester.makeconftest(
         """
-        import time
         import pytest
+        from pytest_chvm.deadline import Deadline
 
         @pytest.hookimpl(wrapper=True, tryfirst=True)
         def pytest_runtest_teardown(item):
-            started = time.monotonic()
+            clock = Deadline.after(1000)
             try:
                 return (yield)
             finally:
-                print(f"TEARDOWN {time.monotonic() - started:.2f}")
+                print(f"TEARDOWN {clock.total_s - clock.remaining_s:.2f}")
 
         @pytest.hookimpl(wrapper=True)
         def pytest_sessionfinish(session):
-            started = time.monotonic()
+            clock = Deadline.after(1000)
             try:
                 return (yield)
             finally:
-                print(f"TEARDOWN {time.monotonic() - started:.2f}")
+                print(f"TEARDOWN {clock.total_s - clock.remaining_s:.2f}")
         """
     )
     pytester.makepyfile(

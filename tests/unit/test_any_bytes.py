@@ -48,7 +48,7 @@ class Peer:
             except OSError:
                 return
             with client, contextlib.suppress(OSError):
-                client.settimeout(5)
+                client.settimeout(120)
                 client.sendall(self.answer)
                 client.shutdown(socket.SHUT_WR)
                 while client.recv(65536):

@@ -92,7 +92,7 @@ def test_a_vsock_port_that_nobody_listens_at_is_an_error(peer, answer):
 
 def test_bytes_behind_the_vsock_answer_are_the_guests(peer):
     with ch_api.connect_vsock("v", peer(b"OK 1024\nhello"), 5000) as stream:
-        stream.settimeout(5)
+        stream.settimeout(120)
         assert stream.recv(16) == b"hello"
 
 

@@ -144,7 +144,7 @@ def test_a_build_that_fails_is_not_repeated_by_each_that_waited_for_it(store):
 
     def build(directory):
         started.set()
-        go_on.wait(10)
+        go_on.wait(120)
         raise InvalidConfigError("the VM did not boot")
 
     def want():
@@ -155,7 +155,7 @@ def test_a_build_that_fails_is_not_repeated_by_each_that_waited_for_it(store):
 
     threads = [threading.Thread(target=want) for _ in range(4)]
     threads[0].start()
-    assert started.wait(10)
+    assert started.wait(120)
     for thread in threads[1:]:
         thread.start()
     # They are at the lock once they look for it again and again.
@@ -187,7 +187,7 @@ def build(directory):
     os.kill(os.getpid(), signal.SIGKILL)
 TemplateStore(Path(sys.argv[1])).get(MADE_OF, 1, build)
 """
-    done = subprocess.run([sys.executable, "-c", script, store.directory.parent], timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script, store.directory.parent], timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
     template = get(store)
     assert template.is_intact(wholly=True)
@@ -228,7 +228,7 @@ print(TemplateStore(Path(sys.argv[1])).get(MADE_OF, 1, None).directory.name, sna
     mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$1" -c "$2" "$0"'
     cache = os.fspath(store.directory.parent)
     command = ["unshare", "--mount", "sh", "-c", mount, cache, sys.executable, script]
-    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout == f"{template.key} False\n"
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout == f"{template.key} False\n"
 
 
 def test_a_store_that_cannot_be_written_says_so(store):
@@ -383,7 +383,7 @@ def test_the_guests_program_takes_the_message_that_is_made_for_it(tmp_path):
     short = call + renew.message(0, bytes(renew.SEED_SIZE))[:-1]
     message = renew.message(0, bytes(renew.SEED_SIZE))
     for told, said in ((b"", b""), (short, b"\n" + call), (call[:-1], b""), (renew.AWAY + message, b"")):
-        done = subprocess.run([program], input=told, stdout=subprocess.PIPE, timeout=10, check=False)
+        done = subprocess.run([program], input=told, stdout=subprocess.PIPE, timeout=120, check=False)
         assert (done.returncode, done.stdout) == (1, b"waits\n" + said)
     with pytest.raises(ValueError, match="32 characters"):
         renew.call("short")
@@ -509,5 +509,5 @@ def test_a_clone_whose_random_pool_could_not_be_renewed_is_never_ready(tmp_path)
         waiting = renewal.waiting_line("chvm_renewed=1", "token").replace("/dev/hvc0", str(console))
         lines = f"chvm_renew='exit_with {status}'; exit_with() {{ return $1; }}; chvm_configure() {{ echo ready; }}; {waiting}\n"
         lines += renewal.line(["chvm.ip=192.0.2.1"])
-        done = subprocess.run(["sh", "-c", lines], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(["sh", "-c", lines], capture_output=True, text=True, timeout=120, check=False)
         assert done.stdout == said
