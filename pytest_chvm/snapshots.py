@@ -28,6 +28,7 @@ from pytest_chvm.guest.cache import built_once, remove_unfinished
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.remains import boot_id
 from pytest_chvm.text import clean
+from pytest_chvm.trees import remove_tree
 
 if TYPE_CHECKING:
     from pytest_chvm.vm import Vm
@@ -244,7 +245,7 @@ class TemplateStore:
         remove_unfinished(self.directory)
         for directory in self.directory.glob("[0-9a-f]*/"):
             if directory.is_dir() and not (directory / RECORD_FILE).exists():
-                shutil.rmtree(directory, ignore_errors=True)
+                remove_tree(directory)
         for note in (*self.directory.glob("*.wanted"), *self.directory.parent.glob(f"{DIGESTS_DIR}/*.blake2b")):
             with suppress(FileNotFoundError):
                 if time.time() - note.stat().st_mtime > WANTED_FOR_S:
@@ -317,7 +318,7 @@ def _remove_unused(template: Template) -> bool:
             return False
         # From here on it is no template; what is left when this process is killed goes with the next pruning.
         (template.directory / RECORD_FILE).unlink()
-        shutil.rmtree(template.directory, ignore_errors=True)
+        remove_tree(template.directory)
         return True
     except (BlockingIOError, FileNotFoundError):
         return False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError, VmError
+from pytest_chvm.trees import remove_tree
 
 
 def default_cache_dir() -> Path:
@@ -44,8 +44,11 @@ def built_once(
             left = [path for path in (target, *target.parent.glob(f".{target.name}.*")) if path.exists()]
             if waited and not left and not try_again:
                 raise InvalidConfigError(f"{str(target)!r} is not there: whoever was building it has just failed")
-            for path in left:
-                shutil.rmtree(path, ignore_errors=True)
+            failures = [failure for path in left for failure in remove_tree(path)]
+            if target.exists():
+                raise InvalidConfigError(
+                    f"what is left of {str(target)!r} cannot be removed: {'; '.join(failures)}; or set CHVM_CACHE_DIR"
+                )
             _build(target, build, mode)
     except VmError:
         # Some of them are OSErrors.
@@ -79,7 +82,7 @@ def _build(target: Path, build: Callable[[Path], None], mode: int) -> None:
         unfinished.chmod(mode)
         unfinished.rename(target)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_tree(unfinished)
         raise
 
 
@@ -88,4 +91,4 @@ def remove_unfinished(parent: Path) -> None:
     for left in parent.glob(".*.*"):
         with suppress(OSError), (parent / f"{left.name.split('.')[1]}.lock").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+            remove_tree(left)

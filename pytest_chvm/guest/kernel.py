@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
 from pytest_chvm.guest.cache import built_once, locked
+from pytest_chvm.trees import remove_tree
 
 Progress = Callable[[str], None]
 
@@ -278,4 +279,4 @@ def _download_and_unpack(package: str, directory: Path, progress: Progress) -> N
     except subprocess.TimeoutExpired as error:
         raise PackageError(f"the download took longer than {DOWNLOAD_TIMEOUT_S:.0f} s") from error
     finally:
-        shutil.rmtree(download, ignore_errors=True)
+        remove_tree(download)

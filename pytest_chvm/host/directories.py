@@ -13,6 +13,7 @@ from pathlib import Path
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.host import records, remains
 from pytest_chvm.host.runs import Run
+from pytest_chvm.trees import remove_tree
 
 # sun_path is 108 bytes with its NUL (unix(7)); the longest name below a VM's directory is well below 40.
 LONGEST_RUNTIME_DIR = 60
@@ -75,7 +76,7 @@ def make_owner_dir(run: Run) -> Path:
             continue
         except OSError as error:
             # A full disk, most likely.
-            remains.remove_tree(directory)
+            remove_tree(directory)
             with suppress(OSError):
                 directory.parent.rmdir()
             raise InvalidConfigError(

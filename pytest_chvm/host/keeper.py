@@ -44,14 +44,18 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 if __name__ == "keeper":
-    # Isolated (-I -S), without its package: the siblings are beside it.
+    # Isolated (-I -S), without its package: see START.
     import records  # type: ignore[import-not-found]
     import remains  # type: ignore[import-not-found]
 else:
     from pytest_chvm.host import records, remains
 
-# For python -c: a module is compiled once and a script each time, which takes as long as all the rest.
-START = "import sys; sys.path.insert(0, sys.argv[1].rpartition('/')[0]); import keeper; sys.exit(keeper.main(sys.argv[2:]))"
+# For python -c: a module is compiled once and a script each time, which takes as long as all the rest. Beside the keeper are its
+# siblings, and above it what the rest of the package has from the same modules.
+START = (
+    "import sys; host = sys.argv[1].rpartition('/')[0]; sys.path.insert(0, host); sys.path.append(host.rpartition('/')[0]); "
+    "import keeper; sys.exit(keeper.main(sys.argv[2:]))"
+)
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 LARGEST_REQUEST = 1 << 20

@@ -1,6 +1,6 @@
 """What is written down of the VMs of a process, read strictly; and what is left of a process that has gone.
 
-Standard library only, and nothing of this package but `remains`: the keeper runs it too. Each process that has VMs has a
+Standard library only, and of this package only what is so too: the keeper runs it. Each process that has VMs has a
 directory below the runtime directory:
 
     owner.json      who it is: {"boot_id", "pid", "start_time_ticks", "run", "worker"}
@@ -23,7 +23,9 @@ import time
 if __name__ == "records":
     # For the keeper, which runs without its package.
     import remains  # type: ignore[import-not-found]
+    import trees  # type: ignore[import-not-found]
 else:
+    from pytest_chvm import trees
     from pytest_chvm.host import remains
 
 TYPE_CHECKING = False
@@ -132,6 +134,9 @@ def remove_lease(place: str | os.PathLike[str], *, search: bool = True, same_boo
     no failure. Of another boot there are no processes and no interfaces. The record stays if something else does.
     """
     directory = os.fspath(place)
+    if trees.is_mount_point(os.path.dirname(directory)):
+        # It is not what was recorded.
+        return [trees.mounted_on(os.path.dirname(directory))]
     failures = []
     if search and same_boot:
         failures += [f"process {pid} outlived SIGKILL" for pid in remains.kill_and_wait(processes_of(directory), KILLED_TIMEOUT_S)]
@@ -142,15 +147,13 @@ def remove_lease(place: str | os.PathLike[str], *, search: bool = True, same_boo
         return [
             *failures,
             f"{directory}/{LEASE_FILE} cannot be read ({error}): what it named is left",
-            *remains.remove_tree(directory),
+            *trees.remove_tree(directory),
         ]
     failures += remove_named(lease, same_boot=same_boot)
     if not failures:
-        failures += remains.remove_tree(directory)
+        failures += trees.remove_tree(directory)
         return failures
-    for entry in os.listdir(directory) if os.path.isdir(directory) else ():
-        if entry not in (LEASE_FILE, PROCESSES_FILE):
-            failures += remains.remove_tree(os.path.join(directory, entry))
+    failures += trees.remove_tree(directory, keep=(LEASE_FILE, PROCESSES_FILE))
     return failures
 
 
@@ -162,7 +165,7 @@ def remove_named(lease: dict[str, Any], *, same_boot: bool = True) -> list[str]:
     for bridge in lease.get("bridges", ()) if same_boot else ():
         failures += remains.remove_bridge(bridge)
     for path in lease.get("paths", ()):
-        failures += remains.remove_tree(path)
+        failures += trees.remove_tree(path)
     for path in lease.get("locks", ()):
         failures += remains.remove_free_lock(path)
     return failures
@@ -190,11 +193,13 @@ def _program(pid: int) -> str:
 
 def remove_owner_directory(directory: str, *, same_boot: bool = True) -> list[str]:
     """Remove all that the leases of an owner's directory name, and it; returns what could not be removed, in words."""
+    if trees.is_mount_point(directory):
+        return [trees.mounted_on(directory)]
     failures = []
     for lease in leases_of(directory):
         failures += remove_lease(lease, same_boot=same_boot)
     if not leases_of(directory):
-        failures += remains.remove_tree(directory)
+        failures += trees.remove_tree(directory)
     return failures
 
 
@@ -236,7 +241,7 @@ def remove_abandoned(runtime_dir: str | os.PathLike[str], *, dry_run: bool = Fal
                 raise ValueError("it is no directory")
             if _was_stillborn(directory):
                 removed.append(directory)
-                failures += [] if dry_run else remains.remove_tree(directory)
+                failures += [] if dry_run else trees.remove_tree(directory)
                 continue
             owner = read_owner(directory)
             if not is_abandoned(directory, owner):

@@ -185,20 +185,3 @@ def remove_free_lock(path: str) -> list[str]:
     finally:
         os.close(fd)
     return []
-
-
-def remove_tree(path: str | os.PathLike[str]) -> list[str]:
-    """Remove a file or directory tree; returns failures in words. One that is not there is no failure."""
-    place = os.fspath(path)
-    try:
-        if not os.path.isdir(place) or os.path.islink(place):
-            os.unlink(place)
-            return []
-        failures = [failure for entry in os.listdir(place) for failure in remove_tree(os.path.join(place, entry))]
-        if not failures:
-            os.rmdir(place)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        return [f"{place}: {error.strerror}"]
-    return failures
