@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.kernel import check_kernel_image
-from pytest_chvm.host.networks import check_netns
+from pytest_chvm.host.namespaces import check_netns
 from pytest_chvm.host.virtiofsd import check_shared_dir
 from pytest_chvm.model import VmConfig
 

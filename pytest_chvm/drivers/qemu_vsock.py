@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import random
+import secrets
 import socket
 import struct
 
@@ -40,7 +40,7 @@ def open_device(vm_name: str) -> tuple[int, int] | None:
         # There is a node for the kernel to load the driver at, and no driver.
         return None
     for _attempt in range(ATTEMPTS):
-        cid = random.randint(FIRST_CID, LAST_CID)
+        cid = FIRST_CID + secrets.randbelow(LAST_CID - FIRST_CID + 1)
         try:
             fcntl.ioctl(fd, VHOST_VSOCK_SET_GUEST_CID, struct.pack("=Q", cid))
             return fd, cid

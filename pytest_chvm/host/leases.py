@@ -43,6 +43,13 @@ class Lease:
         """Record a bridge that is to be removed."""
         self._add("bridges", name)
 
+    def forget_bridge(self, name: str) -> None:
+        """Take a bridge out of the record that was not made: one of that name is somebody else's."""
+        with self._lock:
+            self._record["bridges"].remove(name)
+            self._write()
+            self._keeper.remember(self.directory, self._record)
+
     def add_path(self, path: Path) -> None:
         """Record a file or directory outside the run directory that is to be removed."""
         self._add("paths", os.fspath(path))

@@ -6,10 +6,11 @@ holds it. What is already routed on the host is never taken.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import itertools
 import os
-import random
+import secrets
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIO
 from pytest_chvm.host import remains
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import HeldLock
+from pytest_chvm.host.namespaces import inside
 from pytest_chvm.host.runs import count_started
 from pytest_chvm.model import Network, NicAddress, Tap, UserNetwork
 
@@ -35,7 +37,8 @@ NETWORK_PREFIX = 24
 # linux/if_tun.h
 TUNSETIFF = 0x400454CA
 TUNSETPERSIST = 0x400454CB
-IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
+ATTEMPTS = 5
 CAP_NET_ADMIN = 12
 
 
@@ -95,7 +98,7 @@ def take_subnet(pool: IPv4Net, prefix: int, lease: Lease, netns: str | None = No
     count = 2 ** (prefix - half.prefixlen)
     routed = list(_routed(netns))
     # Not from the first on: that one's lock is the one every other process tries at this moment.
-    first = random.randrange(count)
+    first = secrets.randbelow(count)
     for slot in range(count):
         base = int(half.network_address) + (first + slot) % count * 2 ** (32 - prefix)
         network = ipaddress.IPv4Network((base, prefix))
@@ -124,16 +127,8 @@ def route_socket(netns: str | None) -> IPRoute:
     """Return a netlink socket in the host's or a named network namespace; raises InvalidConfigError where there is none."""
     from pyroute2 import IPRoute
 
-    if netns is None:
+    with inside(netns):
         return IPRoute()
-    check_netns(netns)
-    return IPRoute(netns=netns)
-
-
-def check_netns(netns: str) -> None:
-    """Raise InvalidConfigError where there is no such named network namespace."""
-    if not Path("/run/netns", netns).exists():
-        raise InvalidConfigError(f"network namespace {netns!r} does not exist: make it with 'ip netns add {netns}'")
 
 
 def interface_exists(name: str, netns: str | None) -> bool:
@@ -149,33 +144,53 @@ def make_tap(
 ) -> str:
     """Make a persistent TAP, up, with an address of the host's or in a bridge; returns its name.
 
-    It is in the lease before it is made. Raises VmIOError where the kernel refuses.
+    Only one that was not there before is in the lease. Raises VmIOError where the kernel refuses.
     """
     reason = why_no_taps()
     if reason:
         raise MissingRequirementError(f"no TAP can be made: {reason}; run as root, or use --chvm-network=user (QEMU) or none")
+    import fcntl
+
     from pyroute2.netlink.exceptions import NetlinkError
 
-    for attempt in itertools.count():
-        chosen = name or f"chvm{random.getrandbits(32):08x}"
+    chosen, fd = _new_tap(name, netns)
+    try:
+        # Until then it goes with the descriptor, however this process ends.
         lease.add_tap(chosen, netns)
-        try:
-            with route_socket(netns) as route:
-                route.link("add", ifname=chosen, kind="tuntap", mode="tap")
-                index = route.link_lookup(ifname=chosen)[0]
-                if address is not None:
-                    route.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
-                if bridge is not None:
-                    route.link("set", index=index, master=route.link_lookup(ifname=bridge)[0])
-                route.link("set", index=index, state="up")
-            count_started("TAP")
-            return chosen
-        except NetlinkError as error:
-            if name is None and error.code == 17 and attempt < 5:  # EEXIST
-                continue
-            raise VmIOError(f"the TAP {chosen!r} cannot be made: {error}") from error
-        except OSError as error:
-            raise VmIOError(f"the TAP {chosen!r} cannot be made: {error}") from error
+        fcntl.ioctl(fd, TUNSETPERSIST, 1)
+        with route_socket(netns) as route:
+            index = route.link_lookup(ifname=chosen)[0]
+            if address is not None:
+                route.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
+            if bridge is not None:
+                route.link("set", index=index, master=route.link_lookup(ifname=bridge)[0])
+            route.link("set", index=index, state="up")
+    except (NetlinkError, OSError) as error:
+        raise VmIOError(f"the TAP {chosen!r} cannot be made: {error}") from error
+    finally:
+        os.close(fd)
+    count_started("TAP")
+    return chosen
+
+
+def _new_tap(name: str | None, netns: str | None) -> tuple[str, int]:
+    """Return the name and the descriptor of a TAP that was not there before, and is there as long as the descriptor is."""
+    import fcntl
+
+    for attempt in itertools.count(1):
+        # Not of the numbers that a test may have seeded, as another run's may have.
+        chosen = name or f"chvm{secrets.token_hex(4)}"
+        with inside(netns):
+            fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_TUN_EXCL
+                fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", chosen.encode(), flags))
+                return chosen, fd
+            except OSError as error:
+                os.close(fd)
+                if error.errno != errno.EBUSY or name is not None or attempt == ATTEMPTS:
+                    why = "there is an interface of that name" if error.errno == errno.EBUSY else error.strerror
+                    raise VmIOError(f"the TAP {chosen!r} cannot be made: {why}") from error
     raise AssertionError("unreachable")
 
 
@@ -185,24 +200,17 @@ def open_tap(name: str, netns: str | None, *, ours: bool) -> int:
     A TAP that is ours is no longer persistent from then on: the kernel removes it with the last process that holds the
     descriptor, however that ends. Raises VmIOError where it is busy or cannot be opened.
     """
-    if netns is not None:
-        from pyroute2 import netns as namespaces
-
-        namespaces.pushns(netns)
-        try:
-            return open_tap(name, None, ours=ours)
-        finally:
-            namespaces.popns()
     import fcntl
 
-    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
-        if ours:
-            fcntl.ioctl(fd, TUNSETPERSIST, 0)
-    except OSError as error:
-        os.close(fd)
-        raise VmIOError(f"the TAP {name!r} cannot be attached to: {error.strerror}; another VM may use it") from error
+    with inside(netns):
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+            if ours:
+                fcntl.ioctl(fd, TUNSETPERSIST, 0)
+        except OSError as error:
+            os.close(fd)
+            raise VmIOError(f"the TAP {name!r} cannot be attached to: {error.strerror}; another VM may use it") from error
     return fd
 
 
@@ -298,14 +306,30 @@ def make_bridge(lease: Lease, address: ipaddress.IPv4Interface) -> str:
     reason = why_no_taps()
     if reason:
         raise MissingRequirementError(f"no bridge can be made: {reason}")
-    name = f"chvmbr{random.getrandbits(32):08x}"
-    lease.add_bridge(name)
     with route_socket(None) as route:
-        route.link("add", ifname=name, kind="bridge")
+        name = _new_bridge(lease, route)
         index = route.link_lookup(ifname=name)[0]
         route.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
         route.link("set", index=index, state="up")
     return name
+
+
+def _new_bridge(lease: Lease, route: IPRoute) -> str:
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    for attempt in itertools.count(1):
+        name = f"chvmbr{secrets.token_hex(4)}"
+        # A bridge stays from the moment it is there, so that it is in the lease before.
+        lease.add_bridge(name)
+        try:
+            route.link("add", ifname=name, kind="bridge")
+            return name
+        except NetlinkError as error:
+            # Somebody else's then, if it is there at all.
+            lease.forget_bridge(name)
+            if error.code != errno.EEXIST or attempt == ATTEMPTS:
+                raise VmIOError(f"the bridge {name!r} cannot be made: {error}") from error
+    raise AssertionError("unreachable")
 
 
 def remove_taps(names: tuple[str, ...], netns: str | None) -> list[str]:

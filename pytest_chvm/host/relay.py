@@ -5,6 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Iterator
+
+from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.host.namespaces import inside
+
+CONNECT_TIMEOUT_S = 10.0
 
 
 class NamespaceRelay:
@@ -16,44 +22,49 @@ class NamespaceRelay:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
+        self._closed = False
         host, port = self._listener.getsockname()
         self.address: tuple[str, int] = (host, port)
         threading.Thread(target=self._accept, name=f"chvm-relay-{port}", daemon=True).start()
 
     def _accept(self) -> None:
-        from pyroute2 import netns as namespaces
-
-        # The namespace is this thread's alone; a socket stays in the one it was made in.
-        namespaces.setns(self._netns)
         while True:
             try:
                 client, _peer = self._listener.accept()
             except OSError:
                 # Closed: there is nothing left to serve.
                 return
-            try:
-                server = socket.create_connection(self._target, timeout=10)
-                server.settimeout(None)
-            except OSError:
-                # The client sees the connection close, as it would for a refused one.
-                client.close()
-                continue
-            threading.Thread(target=self._serve, args=(client, server), daemon=True).start()
+            # A target that does not answer must not keep the next client from one that does by then.
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def _serve(self, client: socket.socket, server: socket.socket) -> None:
-        with client, server:
+    def _serve(self, client: socket.socket) -> None:
+        # The client sees the connection close where this fails, as it would for a refused one.
+        with contextlib.suppress(OSError, InvalidConfigError), client, self._ended_by_close(client):
+            with inside(self._netns):
+                server = socket.create_connection(self._target, timeout=CONNECT_TIMEOUT_S)
+            with server, self._ended_by_close(server):
+                server.settimeout(None)
+                back = threading.Thread(target=_copy, args=(server, client), daemon=True)
+                back.start()
+                _copy(client, server)
+                back.join()
+
+    @contextlib.contextmanager
+    def _ended_by_close(self, end: socket.socket) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise ConnectionAbortedError("the relay was closed")
+            self._open.add(end)
+        try:
+            yield
+        finally:
             with self._lock:
-                self._open |= {client, server}
-            back = threading.Thread(target=_copy, args=(server, client), daemon=True)
-            back.start()
-            _copy(client, server)
-            back.join()
-            with self._lock:
-                self._open -= {client, server}
+                self._open.discard(end)
 
     def close(self) -> None:
         """Stop listening and end the connections that are open: the guest is gone, and cannot."""
         with self._lock:
+            self._closed = True
             for end in (self._listener, *self._open):
                 _shut(end, socket.SHUT_RDWR)
         self._listener.close()
