@@ -176,10 +176,10 @@ class Plan:
 
     def add_listener(self, name: str) -> str:
         """Hand a listening UNIX socket over, which can be connected to from now on; returns the text for its number."""
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(os.fspath(self.socket(name)))
-        listener.listen()
-        return self.add_fd(listener.detach())
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.fspath(self.socket(name)))
+            listener.listen()
+            return self.add_fd(listener.detach())
 
 
 @dataclass(frozen=True, slots=True)

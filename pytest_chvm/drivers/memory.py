@@ -22,7 +22,12 @@ class Memory:
 def copied_to_memory(file: Path) -> int:
     """Return a descriptor of an anonymous file with the content of `file`."""
     copy = os.memfd_create(COPY_NAME, os.MFD_CLOEXEC)
-    copy_sparse(file, copy)
+    try:
+        copy_sparse(file, copy)
+    except BaseException:
+        # As large as the guest's memory is, and nobody else knows of it.
+        os.close(copy)
+        raise
     return copy
 
 

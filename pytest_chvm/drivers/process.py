@@ -99,9 +99,10 @@ class VmmProcess:
         preflight(config)
         _names.claim(config)
         mine = None
+        fds: list[int] = []
         try:
             mine = options.lease or Lease()
-            return self._start(config, build, mine, options, restoring)
+            return self._start(config, build, mine, options, restoring, fds)
         except BaseException as error:
             _names.free(config.namespace, config.name, None)
             # With those it had started: they name the lease in their arguments.
@@ -113,9 +114,19 @@ class VmmProcess:
             elif isinstance(error, OSError):
                 raise VmIOError(f"VM {config.name!r} could not be started: {error}", vm_name=config.name) from error
             raise
+        finally:
+            # The VMM has its own by now, or there is none: a clone's memory is among them.
+            for fd in fds:
+                os.close(fd)
 
     def _start(
-        self, config: VmConfig, build: Callable[[Plan], VmmCommand], lease: Lease, options: BootOptions, restoring: Path | None
+        self,
+        config: VmConfig,
+        build: Callable[[Plan], VmmCommand],
+        lease: Lease,
+        options: BootOptions,
+        restoring: Path | None,
+        fds: list[int],
     ) -> VmHandle:
         serial_log = config.serial_log or lease.directory / "serial.log"
         plan = Plan(
@@ -123,6 +134,7 @@ class VmmProcess:
             lease,
             serial_log,
             options.console,
+            fds=fds,
             restoring=restoring,
             snapshots=options.snapshots,
             template_dir=options.template_dir,
@@ -149,15 +161,11 @@ class VmmProcess:
             lease_lock_file(program, path, lease)
             sidecars.append(start_virtiofsd(program, share, path, lease.directory / f"fs{index}.log"))
             plan.share_sockets.append(path)
-        try:
-            command = build(plan)
-            argv = [*command.machine, *command.control]
-            logger.info("%s: %s", config.name, shlex.join(argv))
-            output = serial_log if command.prints_console else None
-            process = keeper().spawn(argv, handle.vmm_log, lease.directory, plan.fds, output=output)
-        finally:
-            for fd in plan.fds:
-                os.close(fd)
+        command = build(plan)
+        argv = [*command.machine, *command.control]
+        logger.info("%s: %s", config.name, shlex.join(argv))
+        output = serial_log if command.prints_console else None
+        process = keeper().spawn(argv, handle.vmm_log, lease.directory, plan.fds, output=output)
         count_started("VM")
         _names.started(config, process)
         self._booted_here.add(plan.machine_id)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pytest_chvm.errors import HypervisorError, VmIOError
 
 ANSWER_TIMEOUT_S = 10.0
+CANCELLED_TIMEOUT_S = 1.0
 
 
 def execute(vm_name: str, socket_path: Path, command: str, arguments: dict[str, object]) -> Any:
@@ -31,11 +34,46 @@ def session(
     """Connect to QEMU's QMP socket and return what `work` makes of the client.
 
     Raises HypervisorError where QEMU refuses a command or `work` has not ended within `timeout_s`, which `overdue` puts in words;
-    VmIOError where QEMU is not there.
+    VmIOError where QEMU is not there. Whatever interrupts the wait (Ctrl-C) ends it at once, and has the work cancelled.
     """
-    # In a thread of its own: the test's may have an event loop running.
-    with ThreadPoolExecutor(1) as executor:
-        return executor.submit(asyncio.run, _session(vm_name, socket_path, work, timeout_s, overdue)).result()
+    return _InThread(_session(vm_name, socket_path, work, timeout_s, overdue)).result()
+
+
+class _InThread:
+    """A coroutine that runs in a thread of its own: the test's may have an event loop running."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._work = work
+        self._done: Future[Any] = Future()
+        self._given_up = False
+        self._task: asyncio.Task[Any] | None = None
+        self._thread = threading.Thread(target=self._run, name="chvm-qmp", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._done.set_result(asyncio.run(self._cancellable()))
+        except BaseException as error:  # it is raised where it is waited for
+            self._done.set_exception(error)
+
+    async def _cancellable(self) -> Any:
+        self._task = asyncio.current_task()
+        if self._given_up:
+            self._work.close()
+            raise asyncio.CancelledError
+        return await self._work
+
+    def result(self) -> Any:
+        self._thread.start()
+        try:
+            return self._done.result()
+        finally:
+            self._given_up = True
+            if self._task is not None and not self._done.done():
+                # It may end just now.
+                with suppress(RuntimeError):
+                    self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+            # What it was given, descriptors for one, is the caller's to close.
+            self._thread.join(CANCELLED_TIMEOUT_S)
 
 
 async def _session(vm_name: str, socket_path: Path, work: Callable[[Any], Awaitable[Any]], timeout_s: float, overdue: str) -> Any:
