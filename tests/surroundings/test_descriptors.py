@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,3 +52,26 @@ def test_the_memory_of_a_clone_that_does_not_start_is_not_kept(tmp_path: Path) -
         launch(vmm="qemu", boot="clone", network="none", shared_dirs={"code": tmp_path}, settings=settings)
     assert guest_memories() == set()
     assert not [file for file in open_files() if os.fspath(tmp_path) in file]
+
+
+WITHOUT_INOTIFY = """
+import pathlib, sys
+pathlib.Path("/proc/sys/user/max_inotify_instances").write_text("0")
+try:
+    import inotify_simple
+    inotify_simple.INotify()
+except OSError as error:
+    print(error.strerror, flush=True)
+from pytest_chvm import launch
+with launch(vmm="qemu", boot="cold", network="none", shared_dirs={"code": sys.argv[1]}) as vm:
+    print(vm.check_output("ls /mnt/code"), flush=True)
+"""
+
+
+def test_vms_start_where_the_user_has_no_inotify_instance_left(tmp_path: Path, guest_cache: Path) -> None:
+    (tmp_path / "file").touch()
+    in_namespace = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", WITHOUT_INOTIFY, str(tmp_path)]
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "CHVM_CACHE_DIR": str(guest_cache)}
+    done = subprocess.run(in_namespace, capture_output=True, text=True, check=False, timeout=100, env=environment)
+    assert done.stdout.split("\n")[:2] == ["Too many open files", "file"], done.stderr
+    assert done.returncode == 0
