@@ -19,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subcommand.add(commands)
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+        # Under nohup(1) it is to go on.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
     from pytest_chvm.errors import VmError
 
     try:
