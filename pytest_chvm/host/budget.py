@@ -2,8 +2,11 @@
 
 Each VM that runs has a *share*: a file in the directory of locks common to all users, named after what it takes and locked by
 the process that holds it, so that the kernel gives back the share of one that crashed. One that boots has a second one, until it is
-up. Who waits has a ticket, a file of
-the same kind; the oldest ticket that is held goes first, so that a large VM is not passed for ever by small ones.
+up. Who waits has a ticket, a file of the same kind; the oldest ticket that is held goes first, so that a large VM is not passed for
+ever by small ones. One whose process is stopped (Ctrl-Z) is passed over.
+
+No lock is held while somebody looks and takes, so that nobody can be stopped with one. Instead who has taken a share looks again
+and gives it back where there is too much then: of those who take at the same time, the last one to look sees all others.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,13 +104,14 @@ def take_share(budget: Budget, memory_mb: int, cpus: int, lease: Lease, vm_name:
         # Only now: the kernel takes its time to end a watch.
         with FileWatch(directory) as watch:
             tell_at = Deadline.after(PATIENCE_BEFORE_MESSAGE_S)
-            told = False
+            told_of: set[int] | None = None
             while (share := _try_to_take(directory, budget, memory_mb, cpus, ticket, lease)) is None:
-                if tell_at.expired and not told:
-                    told = True
+                stopped = _stopped(_held(directory))
+                if tell_at.expired and (told_of is None or stopped - told_of):
+                    told_of = stopped
                     boots = f" and {cpus} processor(s) to boot with" if cpus else ""
                     tell(f"VM {vm_name!r} waits for {memory_mb} MiB{boots}: {_in_words(directory, budget)}")
-                _wait(directory, watch, Deadline.after(LOOK_AGAIN_S if told else max(0.01, tell_at.remaining_s)))
+                _wait(directory, watch, Deadline.after(LOOK_AGAIN_S if tell_at.expired else max(0.01, tell_at.remaining_s)))
             return share
     finally:
         ticket.release()
@@ -118,27 +123,44 @@ def _hold(kind: str, memory_mb: int, cpus: int, lease: Lease) -> HeldLock:
 
 
 def _try_to_take(directory: Path, budget: Budget, memory_mb: int, cpus: int, ticket: HeldLock, lease: Lease) -> Share | None:
-    gate = HeldLock("budget.lock", lease)
-    try:
-        files = _held(directory)
-        if min(name for name in files if name.startswith("ticket")) != ticket.name:
-            return None
-        memory, boots = _taken(files)
-        if sum(memory) + memory_mb > budget.memory_mb or (budget.max_vms is not None and len(memory) >= budget.max_vms):
-            return None
-        if cpus and sum(boots) + cpus > budget.cpus:
-            return None
-        # Where nobody else has a VM there is nobody to wait for.
-        if _others(files) and budget.reserve_mb and memory_mb + budget.reserve_mb > limits.memory_available() >> 20:
-            return None
+    files = _held(directory)
+    if _next_ticket(files) not in (ticket.name, None):
+        return None
+    if not _has_room(files, budget, boots=bool(cpus), memory_mb=memory_mb, cpus=cpus):
+        return None
+    # Where nobody else has a VM there is nobody to wait for.
+    if _others(files) and budget.reserve_mb and memory_mb + budget.reserve_mb > limits.memory_available() >> 20:
+        return None
+    with ExitStack() as undo:
         share = _hold("share", memory_mb, 0, lease)
-        try:
-            return Share(memory_mb, share, _hold("boot", 0, cpus, lease) if cpus else None)
-        except BaseException:
-            share.release()
-            raise
-    finally:
-        gate.release()
+        undo.callback(share.release)
+        boot = _hold("boot", 0, cpus, lease) if cpus else None
+        if boot is not None:
+            undo.callback(boot.release)
+        if not _has_room(_held(directory), budget, boots=bool(cpus)):
+            return None
+        undo.pop_all()
+    return Share(memory_mb, share, boot)
+
+
+def _next_ticket(files: list[str]) -> str | None:
+    """Return the oldest ticket of a process that can use it."""
+    tickets = sorted(name for name in files if name.startswith("ticket"))
+    return next((name for name in tickets if not _stopped([name])), None)
+
+
+def _stopped(files: list[str]) -> set[int]:
+    """Return the processes among those that hold these files that are stopped; this one is not."""
+    pids = {int(match[3]) for name in files if (match := FILE_PATTERN.fullmatch(name))}
+    return {pid for pid in pids - {os.getpid()} if remains.is_stopped(pid)}
+
+
+def _has_room(files: list[str], budget: Budget, *, boots: bool, memory_mb: int = 0, cpus: int = 0) -> bool:
+    """Tell whether what is held, and so much more, is within the budget; processors count for one that boots."""
+    memory, booting = _taken(files)
+    memory += [memory_mb] if memory_mb else []
+    few_enough = budget.max_vms is None or len(memory) <= budget.max_vms
+    return few_enough and sum(memory) <= budget.memory_mb and (not boots or sum(booting) + cpus <= budget.cpus)
 
 
 def _taken(files: list[str]) -> tuple[list[int], list[int]]:
@@ -177,8 +199,13 @@ def _in_words(directory: Path, budget: Budget) -> str:
     free = f", {limits.memory_available() >> 20} MiB are free on the host, less {budget.reserve_mb}" if budget.reserve_mb else ""
     return (
         f"{len(memory)} VMs have {sum(memory)} of {budget.memory_mb} MiB{most}{free}; {len(boots)} boot with {sum(boots)} of "
-        f"{budget.cpus} processors; {sum(name.startswith('ticket') for name in files)} wait"
+        f"{budget.cpus} processors; {sum(name.startswith('ticket') for name in files)} wait{_stopped_in_words(files)}"
     )
+
+
+def _stopped_in_words(files: list[str]) -> str:
+    pids = " ".join(map(str, sorted(_stopped(files))))
+    return f"; stopped, as by Ctrl-Z, and not waited for where they wait: {pids} (go on with 'kill -CONT {pids}')" if pids else ""
 
 
 def _wait(directory: Path, watch: FileWatch, deadline: Deadline) -> None:
@@ -192,7 +219,7 @@ def _wait(directory: Path, watch: FileWatch, deadline: Deadline) -> None:
                 # It ended after the look: look again.
                 return
         while ready := wait_readable([watch.fileno(), *pidfds], deadline):
-            # Looking itself takes and gives back a lock of the directory's, which is no news.
+            # Subnets are locked there too.
             if watch.fileno() not in ready or any(FILE_PATTERN.fullmatch(name) for name in watch.clear()):
                 return
     finally:

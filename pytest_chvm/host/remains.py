@@ -39,6 +39,12 @@ def session_id(pid: int) -> int | None:
     return None if fields is None else int(fields[3])
 
 
+def is_stopped(pid: int) -> bool:
+    """Tell whether a process was stopped by a signal or a debugger; one that is not there was not."""
+    fields = _stat(pid)
+    return fields is not None and fields[0] in (b"T", b"t")
+
+
 def _stat(pid: int) -> list[bytes] | None:
     """Return the fields of `/proc/PID/stat` from the third on; None where there is no such process, or only a zombie."""
     try:
