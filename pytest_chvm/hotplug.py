@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pytest_chvm.host.virtiofsd import PROGRAMS, check_shared_dir, find_virtiofs
 from pytest_chvm.model import ProcessIdentity, SharedDir, Tap, VmConfig, VmHandle, checked_mac, mac_for
 
 SIDECAR_TIMEOUT_S = 1.0
+# Of the NICs that a VM has from its boot on there are fewer.
+FIRST_PLUGGED_NIC = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class Device:
     id: str
     kind: str
     tap: str | None = None
+    mac: str | None = None
     sidecar: ProcessIdentity | None = None
 
 
@@ -40,9 +44,14 @@ def add_disk(driver: VmDriver, handle: VmHandle, image: Path, *, read_only: bool
     return Device(driver.add_disk(handle, image, read_only=read_only), "disk")
 
 
-def add_tap(driver: VmDriver, handle: VmHandle, lease: Lease, tap: Tap) -> tuple[Device, VmHandle]:
-    """Plug a NIC in; a TAP that is not there is made, and removed with the VM. Returns the handle that knows of it."""
-    mac = checked_mac(tap.mac) if tap.mac else mac_for(handle.name, 100 + len(handle.taps))
+def add_tap(driver: VmDriver, handle: VmHandle, lease: Lease, tap: Tap, plugged: Collection[Device]) -> tuple[Device, VmHandle]:
+    """Plug a NIC in; a TAP that is not there is made, and removed with the VM. Returns the handle that knows of it.
+
+    Without a MAC of its own it gets the first one made of the VM's name that none of the `plugged` devices has.
+    """
+    taken = {device.mac for device in plugged}
+    made = (mac_for(handle.name, index) for index in itertools.count(FIRST_PLUGGED_NIC))
+    mac = checked_mac(tap.mac) if tap.mac else next(mac for mac in made if mac not in taken)
     name, ours = tap.name, tap.take_over
     if name is None or not interface_exists(name, handle.netns):
         name, ours = make_tap(lease, name, None, handle.netns), True
@@ -50,7 +59,7 @@ def add_tap(driver: VmDriver, handle: VmHandle, lease: Lease, tap: Tap) -> tuple
         lease.add_tap(name, handle.netns)
     if ours:
         handle = replace(handle, taps=(*handle.taps, name))
-    return Device(driver.add_tap(handle, name, mac), "nic", tap=name), handle
+    return Device(driver.add_tap(handle, name, mac), "nic", tap=name, mac=mac), handle
 
 
 def add_share(

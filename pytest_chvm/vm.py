@@ -92,6 +92,7 @@ class Vm:
         self._snapshot = snapshot
         self._release = release
         self.closed = False
+        self._owner_pid = os.getpid()
         self._ended = False
         self._removed = False
         self._last_console: str | None = None
@@ -282,7 +283,7 @@ class Vm:
     def add_network(self, tap: Tap | None = None) -> Device:
         """Plug a NIC in that is attached to a TAP (default: one of its own); the VM must have been booted with `hotplug=True`."""
         hotplug.require_room(self.config)
-        device, self.handle = hotplug.add_tap(self._driver, self.handle, self._lease, tap or Tap())
+        device, self.handle = hotplug.add_tap(self._driver, self.handle, self._lease, tap or Tap(), self.plugged.values())
         return self._plugged_in(device)
 
     def add_shared_dir(self, tag: str, host_path: str | os.PathLike[str], *, read_only: bool = False) -> Device:
@@ -407,6 +408,7 @@ class Vm:
         Asked over its shell where it has one, else with the power button. Raises StopFailedError where it does not within `timeout`
         seconds; the VM then still runs.
         """
+        self._require_owner()
         deadline = Deadline.after(timeout)
         self.check_alive()
         try:
@@ -429,7 +431,16 @@ class Vm:
         """End the VMM with SIGKILL."""
         self._finish(self._driver.kill)
 
+    def _require_owner(self) -> None:
+        if os.getpid() != self._owner_pid:
+            raise UnsupportedError(
+                f"VM {self.name!r} is process {self._owner_pid}'s, and this process ({os.getpid()}) was forked from it: end the VM "
+                "there, or as another process does, by a driver's stop(vm.handle) or kill(vm.handle)",
+                vm_name=self.name,
+            )
+
     def _finish(self, end: Callable[[VmHandle], None]) -> None:
+        self._require_owner()
         if not self._ended:
             try:
                 self._end(end)
@@ -454,8 +465,11 @@ class Vm:
                 self._removed = True
 
     def close(self) -> None:
-        """End the VM if it still runs and give back all it had; called by the fixture. Raises StopFailedError for what is left."""
-        if self.closed:
+        """End the VM if it still runs and give back all it had; called by the fixture. Raises StopFailedError for what is left.
+
+        In a process that was forked from the VM's it does nothing: whatever ends there, the VM is not its own.
+        """
+        if self.closed or os.getpid() != self._owner_pid:
             return
         self.closed = True
         failures: list[str] = []

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_chvm.deadline import Deadline, wait_readable
-from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.errors import MissingRequirementError
 from pytest_chvm.host import limits, records, remains
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
@@ -86,11 +86,11 @@ class Share:
 def take_share(budget: Budget, memory_mb: int, cpus: int, lease: Lease, vm_name: str, tell: Callable[[str], None]) -> Share:
     """Block until the budget has room for a VM, and return its share; after a few seconds `tell` is told what is waited for.
 
-    `cpus`: how many processors it boots with; 0 for one that does not boot. Raises InvalidConfigError at once for a VM that can
-    never fit.
+    `cpus`: how many processors it boots with; 0 for one that does not boot. Raises MissingRequirementError at once for a VM
+    that can never fit.
     """
     if memory_mb > budget.memory_mb:
-        raise InvalidConfigError(
+        raise MissingRequirementError(
             f"VM {vm_name!r} wants {memory_mb} MiB, and all VMs together may have {budget.memory_mb} MiB: give it less, or raise "
             "--chvm-memory-budget-mb",
             vm_name=vm_name,

@@ -91,7 +91,7 @@ def take_subnet(pool: IPv4Net, prefix: int, lease: Lease, netns: str | None = No
     """Return a free subnet of the pool: locked by nobody and overlapping no route of the host (or of `netns`).
 
     Point-to-point subnets are cut from the lower half of the pool, those of networks from the upper one. Raises
-    InvalidConfigError where none is free.
+    MissingRequirementError where none is free.
     """
     lower, upper = pool.subnets(prefixlen_diff=1)
     half = lower if prefix == POINT_TO_POINT_PREFIX else upper
@@ -109,7 +109,7 @@ def take_subnet(pool: IPv4Net, prefix: int, lease: Lease, netns: str | None = No
         except (TimeoutError, PermissionError):
             continue
         return Subnet(network, lock)
-    raise InvalidConfigError(
+    raise MissingRequirementError(
         f"no /{prefix} subnet is free in the pool {pool}: {count} were looked at; name another with CHVM_SUBNET_POOL"
     )
 
@@ -244,12 +244,13 @@ def lease_user_nic(lease: Lease, pool: IPv4Net) -> tuple[Nic, Subnet]:
     return Nic(UserNetwork(subnet.network, subnet.host, subnet.guest), guest), subnet
 
 
-_next_hosts: dict[str, Iterator[ipaddress.IPv4Address]] = {}
+# Of each network, not of each name: two may have the same.
+_next_hosts: dict[Network, Iterator[ipaddress.IPv4Address]] = {}
 
 
 def lease_network_nic(lease: Lease, network: Network) -> Nic:
     """Return a NIC on a network of several VMs, with the next address that none of them has had."""
-    hosts = _next_hosts.setdefault(network.name, iter(list(network.subnet.hosts())[1:]))
+    hosts = _next_hosts.setdefault(network, iter(list(network.subnet.hosts())[1:]))
     address = next(hosts, None)
     if address is None:
         raise InvalidConfigError(f"network {network.name!r} has no address left in {network.subnet}")
@@ -269,7 +270,7 @@ class LeasedNetwork:
 
     def close(self) -> list[str]:
         """Remove it; returns what could not be removed, in words."""
-        _next_hosts.pop(self.network.name, None)
+        _next_hosts.pop(self.network, None)
         try:
             return self._lease.release()
         finally:

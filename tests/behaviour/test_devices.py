@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import threading
+import uuid
 
 import pytest
 
@@ -22,6 +23,17 @@ def disk(tmp_path):
     image = tmp_path / "disk.img"
     image.write_bytes(b"mark" + bytes((8 << 20) - 4))
     return image
+
+
+@pytest.fixture
+def two_taps(needs_taps):
+    """The names of two TAPs that are there, and not ours."""
+    names = [f"ct{uuid.uuid4().hex[:8]}" for _ in range(2)]
+    for name in names:
+        subprocess.run(["ip", "tuntap", "add", "dev", name, "mode", "tap"], check=True)
+    yield names
+    for name in names:
+        subprocess.run(["ip", "link", "del", name], check=True)
 
 
 def test_all_that_a_config_names_is_what_the_guest_has(boot, disk, tmp_path, tap_name, link_exists):
@@ -136,6 +148,19 @@ def test_devices_come_and_go_while_the_vm_runs(boot, disk, tmp_path):
     for device in (plugged, nic, share):
         vm.remove(device)
     vm.check_output(WAIT_FOR.format("[ ! -b /dev/vda ]") + "; " + WAIT_FOR.format("[ ! -d /sys/class/net/eth1 ]"))
+
+
+def test_nics_on_taps_of_somebody_else_s_have_macs_of_their_own(boot, two_taps):
+    vm = boot(hotplug=True, networks=[])
+    first, second = (vm.add_network(Tap(name)) for name in two_taps)
+    there = WAIT_FOR.format("[ -d /sys/class/net/eth1 ]")
+    macs = vm.check_output(f"{there}; cat /sys/class/net/eth*/address").split()
+    assert sorted(macs) == sorted([first.mac, second.mac])
+    assert len(set(macs)) == 2
+    # Of those that are there, not of those that were.
+    vm.remove(first)
+    vm.check_output(WAIT_FOR.format(f"! grep -q {first.mac} /sys/class/net/*/address"))
+    assert vm.add_network(Tap(two_taps[0])).mac not in (None, second.mac)
 
 
 def test_a_vmm_that_ends_while_a_device_goes_is_an_error_at_once(boot, disk):
