@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -29,8 +30,8 @@ class VmFactory:
     """What the fixtures give: called like `launch`, it ends all its VMs and networks when it is closed.
 
     `defaults` are arguments of every call (a marker's); logs go below `log_dir`. VMs without a name get `name` and a number. No
-    boot is waited for longer than `longest_boot_s`, whoever asks for more. `at_test_end` has something done at the end of the test
-    that runs.
+    boot is waited for longer than `longest_boot_s`, whoever asks for more. `at_end_of_caller` has something done at the end of the
+    fixture or test that runs. Only the process that made it ends anything, not one that was forked from that.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class VmFactory:
         log_dir: Callable[[], Path],
         defaults: dict[str, Any] | None = None,
         longest_boot_s: float | None = None,
-        at_test_end: Callable[[Callable[[], None]], None] | None = None,
+        at_end_of_caller: Callable[[Callable[[], None]], None] | None = None,
         test: str | None = None,
     ) -> None:
         self.settings = settings
@@ -50,7 +51,9 @@ class VmFactory:
         self._leases: list[Lease] = []
         self.vms: list[Vm] = []
         self._snapshots: list[Snapshot] = []
-        self._at_test_end = at_test_end
+        self._at_end_of_caller = at_end_of_caller
+        self._owner_pid = os.getpid()
+        self._logs: set[Path] = set()
         self._networks: list[networks.LeasedNetwork] = []
         self._name = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:50] or "vm"
         self._namespace = namespace
@@ -63,22 +66,27 @@ class VmFactory:
     def __call__(self, config: VmConfig | None = None, *, wait: bool | None = None, **arguments: Unpack[VmArguments]) -> Vm:
         """Boot a VM; see `launch`. With `wait=False` it is returned at once (default: what the marker says, else True)."""
         check_argument_names(arguments)
-        given: dict[str, Any] = {**(self._defaults if config is None else {}), **arguments}
+        number = next(self._count)
+        name = self._name if number == 1 else f"{self._name}-{number}"
+        given: dict[str, Any] = {"name": name, "namespace": self._namespace, **self._defaults}
+        given |= {**(config.given() if config else {}), **arguments}
         if wait is not None:
             given["wait"] = wait
-        if config is None:
-            number = next(self._count)
-            given.setdefault("name", self._name if number == 1 else f"{self._name}-{number}")
-            given.setdefault("namespace", self._namespace)
-        if given.get("serial_log") is None and (config is None or config.serial_log is None):
-            name = given.get("name", config.name if config else "")
-            # A name that is none is for VmConfig to refuse.
-            if isinstance(name, str) and NAME_PATTERN.fullmatch(name):
-                given["serial_log"] = self._log_dir() / f"{name}.serial.log"
+        # A name that is none is for VmConfig to refuse.
+        if given.get("serial_log") is None and isinstance(given["name"], str) and NAME_PATTERN.fullmatch(given["name"]):
+            given["serial_log"] = self.new_log(given["name"])
         settings = self.settings.with_arguments({"boot_timeout": given.pop("boot_timeout", None)})
         if self._longest_boot_s is not None and settings.boot_timeout > self._longest_boot_s:
             settings = settings.with_arguments({"boot_timeout": self._longest_boot_s})
-        return launch(config, settings=settings, owner=self, **given)
+        return launch(settings=settings, owner=self, **given)
+
+    def new_log(self, name: str) -> Path:
+        """Return where the serial log of a VM goes; an earlier one's of that name is left as it is."""
+        directory = self._log_dir()
+        paths = (directory / f"{name}{f'-{number}' if number > 1 else ''}.serial.log" for number in itertools.count(1))
+        log = next(path for path in paths if path not in self._logs)
+        self._logs.add(log)
+        return log
 
     def add_vm(self, vm: Vm) -> None:
         """End this VM with the others."""
@@ -88,10 +96,10 @@ class VmFactory:
         """Remove this snapshot after the VMs."""
         self._snapshots.append(snapshot)
 
-    def end_with_test(self, vm: Vm) -> None:
-        """End this VM at the end of the test that runs, if that is sooner."""
-        if self._at_test_end is not None:
-            self._at_test_end(vm.close)
+    def end_with_caller(self, vm: Vm) -> None:
+        """End this VM at the end of the fixture that is being made, or of the test that runs, if that is sooner."""
+        if self._at_end_of_caller is not None:
+            self._at_end_of_caller(vm.close)
 
     def forget_ended(self) -> None:
         """Let go of the VMs that have ended."""
@@ -110,6 +118,8 @@ class VmFactory:
 
     def close(self) -> None:
         """End all VMs, at once, then the networks; raises StopFailedError with everything that is left."""
+        if os.getpid() != self._owner_pid:
+            return
         failures: list[str] = []
         self.closed = True
 
@@ -140,8 +150,8 @@ class VmFactory:
 
     def end_what_is_left(self) -> list[str]:
         """Return what should be gone with `close` and is not, in words, and end it: a teardown can be interrupted anywhere."""
-        left = []
-        for lease in self._leases:
+        left: list[str] = []
+        for lease in self._leases if os.getpid() == self._owner_pid else ():
             locks = held_under(lease)
             left += [*lease.left(), *(f"lock {lock.name}" for lock in locks)]
             for lock in locks:

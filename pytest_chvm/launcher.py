@@ -62,19 +62,19 @@ def launch(
 ) -> Vm:
     """Boot a VM and return it when it is ready, or at once with `wait=False`; `with launch(...) as vm:` ends it.
 
-    `arguments` are the fields of `VmConfig` (in place of those of `config`) and of the launch: `vmm`, `accel`, `network`, `boot`,
-    `boot_timeout` (seconds from the start of the VMM), `ready_marker`. What neither says is from `settings` (default: the
-    environment). `owner` is told of the VM before it is waited for. Raises InvalidConfigError before anything is started,
-    BootFailedError after; then nothing is left.
+    `arguments` are the fields of `VmConfig` (in place of those that `config` gives; see `VmConfig.given`) and of the launch: `vmm`,
+    `accel`, `network`, `boot`, `boot_timeout` (seconds from the start of the VMM), `ready_marker`. What neither says is from
+    `settings` (default: the environment). `owner` is told of the VM before it is waited for. Raises InvalidConfigError before
+    anything is started, BootFailedError after; then nothing is left.
     """
     check_argument_names(arguments)
     given: dict[str, Any] = {**arguments}
     settings = (settings or Settings.resolve()).with_arguments({key: given.pop(key, None) for key in LAUNCH_FIELDS})
     # A value of None is one not given, but for a field that has a meaning for it.
-    fields = {key: value for key, value in given.items() if value is not None}
-    if config is None:
-        fields.setdefault("name", f"vm{next(_numbers)}")
-    config = (config or VmConfig(**_defaults(settings, fields))).replace(**fields)
+    fields = {**(config.given() if config else {}), **{key: value for key, value in given.items() if value is not None}}
+    if "name" not in fields:
+        fields["name"] = f"vm{next(_numbers)}"
+    config = VmConfig(**_defaults(settings, fields), **fields)
     driver = driver_for(settings)
     guest = choose_guest(config, settings)
     preflight(guest.config)
@@ -129,7 +129,7 @@ def _driver(vmm: str, accel: str, binary: Path | None, virtiofsd: Path | None, _
 
 
 class Owner(Protocol):
-    """Who is told of each VM and snapshot before it is waited for, and ends them; `end_with_test` is for clones of snapshots."""
+    """Who is told of each VM and snapshot before it is waited for, and ends them; `end_with_caller` is for clones of snapshots."""
 
     def add_lease(self, lease: Lease) -> None:
         """Remember the record of what a VM, which is not there yet, has on the host."""
@@ -140,8 +140,11 @@ class Owner(Protocol):
     def add_snapshot(self, snapshot: Snapshot) -> None:
         """Remove this snapshot after the VMs."""
 
-    def end_with_test(self, vm: Vm) -> None:
-        """End this VM at the end of the test that runs."""
+    def end_with_caller(self, vm: Vm) -> None:
+        """End this VM at the end of the fixture that is being made, or of the test that runs."""
+
+    def new_log(self, name: str) -> Path:
+        """Return where the serial log of a VM goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,11 +346,14 @@ class Launcher:
         stale_nics = len(vm.config.networks or ())
 
         def start(name: str, saved: Path, wait: bool) -> Vm:
-            log = guest.config.serial_log and guest.config.serial_log.with_name(f"{name}.serial.log")
-            fresh = replace(guest, config=guest.config.replace(name=name, serial_log=log))
+            config = guest.config.replace(name=name)
+            log = config.serial_log and config.serial_log.with_name(f"{name}.serial.log")
+            if self.owner is not None:
+                log = self.owner.new_log(name)
+            fresh = replace(guest, config=config.replace(serial_log=log))
             clone = self.clone(fresh, saved, wait=wait, stale_nics=stale_nics)
             if self.owner is not None:
-                self.owner.end_with_test(clone)
+                self.owner.end_with_caller(clone)
             return clone
 
         snapshot = Snapshot(vm.clone_names, directory, start, lease.release)

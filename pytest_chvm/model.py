@@ -173,6 +173,9 @@ class VmConfig:
     Paths are `str` or `os.PathLike` in, `Path` out. `memory_mb` is MiB. Raises InvalidConfigError for a
     value that can never be right; files are looked at when the VM is started.
 
+    A field that is as by default is one that was not given: to `launch` and `chvm_vm` its value then comes from the marker, the
+    options or the test's name. What is to be as by default whatever those say is an argument beside it: `launch(config, cpus=1)`.
+
     `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
     `channels` are names of virtio-serial ports: `/dev/virtio-ports/<name>` in the guest where udev runs, `vm.open_channel(name)`
     outside. `hotplug`: there is room for devices to be plugged in while it runs; `max_cpus` and `max_memory_mb`: up to how much
@@ -287,6 +290,10 @@ class VmConfig:
             if tags.count(tag) > 1:
                 raise self._invalid(f"shared dir tag {tag!r} is used twice")
         return tuple(shared)
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that say something, by name: those that are not as by default. The rest is for others to say."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
 
     def replace(self, **changes: Unpack[ConfigArguments]) -> VmConfig:
         """Return a copy with some fields changed, validated anew."""

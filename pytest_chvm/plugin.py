@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,10 +20,15 @@ if TYPE_CHECKING:
     from pytest_chvm.controller import Controller
     from pytest_chvm.drivers.base import VmDriver
     from pytest_chvm.factory import VmFactory
+    from pytest_chvm.host.runs import Level
     from pytest_chvm.sigterm import OrderlyEnd
-    from pytest_chvm.vm import Vm
 
 VM_FIXTURES = {"chvm_vm", "chvm_vm_factory", "chvm_network"}
+DEFAULT_ARTIFACTS = "chvm-artifacts"
+ONE_KERNEL_ONLY = (
+    "gets its VM by getfixturevalue, which pytest does not see when it collects: mark it with @pytest.mark.chvm to have it run "
+    "once per kernel. This time it is run with one only"
+)
 
 _settings_key = pytest.StashKey[Settings]()
 _factories_key = pytest.StashKey[list[Any]]()
@@ -30,8 +36,18 @@ _failed_key = pytest.StashKey[bool]()
 _item_key = pytest.StashKey[pytest.Item]()
 _summed_up_key = pytest.StashKey[bool]()
 _failures_key = pytest.StashKey[list[str]]()
+_attempt_key = pytest.StashKey[int]()
+_making_key = pytest.StashKey[list[pytest.FixtureRequest]]()
+_teardown_key = pytest.StashKey[ExitStack]()
+_pid_key = pytest.StashKey[int]()
+_depth_key = pytest.StashKey[int]()
+_level_key: pytest.StashKey[Level] = pytest.StashKey()
+_undo_key = pytest.StashKey[ExitStack]()
 _controller_key: pytest.StashKey[Controller] = pytest.StashKey()
 _sigterm_key: pytest.StashKey[OrderlyEnd] = pytest.StashKey()
+
+# Of this process, those that are configured: a test can have a whole run within it (pytester's `runpytest_inprocess`).
+_configs: list[pytest.Config] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,8 +63,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             choices=option.choices or None,
             help=f"{option.help} [{option.variable}]".replace("%", "%%"),
         )
-        kind: Literal["linelist", "string"] = "linelist" if option.many else "string"
+        kind: Any = "linelist" if option.many else "string"
+        if option.metavar in ("N", "SECONDS"):
+            kind = _number_kind(option.metavar)
         parser.addini(option.ini_key, option.help, type=kind, default=None)
+
+
+def _number_kind(metavar: str) -> Any:
+    """Return the type of a number in a configuration file: from 9 on pytest takes a TOML file's own, and insists on the type."""
+    if pytest.version_tuple >= (9, 2):
+        # What an INI file has is a str, and ours to convert.
+        return str | int | float if metavar == "SECONDS" else str | int
+    if pytest.version_tuple >= (9,):
+        return "float" if metavar == "SECONDS" else "int"
+    return "string"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,10 +86,14 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.stash[_factories_key] = []
     config.stash[_failures_key] = []
+    config.stash[_making_key] = []
+    config.stash[_pid_key] = os.getpid()
+    config.stash[_depth_key] = len(_configs)
+    _configs.append(config)
     command_line = {option.name: config.getoption(option.ini_key) for option in OPTIONS}
     try:
         config.stash[_settings_key] = Settings.resolve(command_line, ini=_ini_values(config))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise pytest.UsageError(str(error)) from error
 
 
@@ -87,11 +119,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a VM test once per kernel, unless its marker names one."""
-    if "chvm_kernel" not in metafunc.fixturenames:
-        return
     kernels = metafunc.config.stash[_settings_key].kernel
-    named = any("kernel" in mark.kwargs for mark in metafunc.definition.iter_markers("chvm"))
-    if len(kernels) > 1 and not named:
+    marks = [*metafunc.definition.iter_markers("chvm")]
+    if len(kernels) > 1 and marks and "chvm_kernel" not in metafunc.fixturenames:
+        # It gets its VM while it runs (`getfixturevalue`), which its marker alone says.
+        metafunc.fixturenames.append("chvm_kernel")
+    if len(kernels) > 1 and "chvm_kernel" in metafunc.fixturenames and not any("kernel" in mark.kwargs for mark in marks):
         ids = [kernel.name for kernel in kernels]
         if len(set(ids)) < len(ids):
             ids = [str(kernel).strip("/").replace("/", "-") for kernel in kernels]
@@ -102,7 +135,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Prepare for VMs where there are tests that use them."""
     if any(item.get_closest_marker("chvm") for item in session.items):
+        # Under xdist the controller checks.
+        if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
+            _check_options(session.config)
         _expect_vms(session.config, session)
+
+
+def _check_options(config: pytest.Config) -> None:
+    """Refuse options that each VM test would fail with."""
+    from pytest_chvm.option_checks import check_options
+
+    try:
+        check_options(config.stash[_settings_key], config.rootpath / DEFAULT_ARTIFACTS)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _expect_vms_of_workers(config: pytest.Config) -> None:
+    _check_options(config)
+    _expect_vms(config)
 
 
 def _expect_vms(config: pytest.Config, session: pytest.Session | None = None) -> None:
@@ -157,9 +208,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _say_what_is_left(config: pytest.Config) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     controller = config.stash.get(_controller_key, None)
-    if reporter is None or _summed_up_key in config.stash:
+    # A child that was forked in a test, and goes on as pytest, has nothing to say of its parent's.
+    if reporter is None or _summed_up_key in config.stash or config.stash.get(_pid_key, None) != os.getpid():
         return
-    if "pytest_chvm.host.runs" in sys.modules or (controller and controller.journals):
+    # VMs of `launch` alone belong to the outermost run.
+    launched = config.stash[_depth_key] == 0 and "pytest_chvm.host.runs" in sys.modules
+    if launched or _level_key in config.stash or (controller and controller.journals):
         config.stash[_summed_up_key] = True
         lines = _summary(config, controller)
         if lines and (reporter.stats.get("failed") or reporter.stats.get("error")):
@@ -186,7 +240,8 @@ def _run_id(config: pytest.Config) -> str:
         return given
     from pytest_chvm.host.remains import start_time_ticks
 
-    return f"{os.getpid()}-{start_time_ticks(os.getpid())}"
+    pid, depth = config.stash[_pid_key], config.stash[_depth_key]
+    return f"{pid}-{start_time_ticks(pid)}{f'-{depth}' if depth else ''}"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -196,7 +251,9 @@ def pytest_configure_node(node: Any) -> None:
 
     controller = node.config.stash.get(_controller_key, None)
     if controller is None:
-        controller = node.config.stash[_controller_key] = Controller(_run_id(node.config), lambda: _expect_vms(node.config))
+        controller = node.config.stash[_controller_key] = Controller(
+            _run_id(node.config), lambda: _expect_vms_of_workers(node.config)
+        )
         node.config.pluginmanager.register(controller, "chvm-controller")
     controller.configure_node(node)
 
@@ -206,7 +263,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     """End whatever a test's VMs have left, and have the test fail for it."""
     factories: list[VmFactory] = item.config.stash[_factories_key]
     try:
-        result = yield
+        with ExitStack() as ends:
+            item.config.stash[_teardown_key] = ends
+            result = yield
     except BaseException as error:
         if left := _end_what_is_left(factories):
             error.add_note(_left_behind(item, left))
@@ -216,6 +275,27 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
 
         raise StopFailedError(_left_behind(item, left))
     return result
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, object, object]:
+    """Remember which fixture is being made: a clone of a snapshot that it starts ends with it."""
+    making = request.config.stash[_making_key]
+    making.append(request)
+    try:
+        return (yield)
+    finally:
+        making.pop()
+
+
+def _at_end_of_caller(config: pytest.Config, end: Callable[[], None]) -> None:
+    """Have something done at the end of what runs now: the fixture that is being made, the test, or a teardown."""
+    if making := config.stash[_making_key]:
+        making[-1].addfinalizer(end)
+    elif _teardown_key in config.stash:
+        config.stash[_teardown_key].callback(end)
+    else:
+        config.stash[_item_key].addfinalizer(end)
 
 
 def _end_what_is_left(factories: list[VmFactory]) -> list[str]:
@@ -231,17 +311,31 @@ def _left_behind(item: pytest.Item, left: list[str]) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the keeper process once the last fixture is gone, before the run's summary."""
+    failures = _close_keepers(session.config)
+    session.config.stash[_failures_key] += failures
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["chvm_failures"] = failures
+
+
+def _close_keepers(config: pytest.Config) -> list[str]:
+    """End the keepers of this run; those of the run around it go on."""
     processes = sys.modules.get("pytest_chvm.host.processes")
-    if processes is not None:
-        failures = processes.close_keeper()
-        session.config.stash[_failures_key] += failures
-        if hasattr(session.config, "workeroutput"):
-            session.config.workeroutput["chvm_failures"] = failures
+    level = config.stash.get(_level_key, None)
+    if processes is None or (level is None and config.stash[_depth_key]):
+        return []
+    failures: list[str] = processes.close_keeper(level if config.stash[_depth_key] else None)
+    return failures
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Remember the test that runs: a clone of a snapshot ends with it, whichever fixture the snapshot is from."""
     item.config.stash[_item_key] = item
+    if _teardown_key in item.config.stash:
+        del item.config.stash[_teardown_key]
+    # It may be run again, by pytest-rerunfailures for instance.
+    item.stash[_attempt_key] = item.stash.get(_attempt_key, 0) + 1
+    item.stash[_failed_key] = False
 
 
 @pytest.hookimpl(wrapper=True)
@@ -250,6 +344,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put the consoles of a failed test's VMs into its report, and keep logs where that was asked for."""
     report = yield
+    if report.failed and call.when != "teardown":
+        _skip_where_asked_for(item, call, report)
     # Not its keywords: a directory's name is among them as well. Attributes reach xdist's controller.
     report.chvm_used = item.get_closest_marker("chvm") is not None  # type: ignore[attr-defined]
     factories = item.config.stash[_factories_key]
@@ -260,8 +356,23 @@ def pytest_runtest_makereport(
     return report
 
 
+def _skip_where_asked_for(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+    """Turn what the machine lacks into a skip, where --chvm-missing=skip asks for that, wherever in the test it was found out."""
+    # Without an import of ours there is no error of ours.
+    if call.excinfo is None or item.config.stash[_settings_key].missing != "skip" or "pytest_chvm.errors" not in sys.modules:
+        return
+    from pytest_chvm.errors import MissingRequirementError
+
+    error = call.excinfo.value
+    if isinstance(error, MissingRequirementError):
+        call.excinfo = pytest.CallInfo.from_call(lambda: pytest.skip(f"no VM here: {error}"), call.when).excinfo
+        path, line, _name = item.reportinfo()
+        report.outcome = "skipped"
+        report.longrepr = (os.fspath(path), (line or 0) + 1, f"Skipped: no VM here: {error}")
+
+
 def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[VmFactory]) -> None:
-    from pytest_chvm.report.sections import VmRecord, keep_logs, sections_of
+    from pytest_chvm.report.sections import VmRecord, directory_of, keep_logs, sections_of
 
     settings = item.config.stash[_settings_key]
     # A template and the VM it was booted for have one log.
@@ -272,7 +383,11 @@ def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[Vm
     if report.when == "teardown":
         failed = item.stash.get(_failed_key, False)
         if settings.keep == "always" or (settings.keep == "failed" and failed):
-            keep_logs(records, item.nodeid, settings.artifacts or item.config.rootpath / "chvm-artifacts")
+            place = directory_of(item.nodeid, _worker_of(item.config), item.stash.get(_attempt_key, 1))
+            try:
+                keep_logs(records, (settings.artifacts or item.config.rootpath / DEFAULT_ARTIFACTS) / place)
+            except OSError as error:
+                report.sections.append(("logs of VMs", f"they cannot be kept: {error}"))
         # Those of the session's go on, but for the clones that ended with this test.
         factories[:] = [factory for factory in factories if not factory.closed]
         for factory in factories:
@@ -281,11 +396,15 @@ def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[Vm
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the keeper process, if one is left, so that nothing outlives the run."""
-    processes = sys.modules.get("pytest_chvm.host.processes")
-    if processes is not None:
-        processes.close_keeper()
+    if config not in _configs:
+        # It never got as far as ours.
+        return
+    _close_keepers(config)
     # Pytest has no summary after pytest.exit with a status of one's own, as SIGTERM has.
     _say_what_is_left(config)
+    if (undo := config.stash.get(_undo_key, None)) is not None:
+        undo.close()
+    _configs.remove(config)
     if (sigterm := config.stash.get(_sigterm_key, None)) is not None:
         sigterm.let_go()
 
@@ -301,8 +420,7 @@ def chvm_driver(chvm_settings: Settings) -> VmDriver:
     """The driver in use."""
     from pytest_chvm.launcher import driver_for
 
-    with _skipping(chvm_settings):
-        return driver_for(chvm_settings)
+    return driver_for(chvm_settings)
 
 
 @pytest.fixture(scope="session")
@@ -319,6 +437,8 @@ def chvm_vm(
     request: pytest.FixtureRequest, chvm_settings: Settings, chvm_kernel: Path | None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VmFactory]:
     """Factory of VMs that end with the test: `vm = chvm_vm(kernel=..., shared_dirs=...)` boots one and blocks until it is ready."""
+    if len(chvm_settings.kernel) > 1 and "chvm_kernel" not in request.node.fixturenames:
+        request.node.warn(pytest.PytestWarning(f"{request.node.nodeid} {ONE_KERNEL_ONLY}: {chvm_kernel}"))
     marks = [mark.kwargs for mark in request.node.iter_markers("chvm")]
     defaults = {key: value for kwargs in reversed(marks) for key, value in kwargs.items()}
     longest_boot_s = _longest_boot_s(request.config, request.node)
@@ -352,30 +472,24 @@ def _factory(
     from functools import cache
 
     from pytest_chvm.factory import VmFactory
-    from pytest_chvm.progress import show_progress_with
 
-    if capture := request.config.pluginmanager.get_plugin("capturemanager"):
-        show_progress_with(capture.global_and_fixture_disabled)
     _expect_vms(request.config, request.session)
     _begin_run(request.config)
-
-    class SkippingFactory(VmFactory):
-        def __call__(self, *args: Any, **arguments: Any) -> Vm:
-            with _skipping(settings):
-                return super().__call__(*args, **arguments)
-
+    item = request.config.stash[_item_key]
+    if item.get_closest_marker("chvm") is None:
+        # It was not seen to use a VM when it was collected (`getfixturevalue`).
+        item.add_marker("chvm")
     if kernel is not None:
         defaults = {"kernel": kernel, **defaults}
-    worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
     log_dir = cache(lambda: tmp_path_factory.mktemp("chvm"))
-    factory = SkippingFactory(
+    factory = VmFactory(
         settings,
         name=name,
-        namespace=worker,
+        namespace=_worker_of(request.config),
         log_dir=log_dir,
         defaults=defaults,
         longest_boot_s=longest_boot_s,
-        at_test_end=lambda end: request.config.stash[_item_key].addfinalizer(end),
+        at_end_of_caller=lambda end: _at_end_of_caller(request.config, end),
         test=getattr(request.node, "nodeid", None) or "(session)",
     )
     request.config.stash[_factories_key].append(factory)
@@ -385,34 +499,33 @@ def _factory(
         factory.close()
 
 
+def _worker_of(config: pytest.Config) -> str:
+    """Return which of its run's processes this one is, `main` without xdist; a run within a test is not its test's."""
+    worker: str = getattr(config, "workerinput", {}).get("workerid", "main")
+    depth = config.stash[_depth_key]
+    return f"{worker}-within{depth}" if depth else worker
+
+
 def _begin_run(config: pytest.Config) -> None:
+    """Have what is started from now on belong to this run; one within a test has a keeper of its own."""
+    if _level_key in config.stash:
+        return
     from pytest_chvm.host.remains import boot_id
-    from pytest_chvm.host.runs import Run, begin_run
+    from pytest_chvm.host.runs import Run, begin_run, end_run
     from pytest_chvm.model import ProcessIdentity
+    from pytest_chvm.progress import show_progress_with
 
     given = _worker_input(config)
     # A worker may be on another machine.
     here = given.get("boot_id") == boot_id()
     controller = ProcessIdentity(**given["controller"]) if here else None
     journal = Path(given["journal"]) if here and "journal" in given else None
-    worker = getattr(config, "workerinput", {}).get("workerid", "main")
-    begin_run(Run(_run_id(config), worker, controller, journal))
-
-
-class _skipping:  # noqa: N801 - reads like the statement it is
-    """Turns what the machine lacks into a skip, where --chvm-missing=skip asks for that."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
-        from pytest_chvm.errors import MissingRequirementError
-
-        if isinstance(error, MissingRequirementError) and self.settings.missing == "skip":
-            pytest.skip(f"no VM here: {error}")
+    undo = config.stash[_undo_key] = ExitStack()
+    run = Run(_run_id(config), _worker_of(config), controller, journal)
+    level = config.stash[_level_key] = begin_run(run, within=config.stash[_depth_key] > 0)
+    undo.callback(end_run, level)
+    if capture := config.pluginmanager.get_plugin("capturemanager"):
+        undo.callback(show_progress_with, show_progress_with(capture.global_and_fixture_disabled))
 
 
 def _longest_boot_s(config: pytest.Config, item: pytest.Item | None = None) -> float | None:

@@ -12,10 +12,14 @@ logger = logging.getLogger("pytest_chvm")
 _uncaptured: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-def show_progress_with(uncaptured: Callable[[], AbstractContextManager[object]]) -> None:
-    """Have progress shown within such a context: a test runner's, that does not capture what is written in it."""
+def show_progress_with(uncaptured: Callable[[], AbstractContextManager[object]]) -> Callable[[], AbstractContextManager[object]]:
+    """Have progress shown within such a context: a test runner's, that does not capture what is written in it.
+
+    Returns what was called for that before.
+    """
     global _uncaptured
-    _uncaptured = uncaptured
+    before, _uncaptured = _uncaptured, uncaptured
+    return before
 
 
 def show_progress(text: str) -> None:

@@ -153,7 +153,7 @@ class Settings:
         cls,
         command_line: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
-        ini: Mapping[str, str | Sequence[str]] | None = None,
+        ini: Mapping[str, str | int | float | Sequence[str]] | None = None,
     ) -> Settings:
         """Return the settings: command line, else environment (default: the process's own), else ini, else default.
 
@@ -168,7 +168,8 @@ class Settings:
                 text = given[option.variable]
                 value = text.split(os.pathsep) if option.many else text
                 source = option.variable
-            if value is None and (ini or {}).get(option.ini_key):
+            # A number of a TOML file's is one, and 0 too.
+            if value is None and (ini or {}).get(option.ini_key) not in (None, "", []):
                 value = (ini or {})[option.ini_key]
                 source = option.ini_key
             values[option.name] = option.default if value is None else _parsed(option, value, source)

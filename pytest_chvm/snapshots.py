@@ -64,9 +64,9 @@ class Snapshot:
         """Start a VM from the snapshot, a machine of its own, and return it when it is ready, or at once with `wait=False`.
 
         It has the saved VM's memory and running programs, and a name, addresses, host name, clock and random pool of its own.
-        It ends with the test that made it, or with its `close`. Raises what `launch` does.
+        It ends with the fixture or test that made it, or with its `close`. Raises what `launch` does.
         """
-        name = name or next(self._names)
+        name = next(self._names) if name is None else name
         if self._closed:
             raise VmIOError(f"VM {name!r} cannot be cloned: its snapshot was closed; close it after its last clone()", vm_name=name)
         return self._start(name, self.directory, wait)

@@ -18,10 +18,11 @@ class Lease:
     """The run directory of one VM, and the record of all that it has elsewhere.
 
     Whoever outlives this process (the keeper, a later run) removes what the record names, so each entry is
-    added before the thing itself is made.
+    added before the thing itself is made. Only the process that made it gives it back, not one that was forked from that.
     """
 
     def __init__(self) -> None:
+        self._owner_pid = os.getpid()
         self._keeper = keeper()
         self.directory = self._keeper.directory / str(next(_numbers))
         self._record: dict[str, list[object]] = {}
@@ -91,6 +92,8 @@ class Lease:
 
         With `search` processes of it that nobody has ended are looked for.
         """
+        if os.getpid() != self._owner_pid:
+            return []
         recorded = (self.directory / records.LEASE_FILE).exists()
         failures = records.remove_lease(self.directory, search=search)
         if not recorded:

@@ -80,10 +80,11 @@ def held_under(lease: Lease) -> list[HeldLock]:
     return [lock for lock, its_lease in list(_held.items()) if its_lease is lease]
 
 
-def release_all() -> None:
-    """Give back all that this process holds: an interrupted teardown has not."""
-    for lock in list(_held):
-        lock.release()
+def release_all(keeper_directory: Path) -> None:
+    """Give back all that is held for the leases of a keeper: an interrupted teardown has not."""
+    for lock, lease in list(_held.items()):
+        if lease.directory.parent == keeper_directory:
+            lock.release()
 
 
 # A keeper leaves a lock alone that its owner still holds.

@@ -21,7 +21,7 @@ from pytest_chvm.errors import BootFailedError, StateFailedError, VmIOError
 from pytest_chvm.host import keeper as keeper_script
 from pytest_chvm.host import records, remains
 from pytest_chvm.host.directories import make_owner_dir, runtime_dirs
-from pytest_chvm.host.runs import Run, current_run
+from pytest_chvm.host.runs import Level, current_level
 from pytest_chvm.model import ProcessIdentity
 
 logger = logging.getLogger("pytest_chvm")
@@ -143,10 +143,12 @@ def _signal(pidfd: int, number: signal.Signals) -> None:
 class Keeper:
     """This process's keeper: the parent of all VMMs and sidecars, that cleans up should this process die.
 
-    `directory` is where the leases of this process's VMs are.
+    `directory` is where the leases of this process's VMs are, of those of one run.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, level: Level) -> None:
+        self.level = level
+        run = level.run
         self.owner_pid = os.getpid()
         # Before anything is started: what a run left that was killed together with its keeper.
         for place in runtime_dirs():
@@ -280,7 +282,7 @@ class Keeper:
         try:
             failures += self._end("processes", deadline)
             for give_back in before_leases_end:
-                give_back()
+                give_back(self.directory)
             failures += self._end("leases", deadline)
         except VmIOError as error:
             if self.is_alive:
@@ -328,32 +330,35 @@ def _gone(pid: int) -> str:
 
 # Of each program started, the pid of the keeper that did.
 _keeper_of: dict[int, int] = {}
-# What is to happen between the end of the processes and the removal of the records.
-before_leases_end: list[Callable[[], None]] = []
+# What is to happen between the end of the processes and the removal of the records, in a keeper's directory.
+before_leases_end: list[Callable[[Path], None]] = []
 _keepers: list[Keeper] = []
 _keeper_lock = threading.Lock()
 
 
 def keeper() -> Keeper:
-    """Return this process's keeper, started at the first call; after one that was killed, or lost its directory, another."""
+    """Return the current run's keeper, started at the first call; after one that was killed, or lost its directory, another."""
     with _keeper_lock:
-        if not _keepers or not _keepers[-1].is_alive or not _keepers[-1].has_directory:
+        level = current_level()
+        last = next((one for one in reversed(_keepers) if one.level is level), None)
+        if last is None or not last.is_alive or not last.has_directory:
             if not _keepers:
                 atexit.register(close_keeper)
             _close(gone=True)
-            _keepers.append(Keeper(current_run()))
-        return _keepers[-1]
+            last = Keeper(level)
+            _keepers.append(last)
+        return last
 
 
-def close_keeper() -> list[str]:
-    """End this process's keepers, if it has any, and wait for them; returns what could not be removed, in words."""
+def close_keeper(level: Level | None = None) -> list[str]:
+    """End this process's keepers, or those of one run, and wait for them; returns what could not be removed, in words."""
     with _keeper_lock:
-        return _close()
+        return _close(level)
 
 
-def _close(*, gone: bool = False) -> list[str]:
+def _close(level: Level | None = None, *, gone: bool = False) -> list[str]:
     failures = []
-    for one in [one for one in _keepers if not (gone and one.is_alive)]:
+    for one in [one for one in _keepers if not (gone and one.is_alive) and (level is None or one.level is level)]:
         failed = one.close()
         # What this process itself has open still cannot be removed yet: the rest goes at the end of the process. Nor is one
         # forgotten before: an interrupted close is begun again then.

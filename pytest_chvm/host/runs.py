@@ -6,7 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_chvm.model import ProcessIdentity
@@ -29,37 +29,53 @@ class Run:
     journal: Path | None = None
 
 
-_run = Run()
-_started: Counter[str] = Counter()
+@dataclass(eq=False, slots=True)
+class Level:
+    """A run and what it has started. A test of it can have another run within it, in the same process, as pytester makes them."""
+
+    run: Run
+    started: Counter[str] = field(default_factory=Counter)
+
+
+_levels = [Level(Run())]
 _lock = threading.Lock()
 
 
-def current_run() -> Run:
-    """Return the run that this process's VMs belong to."""
-    return _run
+def current_level() -> Level:
+    """Return the innermost run's."""
+    return _levels[-1]
 
 
-def begin_run(run: Run) -> None:
-    """Have what is started from now on belong to a run."""
-    global _run
-    if run != _run:
-        _run = run
-        _started.clear()
+def begin_run(run: Run, *, within: bool = False) -> Level:
+    """Have what is started from now on belong to a run; one `within` another lasts until its `end_run`."""
+    if within:
+        _levels.append(Level(run))
+    else:
+        current_level().run = run
+        current_level().started.clear()
+    return current_level()
+
+
+def end_run(level: Level) -> None:
+    """Have what is started from now on belong to the run around this one."""
+    if level in _levels[1:]:
+        _levels.remove(level)
 
 
 def count_started(kind: str) -> None:
     """Take down that one of `KINDS` was started."""
     with _lock:
-        _started[kind] += 1
-        if _run.journal is not None:
-            fd = os.open(_run.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        level = current_level()
+        level.started[kind] += 1
+        if level.run.journal is not None:
+            fd = os.open(level.run.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.write(fd, f"{kind}\n".encode())
             os.close(fd)
 
 
 def started(journals: Iterable[Path] = ()) -> Counter[str]:
-    """Return how many of each kind were started, by this process and by those that wrote the journals."""
-    total = Counter(_started)
+    """Return how many of each kind were started, in the current run by this process and by those that wrote the journals."""
+    total = Counter(current_level().started)
     for journal in journals:
         if journal.exists():
             total.update(word for word in journal.read_text().split() if word in KINDS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from pytest_chvm.text import last_lines
 
 CONSOLE_LINES = 60
 VMM_LINES = 20
+# With what is added, a directory name has at most 255 bytes.
+LONGEST_NAME = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +40,29 @@ def sections_of(records: Iterable[VmRecord]) -> Iterator[tuple[str, str]]:
             yield f"VMM log of VM {record.name}", said
 
 
-def keep_logs(records: Iterable[VmRecord], node_id: str, artifacts: Path) -> list[Path]:
-    """Copy the logs of a test's VMs to a directory named after it below `artifacts`; returns the copies."""
-    place = artifacts / re.sub(r"[^A-Za-z0-9_.-]+", "-", node_id).strip("-.")[:150]
-    copies = []
+def directory_of(node_id: str, worker: str, attempt: int) -> str:
+    """Return the name of the directory for the logs of one attempt at a test: no other attempt, test or xdist worker has it."""
+    # As people write it down: test_x.py-test_name-parameter.
+    plain = node_id.replace("::", "-").replace("/", "-").replace("[", "-").removesuffix("]")
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", plain)[:LONGEST_NAME].strip("-.")
+    if name != plain:
+        # Others may be the same without what was left out.
+        name += f"-{hashlib.sha256(node_id.encode(errors='surrogateescape')).hexdigest()[:8]}"
+    return name + (f"-{worker}" if worker != "main" else "") + (f"-attempt-{attempt}" if attempt > 1 else "")
+
+
+def keep_logs(records: Iterable[VmRecord], place: Path) -> list[Path]:
+    """Copy the logs of a test's VMs to a directory; returns the copies. Of two of one name the second one's has a number in front.
+
+    Raises OSError where they cannot be written.
+    """
+    copies: list[Path] = []
+    seen: Counter[str] = Counter()
     for record in records:
+        seen[record.serial_log.name] += 1
+        number = seen[record.serial_log.name]
         for log in (record.serial_log, record.vmm_log):
             if log.exists():
                 place.mkdir(parents=True, exist_ok=True)
-                copies.append(Path(shutil.copyfile(log, place / log.name)))
+                copies.append(Path(shutil.copyfile(log, place / f"{f'{number}-' if number > 1 else ''}{log.name}")))
     return copies
