@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
 
 if TYPE_CHECKING:
     from pytest_chvm.drivers.base import VmDriver
@@ -31,12 +31,32 @@ def make_driver(vmm: str, *, accel: str = "auto", binary: Path | None = None, vi
 def choose_vmm(*, accel: str = "auto", binary: Path | None = None) -> tuple[str, str]:
     """Return the VMM that "auto" means here, and why, in words.
 
-    The first whose `why_not` finds nothing against it; the last one otherwise, whose own error then says what is missing.
+    The one that `binary` says that it is. Else the first whose `why_not` finds nothing against it; the last one otherwise, whose
+    own error then says what is missing.
     """
+    if binary is not None and (named := _vmm_of(binary)) is not None:
+        return named
     reasons: list[str] = []
     for vmm in DRIVERS:
-        reason = make_driver(vmm, accel=accel, binary=binary).why_not()
+        try:
+            reason = make_driver(vmm, accel=accel, binary=binary).why_not()
+        except InvalidConfigError as error:
+            # It has no such accelerator.
+            reason = str(error)
         if reason is None:
             return vmm, "; ".join(reasons) or "it and KVM are here"
         reasons.append(f"no {vmm}: {reason}")
     return list(DRIVERS)[-1], "; ".join(reasons)
+
+
+def _vmm_of(binary: Path) -> tuple[str, str] | None:
+    """Return which VMM an executable is by its `--version`, and that in words; None where it does not say so."""
+    from pytest_chvm.host import binaries, versions
+
+    try:
+        found = binaries.find_binary("the VMM", (), "", binary)
+    except MissingRequirementError:
+        # Whoever needs it says so.
+        return None
+    program = versions.program_of(found)
+    return (program, f"{binary} is {found.version}") if program in DRIVERS else None

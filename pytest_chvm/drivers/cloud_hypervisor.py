@@ -25,7 +25,8 @@ from pytest_chvm.drivers.ch_events import EventMonitor, event_log, open_event_lo
 from pytest_chvm.drivers.disks import base_format, data_format, root_overlay
 from pytest_chvm.drivers.memory import copy_sparse, inherited_memory
 from pytest_chvm.drivers.process import VmmProcess
-from pytest_chvm.errors import HypervisorError, InvalidConfigError, MissingRequirementError, UnsupportedError, VmError, VmIOError
+from pytest_chvm.errors import HypervisorError, InvalidConfigError, UnsupportedError, VmError, VmIOError
+from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.watch import FileWatch
@@ -33,8 +34,6 @@ from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandl
 
 PLACES = ("/usr/bin", "/usr/local/bin")
 INSTALL = "install it from https://github.com/cloud-hypervisor/cloud-hypervisor/releases, or name one with --chvm-binary"
-# The first with on-demand restore, and with vsock and virtio-fs that survive a restore.
-OLDEST = (52, 0)
 RESTORE_DIR = "restore"
 UNPLUG_TIMEOUT_S = 20.0
 
@@ -56,11 +55,10 @@ class CloudHypervisorDriver:
     def binary(self) -> Binary:
         """Return the executable; raises InvalidConfigError where there is none, or only one older than v52."""
         found = find_binary("cloud-hypervisor", PLACES, INSTALL, self._binary)
-        version = re.search(r"v(\d+)\.(\d+)", found.version)
-        if version is None:
+        versions.check_program(found, "cloud-hypervisor", "leave out --chvm-vmm=cloud-hypervisor, or name another --chvm-binary")
+        if versions.version_of(found) is None:
             logger.warning("%s says of itself %r, which names no version: v52 or newer is expected", found.path, found.version)
-        elif (int(version[1]), int(version[2])) < OLDEST:
-            raise MissingRequirementError(f"{found.path} is {found.version!r}: v52.0 or newer is needed; {INSTALL}")
+        versions.require(found, versions.Feature.CLONES_OF_CLOUD_HYPERVISOR, INSTALL)
         return found
 
     def why_not(self) -> str | None:

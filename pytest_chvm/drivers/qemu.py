@@ -14,6 +14,7 @@ from pytest_chvm.drivers.base import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, Bo
 from pytest_chvm.drivers.disks import base_format, copy_overlay, data_format, root_overlay
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError
+from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus, mac_for
@@ -36,8 +37,11 @@ class QemuDriver:
         self._process = VmmProcess(self.vmm, ("qemu-system", "qemu-kvm"), virtiofsd)
 
     def binary(self) -> Binary:
-        """Return the QEMU of this machine's architecture; raises InvalidConfigError where there is none."""
-        return find_binary(f"qemu-system-{platform.machine()}", PLACES, INSTALL, self._binary)
+        """Return the QEMU of this machine's architecture; raises InvalidConfigError where there is none, or one that is too old."""
+        found = find_binary(f"qemu-system-{platform.machine()}", PLACES, INSTALL, self._binary)
+        versions.check_program(found, "qemu", "leave out --chvm-vmm=qemu, or name another --chvm-binary")
+        versions.require(found, versions.Feature.QEMU_OPTIONS, INSTALL)
+        return found
 
     def why_not(self) -> str | None:
         """Return why QEMU cannot be used here."""

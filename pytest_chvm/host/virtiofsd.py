@@ -7,8 +7,10 @@ options for the same things.
 from __future__ import annotations
 
 import os
-import shutil
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.deadline import Deadline
@@ -17,6 +19,7 @@ from pytest_chvm.host.binaries import find_binary
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.processes import keeper
 from pytest_chvm.host.runs import count_started
+from pytest_chvm.host.versions import Feature, lacks, program_of
 from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.model import ProcessIdentity, SharedDir
 
@@ -28,13 +31,15 @@ INSTALL = (
 )
 SOCKET_TIMEOUT_S = 5.0
 LISTEN_S = 0.001
+TRIAL_TIMEOUT_S = 10.0
 # A device node that a guest's root makes in a share would be one of the host's.
 NO_DEVICE_NODES = "-mknod"
 READ_ONLY_SCRIPT = """
 mkdir "$1" && mount --rbind "$0" "$1" || exit
-while read -r _ _ _ _ where _; do
+while read -r _ _ _ _ where options _; do
     where=$(printf %b "$where")
-    case $where in "$1"|"$1"/*) mount -o remount,bind,ro "$where" || exit ;; esac
+    # With the options that it has: in a user namespace none of them may be taken away.
+    case $where in "$1"|"$1"/*) mount -o "remount,bind,$options,ro" "$where" || exit ;; esac
 done </proc/self/mountinfo
 shift && exec "$@"
 """
@@ -44,24 +49,33 @@ STATE_DIR = Path("/var/run/virtiofsd")
 
 @dataclass(frozen=True, slots=True)
 class Virtiofsd:
-    """A virtiofsd on this host, and which of the two it is."""
+    """A virtiofsd on this host, which of the two it is, and whether it can serve read-only by itself."""
 
     path: Path
     is_rust: bool
+    has_readonly: bool = True
+
+    def check(self, shares: Sequence[SharedDir]) -> None:
+        """Raise MissingRequirementError for the first shared dir that it cannot serve this user as asked for."""
+        for share in shares:
+            self.command(share, Path("socket"))
 
     def command(self, share: SharedDir, socket_path: Path) -> list[str]:
         """Return the arguments that serve one directory, in the strictest sandbox this user can have."""
         sandbox = "chroot" if os.geteuid() == 0 else "namespace"
         host_path = os.fspath(share.host_path)
+        place = f"{socket_path}.ro"
         if self.is_rust:
-            flags = ["--readonly"] if share.read_only else []
+            mount = _read_only_mount(host_path, place) if share.read_only and not self.has_readonly else []
+            flags = ["--readonly"] if share.read_only and not mount else []
             flags += [f"--modcaps={NO_DEVICE_NODES}"] if os.geteuid() == 0 else []
             if not share.announce_submounts:
                 flags.append("--no-announce-submounts")
             return [
+                *mount,
                 os.fspath(self.path),
                 f"--socket-path={socket_path}",
-                f"--shared-dir={host_path}",
+                f"--shared-dir={place if mount else host_path}",
                 f"--cache={share.cache}",
                 f"--sandbox={sandbox}",
                 # The handles that newer ones use by default find a file on FUSE while the kernel has it cached, and are stale
@@ -74,7 +88,6 @@ class Virtiofsd:
                 f"shared dir {share.tag!r}: {str(self.path)!r} is the C virtiofsd of QEMU 7 and older, which works for root only: "
                 "install the Rust one ('cargo install virtiofsd'; packaged from Debian 13 and Ubuntu 24.04 on), or run as root"
             )
-        place = f"{socket_path}.ro"
         # Its option parser is libfuse's: a backslash takes the special meaning from a comma, and from itself.
         source = (place if share.read_only else host_path).replace("\\", "\\\\").replace(",", "\\,")
         cache = "none" if share.cache == "never" else share.cache
@@ -86,22 +99,40 @@ class Virtiofsd:
 
 
 def _read_only_mount(host_path: str, place: str) -> list[str]:
-    # The C one cannot serve read-only, so it is given a mount that is: in a mount namespace of its own, and elsewhere, because it
+    # What cannot serve read-only is given a mount that is: in a mount namespace of its own, and elsewhere, because the C one
     # writes below /run and may be asked for /. A read-only mount's submounts are not read-only by themselves.
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
+    reason = _why_no_mount_namespace(os.geteuid())
+    if reason is not None:
+        since = ".".join(map(str, Feature.READ_ONLY_SHARES.value.since))
         raise MissingRequirementError(
-            f"shared dir {host_path!r} cannot be read-only with this virtiofsd, the C one, unless you are root and have "
-            "unshare(1): install the Rust virtiofsd"
+            f"shared dir {host_path!r} cannot be read-only with this virtiofsd, which has no --readonly (the Rust one has it since "
+            f"{since}), nor by a mount of ours: {reason}. Install a newer one ('cargo install virtiofsd'), or run as root"
         )
-    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", READ_ONLY_SCRIPT, host_path, place]
+    return [*_mount_namespace(os.geteuid()), "sh", "-c", READ_ONLY_SCRIPT, host_path, place]
+
+
+def _mount_namespace(user: int) -> list[str]:
+    user_namespace = ["--user", "--map-root-user"] if user != 0 else []
+    return ["unshare", *user_namespace, "--mount", "--propagation", "private"]
+
+
+@lru_cache(maxsize=2)
+def _why_no_mount_namespace(user: int) -> str | None:
+    """Return why a user cannot have a mount namespace, which distributions and containers may deny; None where they can."""
+    try:
+        command = [*_mount_namespace(user), "true"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unshare(1) cannot be run ({error})"
+    return done.stderr.strip()[:200] or f"unshare(1) ended with status {done.returncode}" if done.returncode else None
 
 
 def find_virtiofsd(override: Path | None = None) -> Virtiofsd:
     """Return this host's virtiofsd; raises InvalidConfigError with the package to install where there is none."""
     binary = find_binary("virtiofsd", PLACES, INSTALL, override)
-    # The C one: "virtiofsd version 7.2.0 (Debian ...)", and before it a line about the FUSE kernel interface.
-    is_c = "FUSE" in binary.version or " version " in binary.version
-    return Virtiofsd(binary.path, is_rust=not is_c)
+    return Virtiofsd(
+        binary.path, is_rust=program_of(binary) != "virtiofsd (C)", has_readonly=not lacks(binary, Feature.READ_ONLY_SHARES)
+    )
 
 
 def check_shared_dir(share: SharedDir) -> None:
