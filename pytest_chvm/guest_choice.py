@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.drivers.preflight import preflight
+from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.cache import default_cache_dir
-from pytest_chvm.guest.initramfs import build_initramfs
+from pytest_chvm.guest.initramfs import add_words, build_initramfs
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
+from pytest_chvm.guest.kernel_image import check_kernel_image
 from pytest_chvm.guest.ready import DEFAULT_MARKER
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.model import VmConfig
@@ -69,6 +73,29 @@ def choose_guest(config: VmConfig, settings: Settings) -> Guest:
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
     return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), True, secrets.token_hex(8))
+
+
+def told_config(guest: Guest, words: Sequence[str], directory: Path) -> VmConfig:
+    """Return the config of a guest that is told these words, on its kernel command line behind the user's own.
+
+    The built-in guest is told them by a file of its initramfs, made in `directory`, where the kernel would cut them off. Raises
+    InvalidConfigError where there is no other way.
+    """
+    config = guest.config
+    own = config.cmdline
+    cmdline = " ".join([*([own] if own else []), *words]) or own
+    assert config.kernel is not None
+    room = check_kernel_image(config.kernel).cmdline_bytes
+    size, own_size = len(os.fsencode(cmdline or "")), len(os.fsencode(own or ""))
+    if size <= room:
+        return config.replace(cmdline=cmdline)
+    if guest.built_in and config.initramfs is not None and own_size <= room:
+        return config.replace(initramfs=add_words(config.initramfs, words, directory / "initramfs"))
+    raise InvalidConfigError(
+        f"VM {config.name!r}: the kernel command line has {size} bytes, {own_size} of yours and {size - own_size} that its "
+        f"networks need, and this kernel takes {room} and cuts off the rest: shorten it by {size - room}",
+        vm_name=config.name,
+    )
 
 
 def cache_dir(settings: Settings) -> Path:

@@ -11,6 +11,7 @@ from typing import TypeVar
 from pytest_chvm.deadline import Deadline, wait_readable
 from pytest_chvm.drivers.base import VmDriver
 from pytest_chvm.errors import BootFailedError, GuestPanicError, HypervisorError, VmError, VmIOError
+from pytest_chvm.guest.kernel_image import why_silent
 from pytest_chvm.guest.ready import PanicScanner, ReadyScanner
 from pytest_chvm.host.processes import keeper
 from pytest_chvm.host.remains import start_time_ticks
@@ -19,6 +20,7 @@ from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle
 from pytest_chvm.text import last_lines
 
 Found = TypeVar("Found")
+EMPTY = "is empty."
 VMM_END_S = 0.5
 VMM_OUT_S = 2.0
 
@@ -97,7 +99,7 @@ class Health:
         return (
             f"VM {handle.name!r}: its VMM (pid {self.process.pid}) {_how(self.process)}, {when}. "
             f"Its log {handle.vmm_log} {ends_with(handle.vmm_log)}\n"
-            f"The guest's console {ends_with(handle.serial_log)}\n"
+            f"The guest's console {console_ends_with(handle.serial_log, self._config)}\n"
             f"To repeat it: {shlex.join(handle.command)}{f'{chr(10)}{hint}' if hint else ''}"
         )
 
@@ -149,7 +151,13 @@ def _how(process: ProcessIdentity) -> str:
     return f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
 
 
+def console_ends_with(log: Path, config: VmConfig) -> str:
+    """Return a guest's last words for a message, or what may be the matter where there are none."""
+    words = ends_with(log)
+    return f"{words} {why_silent(config.cmdline)}" if words == EMPTY else words
+
+
 def ends_with(log: Path) -> str:
     """Return a log's last lines for a message, cleaned and bounded."""
     lines = last_lines(log)
-    return f"ends with:\n{lines}" if lines else "is empty."
+    return f"ends with:\n{lines}" if lines else EMPTY

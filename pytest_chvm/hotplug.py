@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_chvm.drivers.base import VmDriver
+from pytest_chvm.drivers.images import check_disk
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap
@@ -41,6 +42,11 @@ def add_disk(driver: VmDriver, handle: VmHandle, image: Path, *, read_only: bool
     """Plug a disk in; the guest's writes stay on it unless it is read-only. Raises InvalidConfigError where there is no image."""
     if not image.is_file():
         raise InvalidConfigError(f"VM {handle.name!r}: the disk {str(image)!r} does not exist, or is no file", vm_name=handle.name)
+    try:
+        # One that is only read may be any image, as a root disk is.
+        check_disk("root_disk" if read_only else "data_disk", image)
+    except InvalidConfigError as error:
+        raise InvalidConfigError(f"VM {handle.name!r}: {error}", vm_name=handle.name) from None
     return Device(driver.add_disk(handle, image, read_only=read_only), "disk")
 
 

@@ -20,9 +20,10 @@ from pytest_chvm.drivers.disks import check_was_closed
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import BootFailedError, StopFailedError, UnsupportedError, VmError, VmIOError
-from pytest_chvm.guest_choice import Guest, cache_dir, choose_guest
+from pytest_chvm.guest_choice import Guest, cache_dir, choose_guest, told_config
 from pytest_chvm.host.budget import Share, budget_of, take_share
 from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.limits import processors
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
 from pytest_chvm.nics import Nics, lease_nics, network_mode
@@ -41,6 +42,9 @@ from pytest_chvm.templates import clone_config, made_of, template_config, why_no
 from pytest_chvm.vm import Origin, Vm
 
 FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
+
+# More processors than this for each of the host's, and a VM does little but wait for its own.
+OVERCOMMIT = 4
 
 _numbers = itertools.count(1)
 
@@ -80,7 +84,9 @@ def launch(
     preflight(guest.config)
     driver.binary()
     if config.shared_dirs:
-        find_virtiofsd(settings.virtiofsd)
+        find_virtiofsd(settings.virtiofsd).check(config.shared_dirs)
+    if config.cpus > OVERCOMMIT * processors():
+        logger.warning("VM %r has %d processors, and the host %d: it will be slow", config.name, config.cpus, processors())
     launcher = Launcher(driver, settings, owner)
     why = launcher.why_cold(guest, wait=wait)
     template = None
@@ -286,11 +292,9 @@ class Launcher:
 
     def _start(self, guest: Guest, origin: Origin, lent: Lent, template_dir: Path | None, undo: ExitStack) -> Vm:
         settings, driver = self.settings, self.driver
-        own_cmdline = guest.config.cmdline
         # An image of its own is told its addresses with a command line of its own.
-        told = self._words(guest, lent) if guest.built_in else lent.nics.words if own_cmdline is not None else []
-        cmdline = " ".join([*([own_cmdline] if own_cmdline else []), *told]) or own_cmdline
-        config = guest.config.replace(networks=lent.nics.attachments, cmdline=cmdline)
+        told = self._words(guest, lent) if guest.built_in else lent.nics.words if guest.config.cmdline is not None else []
+        config = told_config(guest, told, lent.lease.directory).replace(networks=lent.nics.attachments)
         snapshots = snapshots_dir(cache_dir(settings))
         options = BootOptions(
             lent.lease,

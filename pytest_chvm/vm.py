@@ -26,7 +26,7 @@ from pytest_chvm.errors import (
 )
 from pytest_chvm.guest import files
 from pytest_chvm.guest.shell import GuestShell, shown_outputs
-from pytest_chvm.health import Health, ends_with, has_ended
+from pytest_chvm.health import Health, console_ends_with, ends_with, has_ended
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.hotplug import Device
@@ -170,7 +170,8 @@ class Vm:
             said = self._health.ready.refused
             return BootFailedError(
                 f"VM {self.name!r} was not ready within {deadline.total_s:g} s: expected a line '{self.handle.ready_marker} IP' on "
-                f"its serial console{f'; {said}' if said else ''}. Its console {self.serial_log} {ends_with(self.serial_log)}\n"
+                f"its serial console{f'; {said}' if said else ''}. Its console {self.serial_log} "
+                f"{console_ends_with(self.serial_log, self.config)}\n"
                 "What to do: raise --chvm-boot-timeout, look at the console, or have the guest print the line when it is up.",
                 vm_name=self.name,
             )

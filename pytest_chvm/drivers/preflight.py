@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest.kernel import check_kernel_image
+from pytest_chvm.drivers.images import check_disk
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
+from pytest_chvm.guest.kernel_image import check_kernel_image
+from pytest_chvm.host.limits import memory_limit
 from pytest_chvm.host.namespaces import check_netns
 from pytest_chvm.host.virtiofsd import check_shared_dir
 from pytest_chvm.model import VmConfig
 
 # An empty log can be made on a full disk; the guest's ready line would then never get there.
 LEAST_LOG_SPACE = 64 << 10
+# A machine of either VMM has room for so many; more need other interrupt controllers than they have by default.
+MOST_CPUS = 254
 
 
 def preflight(config: VmConfig) -> None:
@@ -21,11 +25,19 @@ def preflight(config: VmConfig) -> None:
         if config.kernel is None:
             raise InvalidConfigError("kernel=None: a driver needs one; launch() and chvm_vm() have a default")
         _check_file("kernel", config.kernel)
-        check_kernel_image(config.kernel)
+        image = check_kernel_image(config.kernel)
+        if config.cmdline is not None and (size := len(os.fsencode(config.cmdline))) > image.cmdline_bytes:
+            raise InvalidConfigError(
+                f"the kernel command line has {size} bytes, and this kernel takes {image.cmdline_bytes} and cuts off the rest: "
+                "shorten it"
+            )
         for key in ("initramfs", "root_disk", "seed_iso", "data_disk"):
             path = getattr(config, key)
             if path is not None:
                 _check_file(key, path)
+        for key in ("root_disk", "seed_iso", "data_disk"):
+            if (path := getattr(config, key)) is not None:
+                check_disk(key, path)
         if config.data_disk is not None and not os.access(config.data_disk, os.W_OK):
             raise InvalidConfigError(
                 f"data_disk {str(config.data_disk)!r} cannot be written, and the guest's writes are to stay on it"
@@ -38,7 +50,7 @@ def preflight(config: VmConfig) -> None:
         if config.serial_log is not None:
             _check_log(config.serial_log)
     except InvalidConfigError as error:
-        raise InvalidConfigError(f"VM {config.name!r}: {error}", vm_name=config.name) from None
+        raise type(error)(f"VM {config.name!r}: {error}", vm_name=config.name) from None
 
 
 def _check_file(key: str, path: Path) -> None:
@@ -46,19 +58,21 @@ def _check_file(key: str, path: Path) -> None:
         raise InvalidConfigError(f"{key} {str(path)!r} does not exist")
     if path.is_dir():
         raise InvalidConfigError(f"{key} {str(path)!r} is a directory, expected a file")
+    if not path.is_file() and not path.is_block_device():
+        raise InvalidConfigError(f"{key} {str(path)!r} is a pipe, socket or character device, expected a file")
     if not os.access(path, os.R_OK):
         raise InvalidConfigError(f"{key} {str(path)!r} cannot be read by you")
 
 
 def _check_size(config: VmConfig) -> None:
-    import psutil
-
-    cpus = os.cpu_count() or 1
-    if config.cpus > cpus:
-        raise InvalidConfigError(f"cpus={config.cpus}, and the host has {cpus}")
-    host_mb = psutil.virtual_memory().total >> 20
+    # VMMs overcommit processors, and not memory.
+    if config.cpus > MOST_CPUS:
+        raise InvalidConfigError(f"cpus={config.cpus}, and the host has {os.cpu_count()}: a VM can have {MOST_CPUS} at most")
+    host_mb = memory_limit() >> 20
     if config.memory_mb > host_mb:
-        raise InvalidConfigError(f"memory_mb={config.memory_mb}, and the host has {host_mb}")
+        raise MissingRequirementError(
+            f"memory_mb={config.memory_mb}, and the host has {host_mb} for this process: give the VM less, or the process more"
+        )
 
 
 def _check_log(log: Path) -> None:

@@ -22,7 +22,8 @@ shell=
 [ -c /dev/hvc0 ] && { console_shell & shell=$!; }
 
 . /lib/chvm/configure.sh
-chvm_configure $(cat /proc/cmdline)
+# Words that the kernel's command line had no room for are in a file.
+chvm_configure $(cat /proc/cmdline /lib/chvm/words 2>/dev/null)
 
 # Waiting also reaps the orphans that tests leave. A shell that a test ended is started again.
 while [ "$shell" ]; do

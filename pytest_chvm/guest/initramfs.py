@@ -67,6 +67,15 @@ def build_initramfs(
     return built_once(cache / "initramfs" / key.hexdigest()[:32], build) / "initramfs.cpio"
 
 
+def add_words(initramfs: Path, words: Sequence[str], target: Path) -> Path:
+    """Write the built-in guest's initramfs with the words in it that a kernel command line has no room for; returns `target`."""
+    built_in = initramfs.read_bytes()
+    told = Entry("lib/chvm/words", stat.S_IFREG | 0o644, "".join(f"{word}\n" for word in words).encode())
+    # Of two archives, one after the other, the kernel unpacks both.
+    target.write_bytes(built_in + bytes(-len(built_in) % 512) + write_cpio(iter([told])))
+    return target
+
+
 def find_busybox(cache: Path, progress: Progress) -> Path:
     """Return a statically linked BusyBox: the host's, else one from the package busybox-static."""
     for place in BUSYBOX_PLACES:

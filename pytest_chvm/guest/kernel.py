@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
 from pytest_chvm.guest.cache import built_once, locked
+from pytest_chvm.guest.kernel_image import check_kernel_image
 from pytest_chvm.trees import remove_tree
 
 Progress = Callable[[str], None]
@@ -39,33 +40,23 @@ class Kernel:
 
 
 def inspect_kernel(image: Path) -> Kernel:
-    """Return what is known of a kernel image; raises InvalidConfigError where the file is none.
+    """Return a kernel image's release and modules; raises InvalidConfigError where the file is none.
 
-    The formats are those VMMs take: bzImage (Documentation/arch/x86/boot.rst), ELF, the arm64 Image
-    (Documentation/arch/arm64/booting.rst) and EFI stubs.
+    Whether a VMM can boot it is for `kernel_image.check_kernel_image` to say.
     """
-    head = check_kernel_image(image)
-    release = None
-    if head[0x202:0x206] == b"HdrS":
-        release = _bzimage_release(image, head)
-    elif head[:4] == b"\x7fELF":
-        release = _banner_release(image)
-    return Kernel(image, release, find_modules(image, release))
-
-
-def check_kernel_image(image: Path) -> bytes:
-    """Return the first page of a kernel image; raises InvalidConfigError where the file cannot be one."""
     try:
         with image.open("rb") as file:
             head = file.read(4096)
     except OSError as error:
         raise InvalidConfigError(f"kernel {str(image)!r} cannot be read: {error.strerror}") from error
-    if head[0x202:0x206] == b"HdrS" or head[:4] == b"\x7fELF" or head[56:60] == b"ARM\x64" or head[:2] in (b"MZ", b"\x1f\x8b"):
-        return head
-    raise InvalidConfigError(
-        f"kernel {str(image)!r} is not a kernel: expected a bzImage, an ELF vmlinux or an arm64 Image, "
-        f"and it begins with {head[:8].hex(' ') or 'nothing: it is empty'}"
-    )
+    release = None
+    if head[0x202:0x206] == b"HdrS":
+        release = _bzimage_release(image, head)
+    elif head[:4] == b"\x7fELF":
+        release = _banner_release(image)
+    else:
+        check_kernel_image(image)
+    return Kernel(image, release, find_modules(image, release))
 
 
 def _bzimage_release(image: Path, head: bytes) -> str | None:
