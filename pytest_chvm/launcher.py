@@ -217,7 +217,14 @@ class Launcher:
     def _made_of(self, guest: Guest, identify: Callable[[Path], str]) -> dict[str, object]:
         mode, _why = network_mode(self.settings, self.driver)
         try:
-            return made_of(template_config(guest.config), self.driver, mode, identify)
+            return made_of(
+                template_config(guest.config),
+                self.driver,
+                identify,
+                built_in_guest=guest.built_in,
+                network_mode=mode,
+                ready_marker=self.settings.ready_marker,
+            )
         except OSError as error:
             raise VmIOError(f"VM {guest.config.name!r} cannot be a clone: {error}", vm_name=guest.config.name) from error
 
@@ -240,15 +247,20 @@ class Launcher:
                     vm.save(directory, go_on=False)
                     if plain.config.root_disk is not None:
                         _end_of_disk(vm, directory)
+                if self._made_of(guest, identify) != parts:
+                    raise VmIOError(f"VM {guest.config.name!r}: what its template is made of was changed while it was made")
             except BootFailedError as error:
                 if guest.built_in or insists:
                     raise
                 # It may have booted where it was meant to be.
                 raise UnsupportedError(f"its template did not boot: {str(error)[:500]}") from error
 
+        def identify(file: Path) -> str:
+            return content_key(file, cache)
+
         insists = self.settings.boot == "clone"
         cache = cache_dir(self.settings)
-        parts = self._made_of(guest, lambda file: content_key(file, cache))
+        parts = self._made_of(guest, identify)
         return self._store.get(parts, plain.config.memory_mb, build, try_again=insists)
 
     def _started(

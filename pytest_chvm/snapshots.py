@@ -33,8 +33,6 @@ from pytest_chvm.trees import remove_tree
 if TYPE_CHECKING:
     from pytest_chvm.vm import Vm
 
-# Part of every key: to be raised when a template made before would not do any more.
-RECIPE = 3
 RECORD_FILE = "template.json"
 CHECKED_FILE = "checked"
 DIGESTS_DIR = "digests"
@@ -46,6 +44,9 @@ LIMIT_MB = 4096
 WANTED_FOR_S = 30 * 86400.0
 UNFIT_FOR_S = 3600.0
 BLOCK_SIZE = 1 << 16
+# How near a file's last change may be to the reading of it for another change to have left the file's times as they were: those of
+# some file systems are in whole seconds, two of them at most (FAT).
+RACY_S = 2.0
 
 
 class Snapshot:
@@ -225,7 +226,7 @@ class TemplateStore:
             self._place(made_of).with_suffix(".wanted").touch()
 
     def _place(self, made_of: Mapping[str, object]) -> Path:
-        text = json.dumps({"recipe": RECIPE, **made_of}, sort_keys=True)
+        text = json.dumps(made_of, sort_keys=True)
         return self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def all(self) -> list[Template]:
@@ -343,16 +344,16 @@ def new_directory(parent: Path, lease: Lease) -> Path:
 
 
 def content_key(file: Path, cache: Path) -> str:
-    """Return the hash of a file's content; computed once for each inode, size and time, and kept in the cache.
+    """Return the hash of a file's content and length; computed once for each inode, size and time, and kept in the cache.
 
     Raises OSError where the file cannot be read or the cache not be written.
     """
     found = file.stat()
     identity = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
-    kept = cache / DIGESTS_DIR / f"{identity}.blake2b"
+    kept = cache / DIGESTS_DIR / f"{identity}-sized.blake2b"
     with suppress(OSError):
         # Without a lock, and where nothing can be written.
-        if re.fullmatch(DIGEST, digest := kept.read_text(errors="replace")):
+        if kept.stat().st_mtime - found.st_ctime > RACY_S and re.fullmatch(DIGEST, digest := kept.read_text(errors="replace")):
             with suppress(OSError):
                 os.utime(kept)
             return digest
@@ -362,10 +363,15 @@ def content_key(file: Path, cache: Path) -> str:
         fcntl.flock(known, fcntl.LOCK_EX)
         known.seek(0)
         digest = known.read()
-        if not re.fullmatch(DIGEST, digest):
+        if os.fstat(known.fileno()).st_mtime - found.st_ctime <= RACY_S or not re.fullmatch(DIGEST, digest):
+            # Of the moment before the reading: what is changed during it must not be taken for what was read.
+            os.utime(known.fileno())
+            begun_ns = os.fstat(known.fileno()).st_mtime_ns
             digest = _digest(file)
             known.truncate(0)
             known.write(digest)
+            known.flush()
+            os.utime(known.fileno(), ns=(begun_ns, begun_ns))
     return digest
 
 
@@ -387,10 +393,11 @@ def _identity(file: Path) -> tuple[int, int, int, str]:
 
 
 def _digest(file: Path) -> str:
-    """Return the BLAKE2 hash of what a file holds and where: of its blocks that are not zeros, without reading its holes."""
+    """Return the BLAKE2 hash of a file's length and of what it holds where: of its blocks that are not zeros, without its holes."""
     digest = hashlib.blake2b(digest_size=32)
     next_block = 0
     with file.open("rb") as source:
+        digest.update(b"%d bytes " % os.fstat(source.fileno()).st_size)
         for start, end in data_extents(source.fileno()):
             # What a file system calls data may differ from one day to the next, but not what a block holds.
             for block in range(max(next_block, start // BLOCK_SIZE), -(-end // BLOCK_SIZE)):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from pytest_chvm import __version__
 from pytest_chvm.drivers.base import VmDriver
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.errors import UnsupportedError
-from pytest_chvm.guest import renew
-from pytest_chvm.guest.shell import shell_script
 from pytest_chvm.model import Network, Tap, VmConfig
-from pytest_chvm.renewal import set_up_script
+
+# Of /proc/cpuinfo, of x86 and of arm64.
+PROCESSOR_FACTS = ("model name", "flags", "microcode", "Features", "CPU implementer", "CPU variant", "CPU part", "CPU revision")
+KVM_MODULES = Path("/sys/module")
 
 
 def why_no_clone(config: VmConfig, *, built_in_guest: bool, network_mode: str) -> str | None:
@@ -80,14 +83,26 @@ def clone_config(config: VmConfig) -> VmConfig:
     return config.replace(hotplug=config.hotplug or config.data_disk is not None or bool(config.shared_dirs))
 
 
-def made_of(config: VmConfig, driver: VmDriver, network_mode: str, identify: Callable[[Path], str]) -> dict[str, object]:
+def made_of(
+    config: VmConfig,
+    driver: VmDriver,
+    identify: Callable[[Path], str],
+    *,
+    built_in_guest: bool,
+    network_mode: str,
+    ready_marker: str,
+) -> dict[str, object]:
     """Return all that a template depends on, by name, for its key; `config` is a template's, `identify` says which file one is.
 
     Raises OSError where a file cannot be read.
     """
     return {
+        # How a VM is started, saved and renewed: what one version has saved, another may not know how to go on with.
+        "code": _code(),
         "vmm": driver.snapshot_key(),
-        "host": [platform.release(), _processor()],
+        "host": [platform.machine(), platform.release(), platform.version(), _processor(), _kvm_parameters()],
+        # Which of the two is renewed how. An image says itself that it is ready, with a word that its clones have to say too.
+        "guest": ["built-in"] if built_in_guest else ["image", ready_marker],
         "kernel": identify(config.kernel) if config.kernel else None,
         "initramfs": identify(config.initramfs) if config.initramfs else None,
         # With its name: a template's own overlay of it has that in it.
@@ -99,13 +114,37 @@ def made_of(config: VmConfig, driver: VmDriver, network_mode: str, identify: Cal
         "memory_mb": [config.memory_mb, config.max_memory_mb],
         "networks": [network_mode] if config.networks is None else ["tap"] * len(config.networks),
         "hotplug": config.hotplug,
-        # A template's console shell runs it already.
-        "shell": hashlib.sha256(shell_script() + set_up_script() + renew.program()).hexdigest(),
     }
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """Return the hash of this package, scripts for guests included."""
+    digest = hashlib.sha256(__version__.encode())
+    for name, content in _package_files():
+        digest.update(f"{name} {len(content)} ".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _package_files() -> Iterator[tuple[str, bytes]]:
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            yield file.relative_to(package).as_posix(), file.read_bytes()
 
 
 @lru_cache(maxsize=1)
 def _processor() -> str:
     # A guest sees the host's processor with KVM, and a microcode update may take features away.
     lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
-    return "\n".join(line for line in lines if line.startswith(("model name", "flags", "microcode")))
+    return "\n".join(line for line in lines if line.startswith(PROCESSOR_FACTS))
+
+
+def _kvm_parameters() -> list[str]:
+    # Whether a guest may have guests, for instance, is a flag of its processor.
+    found = []
+    for parameter in sorted(KVM_MODULES.glob("kvm*/parameters/*")):
+        with suppress(OSError):
+            found.append(f"{parameter.parent.parent.name}.{parameter.name}={parameter.read_text(errors='replace').strip()}")
+    return found

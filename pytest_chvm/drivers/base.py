@@ -219,9 +219,15 @@ def share_id(share: SharedDir) -> str:
 
 
 def binary_key(binary: Binary) -> list[str]:
-    """Return what tells one build of a program from another."""
-    found = binary.path.stat()
-    return [os.fspath(binary.path), binary.version, str(found.st_size), str(found.st_mtime_ns)]
+    """Return what tells one build of a program from another, also where all files have one time, or a link leads to another."""
+    return [binary.version, *file_key(binary.path)]
+
+
+def file_key(path: Path) -> list[str]:
+    """Return what tells a file from another that was put in its place, without reading it."""
+    found = path.stat()
+    place = os.path.realpath(path)
+    return [place, *(str(value) for value in (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))]
 
 
 def taps_of(plan: Plan) -> list[AttachedTap]:

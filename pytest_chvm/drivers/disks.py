@@ -62,6 +62,8 @@ def backing_files(image: Path) -> list[Path]:
 def plain_images(image: Path) -> list[Path]:
     """Return an image and those it stands on; raises UnsupportedError where one is not a file that holds all of it, OSError."""
     images = [image, *backing_files(image)]
+    if len(images) > LONGEST_CHAIN and backing_files(images[-1]):
+        raise UnsupportedError(f"{str(image)!r} stands on more than {LONGEST_CHAIN} images")
     for each in images:
         if not each.is_file():
             raise UnsupportedError(f"{str(each)!r} is not a plain file")

@@ -53,7 +53,9 @@ class QemuDriver:
 
     def snapshot_key(self) -> list[str]:
         """Return what of QEMU a snapshot depends on."""
-        return [self.vmm, *binary_key(self.binary()), "kvm" if self._uses_kvm() else "tcg", str(qemu_vsock.why_no_vsock())]
+        binary = self.binary()
+        accel = "kvm" if self._uses_kvm() else "tcg"
+        return [self.vmm, *binary_key(binary), accel, str(qemu_vsock.why_no_vsock()), *qemu_state.firmware_key(binary.path)]
 
     def _uses_kvm(self) -> bool:
         return self.accel == "kvm" or (self.accel == "auto" and why_no_kvm() is None)

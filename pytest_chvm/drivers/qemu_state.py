@@ -7,11 +7,14 @@ milliseconds, and a load maps the file copy-on-write.
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pytest_chvm.drivers import qmp
+from pytest_chvm.drivers.base import file_key
 from pytest_chvm.errors import HypervisorError
 
 # What is done with a QMP client.
@@ -20,6 +23,29 @@ Work = Callable[[Any], Awaitable[None]]
 SAVE_TIMEOUT_S = 60.0
 # QEMU's own limit is meant for a network, and is also what a stopped VM's memory goes through.
 MAX_BANDWIDTH = 1 << 40
+
+
+# What a machine of ours is loaded with beside its kernel; parts of a package of their own (seabios), which is updated by itself.
+FIRMWARE = ("bios-256k.bin", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin")
+LIST_TIMEOUT_S = 10.0
+
+
+def firmware_key(binary: Path) -> list[str]:
+    """Return what tells the firmware that a QEMU loads from another, of which a state cannot be loaded."""
+    places = [Path(place) for place in _firmware_places(binary)]
+    found = [next((place / name for place in places if (place / name).is_file()), None) for name in FIRMWARE]
+    return [word for file in found if file is not None for word in file_key(file)]
+
+
+@lru_cache(maxsize=8)
+def _firmware_places(binary: Path) -> tuple[str, ...]:
+    """Return the directories in which QEMU looks for firmware, in order."""
+    try:
+        done = subprocess.run([binary, "-L", "help"], capture_output=True, timeout=LIST_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        # Whoever starts it learns why.
+        return ()
+    return tuple(os.fsdecode(line) for line in done.stdout.splitlines())
 
 
 def save(vm_name: str, socket_path: Path, state: Path, *, memory_is_shared: bool) -> None:

@@ -26,6 +26,11 @@ def why_no_vsock() -> str | None:
         return f"{NODE} is not there: run 'modprobe vhost_vsock'"
     if not os.access(NODE, os.R_OK | os.W_OK):
         return f"{NODE} may not be opened by you: join the group kvm"
+    try:
+        os.close(os.open(NODE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        # There is a node for the kernel to load the driver at, and no driver.
+        return f"{NODE} cannot be opened ({error.strerror}): run 'modprobe vhost_vsock'"
     return None
 
 

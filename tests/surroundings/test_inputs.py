@@ -284,7 +284,7 @@ def test_a_command_line_that_the_kernel_would_cut_off_is_refused():
 
 def test_a_command_line_with_no_room_for_what_an_image_is_told_is_refused_with_the_arithmetic(guest):
     with pytest.raises(
-        InvalidConfigError, match=r"has 20\d\d bytes, 1990 of yours and \d\d that its networks need.*shorten it by \d+"
+        InvalidConfigError, match=r"has 2\d\d\d bytes, 1990 of yours and \d+ that its networks need.*shorten it by \d+"
     ):
         launch(vmm="qemu", network="user", initramfs=guest.initramfs, cmdline="console=ttyS0 ".ljust(1990, "x"), boot="cold")
 

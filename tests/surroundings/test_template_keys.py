@@ -1,0 +1,195 @@
+"""A template is used for a VM that is made of the very same things, and for no other."""
+
+import functools
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pytest_chvm import QemuDriver, UnsupportedError, VmConfig, VmIOError, templates
+from pytest_chvm.drivers import qemu_state, qemu_vsock
+from pytest_chvm.drivers.base import binary_key
+from pytest_chvm.drivers.disks import plain_images
+from pytest_chvm.host.binaries import Binary
+from pytest_chvm.snapshots import content_key, file_identity
+from pytest_chvm.templates import made_of
+from pytest_chvm.vm import Vm
+
+
+@pytest.fixture
+def own(chvm_vm, guest, tmp_path):
+    """`chvm_vm` with an image of one's own, which no other test has, and without a network."""
+    cmdline = f"console=ttyS0 quiet of={tmp_path.name}-{time.time_ns()}"
+    return functools.partial(chvm_vm, vmm="qemu", network="none", initramfs=guest.initramfs, cmdline=cmdline)
+
+
+def test_a_root_disk_that_grew_is_cloned_at_its_new_size(own, tmp_path):
+    disk = tmp_path / "root.img"
+    disk.write_bytes(b"root disk" * 1000)
+    for size in (64 << 20, 128 << 20):
+        os.truncate(disk, size)
+        with own(root_disk=disk, boot="clone", name=f"has-{size >> 20}") as vm:
+            assert int(vm.check_output("cat /sys/block/vda/size")) * 512 == size
+
+
+def test_what_is_changed_while_a_template_is_made_of_it_makes_none(own, tmp_path, monkeypatch):
+    disk = tmp_path / "root.img"
+    disk.write_bytes(bytes(8 << 20))
+    save = Vm.save
+
+    def save_and_change(vm, *arguments, **more):
+        save(vm, *arguments, **more)
+        with disk.open("r+b") as file:
+            file.write(b"changed")
+
+    monkeypatch.setattr(Vm, "save", save_and_change)
+    with pytest.raises(VmIOError, match="what its template is made of was changed while it was made"):
+        own(root_disk=disk, boot="clone")
+
+
+def test_a_files_length_is_part_of_its_content(tmp_path):
+    keys = set()
+    for size in (0, 1 << 16, 1 << 20, 3 << 20):
+        file = tmp_path / f"of-{size}"
+        file.touch()
+        os.truncate(file, size)
+        keys.add(content_key(file, tmp_path / "cache"))
+    assert len(keys) == 4
+
+
+def test_a_digest_is_not_believed_of_a_file_that_may_have_changed_within_its_times_resolution(tmp_path):
+    file = tmp_path / "disk"
+    file.write_bytes(b"content")
+    true = content_key(file, tmp_path)
+    [kept] = (tmp_path / "digests").iterdir()
+    # As it would be of the content before, had the file been written twice within one tick.
+    kept.write_text("0" * 64)
+    assert content_key(file, tmp_path) == true
+    # Of a file that was not changed for a while it is.
+    kept.write_text("0" * 64)
+    os.utime(kept, (time.time() + 10, time.time() + 10))
+    assert content_key(file, tmp_path) == "0" * 64
+
+
+@pytest.fixture
+def key(guest):
+    """All that a template of the built-in guest depends on."""
+
+    def make(*, built_in_guest=True, ready_marker="CHVM_READY", **config):
+        config = VmConfig(**{"kernel": guest.kernel, "initramfs": guest.initramfs, **config})
+        return made_of(
+            config, QemuDriver(), file_identity, built_in_guest=built_in_guest, network_mode="tap", ready_marker=ready_marker
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"cpus": 2}, {"max_cpus": 2}, {"cpu_model": "Nehalem"}, {"memory_mb": 300}, {"max_memory_mb": 512}, {"hotplug": True},
+        {"networks": []}, {"cmdline": "quiet"}, {"kernel": Path(__file__)}, {"initramfs": Path(__file__)}, {"root_disk": Path(__file__)},
+    ],
+    ids=lambda config: next(iter(config)),
+)  # fmt: skip
+def test_what_a_vm_is_made_of_is_in_the_key(key, config):
+    assert key(**config) != key() == key()
+
+
+def test_the_word_that_an_image_says_that_it_is_ready_with_is_in_the_key(key):
+    image = functools.partial(key, built_in_guest=False)
+    assert image(ready_marker="VMRS_READY") != image() == image()
+    assert image() != key()
+    # The built-in guest says what it is told, booted or cloned.
+    assert key(ready_marker="VMRS_READY") == key()
+
+
+def test_the_code_that_makes_templates_is_in_the_key(key, monkeypatch):
+    before = key()
+    files = list(templates._package_files())
+    assert {"templates.py", "drivers/qemu.py", "guest/configure_any.sh", "guest/init.sh"} <= {name for name, _ in files}
+    changed = [(name, content + b"#" if name == "drivers/qemu.py" else content) for name, content in files]
+    monkeypatch.setattr(templates, "_package_files", lambda: changed)
+    templates._code.cache_clear()
+    try:
+        assert key() != before
+    finally:
+        templates._code.cache_clear()
+
+
+def test_the_build_of_the_hosts_kernel_and_what_its_kvm_is_told_are_in_the_key(key, monkeypatch, tmp_path):
+    keys = [key()]
+    monkeypatch.setattr(platform, "version", lambda: "#2 SMP another build")
+    keys.append(key())
+    monkeypatch.setattr(templates, "KVM_MODULES", tmp_path)
+    nested = tmp_path / "kvm_amd" / "parameters" / "nested"
+    nested.parent.mkdir(parents=True)
+    for value in ("N\n", "Y\n"):
+        nested.write_text(value)
+        keys.append(key())
+    assert all(keys[n] != keys[m] for n in range(4) for m in range(n))
+
+
+def test_a_program_in_the_place_of_another_is_told_also_with_the_same_size_and_time(tmp_path):
+    programs = {}
+    for name in ("one", "two"):
+        programs[name] = tmp_path / name
+        programs[name].write_text(f"#!/bin/sh\n# {name}\n")
+        os.utime(programs[name], (1, 1))
+    link = tmp_path / "qemu"
+    link.symlink_to(programs["one"])
+    before = binary_key(Binary(link, "9.1"))
+    assert before == binary_key(Binary(link, "9.1"))
+    link.unlink()
+    link.symlink_to(programs["two"])
+    assert binary_key(Binary(link, "9.1")) != before
+    before = binary_key(Binary(programs["one"], "9.1"))
+    os.replace(programs["two"], programs["one"])
+    assert binary_key(Binary(programs["one"], "9.1")) != before
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the firmware is x86's")
+def test_the_firmware_of_qemu_is_in_the_key(tmp_path):
+    qemu = tmp_path / "qemu"
+    qemu.write_text(f"#!/bin/sh\necho {tmp_path}/first; echo {tmp_path}/second\n")
+    qemu.chmod(0o755)
+    assert qemu_state.firmware_key(qemu) == []
+    for name in ("second", "first"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bios-256k.bin").write_text("SeaBIOS")
+        assert qemu_state.firmware_key(qemu)[0] == f"{tmp_path}/{name}/bios-256k.bin"
+    # The real one has some.
+    assert any(place.endswith("bios-256k.bin") for place in qemu_state.firmware_key(QemuDriver().binary().path))
+
+
+def test_a_node_of_a_driver_that_is_not_there_is_no_vsock(needs_root, tmp_path, monkeypatch):
+    node = tmp_path / "vhost-vsock"
+    # A number of a range for experiments (Documentation/admin-guide/devices.txt), which no driver has.
+    os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(120, 77))
+    monkeypatch.setattr(qemu_vsock, "NODE", str(node))
+    if not os.access(node, os.R_OK):
+        pytest.skip("device nodes cannot be used here")
+    assert "cannot be opened" in qemu_vsock.why_no_vsock()
+    assert qemu_vsock.open_device("vm") is None
+
+
+def test_all_of_a_long_chain_of_images_is_in_the_key_or_there_is_none(tmp_path):
+    if shutil.which("qemu-img") is None:
+        pytest.skip("qemu-img is not installed")
+    below = tmp_path / "0.img"
+    below.write_bytes(bytes(1 << 20))
+    for number in range(1, 13):
+        image = tmp_path / f"{number}.img"
+        form = "raw" if number == 1 else "qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", form, "-b", below, image], check=True)
+        below = image
+        if number <= 10:
+            assert len(plain_images(image)) == number + 1
+        else:
+            with pytest.raises(UnsupportedError, match="stands on more than 10 images"):
+                plain_images(image)
