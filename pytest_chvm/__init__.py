@@ -40,6 +40,7 @@ _HOMES = {
             "BootFailedError",
             "CommandTimeoutError",
             "GuestCommandError",
+            "GuestOopsError",
             "GuestPanicError",
             "GuestRebootError",
             "GuestShutdownError",

@@ -8,6 +8,7 @@ from pytest_chvm.drivers.qemu import QemuDriver as QemuDriver
 from pytest_chvm.errors import BootFailedError as BootFailedError
 from pytest_chvm.errors import CommandTimeoutError as CommandTimeoutError
 from pytest_chvm.errors import GuestCommandError as GuestCommandError
+from pytest_chvm.errors import GuestOopsError as GuestOopsError
 from pytest_chvm.errors import GuestPanicError as GuestPanicError
 from pytest_chvm.errors import GuestRebootError as GuestRebootError
 from pytest_chvm.errors import GuestShutdownError as GuestShutdownError

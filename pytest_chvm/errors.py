@@ -53,6 +53,10 @@ class GuestShutdownError(HypervisorError):
     """The guest powered itself off."""
 
 
+class GuestOopsError(VmError):
+    """The guest's kernel had an oops and went on."""
+
+
 class VmIOError(VmError, OSError):
     """Talking to the guest failed: the console, a file, a socket."""
 

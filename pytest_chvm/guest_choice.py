@@ -35,11 +35,15 @@ BUILT_IN_CMDLINE = (
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What is booted: a complete config, whether it is the built-in guest, and the nonce that its ready line must have, if any."""
+    """What is booted: a complete config, whether it is the built-in guest, and the nonce that its ready line must have, if any.
+
+    `lacks` says in words why the built-in guest may lack drivers.
+    """
 
     config: VmConfig
     built_in: bool
     nonce: str | None
+    lacks: str | None = None
 
     def words(self, marker: str) -> list[str]:
         """Return what the guest is told beside its networks, on its kernel command line or as a clone.
@@ -68,11 +72,23 @@ def choose_guest(config: VmConfig, settings: Settings) -> Guest:
         return Guest(config, False, None)
     preflight(config)
     assert config.kernel is not None
-    initramfs = _built_in_initramfs(kernel or inspect_kernel(config.kernel), cache_dir(settings))
+    known = kernel or inspect_kernel(config.kernel)
+    initramfs = _built_in_initramfs(known, cache_dir(settings))
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
-    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), True, secrets.token_hex(8))
+    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), True, secrets.token_hex(8), _lacks(known))
+
+
+def _lacks(kernel: Kernel) -> str | None:
+    if kernel.modules is not None:
+        return None
+    if kernel.release is None:
+        return f"no modules, since the release of the kernel {str(kernel.image)!r} cannot be told"
+    return (
+        f"no modules for {kernel.release} beside this kernel ({kernel.image}): expected in lib/modules/{kernel.release} beside its "
+        "directory, or of the host. Name the kernel where its package has it, or one that has these drivers built in"
+    )
 
 
 def told_config(guest: Guest, words: Sequence[str], directory: Path) -> VmConfig:

@@ -13,7 +13,7 @@ from pytest_chvm.errors import InvalidConfigError, UnsupportedError
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap
 from pytest_chvm.host.processes import end_process
-from pytest_chvm.host.virtiofsd import PROGRAMS, check_shared_dir, find_virtiofsd, lease_lock_file, start_virtiofsd
+from pytest_chvm.host.virtiofsd import PROGRAMS, ServedShare, check_shared_dir, find_virtiofsd, lease_lock_file, start_virtiofsd
 from pytest_chvm.model import ProcessIdentity, SharedDir, Tap, VmConfig, VmHandle, checked_mac, mac_for
 
 SIDECAR_TIMEOUT_S = 1.0
@@ -30,6 +30,7 @@ class Device:
     tap: str | None = None
     mac: str | None = None
     sidecar: ProcessIdentity | None = None
+    served: ServedShare | None = None
 
 
 def require_room(config: VmConfig) -> None:
@@ -82,7 +83,8 @@ def add_share(
     except BaseException:
         _end(sidecar)
         raise
-    return Device(device, "fs", sidecar=sidecar), replace(handle, sidecars=(*handle.sidecars, sidecar))
+    served = ServedShare(share, sidecar, path)
+    return Device(device, "fs", sidecar=sidecar, served=served), replace(handle, sidecars=(*handle.sidecars, sidecar))
 
 
 def remove(driver: VmDriver, handle: VmHandle, device: Device) -> None:

@@ -234,12 +234,12 @@ class Launcher:
 
     def clone(self, guest: Guest, saved: Path, *, wait: bool = True, held: Sequence[Held] = (), stale_nics: int = 0) -> Vm:
         """Start a VM from a saved one, and have it made a machine of its own; `stale_nics` have the saved one's addresses."""
-        guest = Guest(clone_config(guest.config), guest.built_in, secrets.token_hex(8))
+        guest = replace(guest, config=clone_config(guest.config), nonce=secrets.token_hex(8))
         return self._started(guest, Origin("clone", "", saved, stale_nics), wait=wait, held=held)
 
     def template(self, guest: Guest) -> HeldTemplate:
         """Return the template for a VM, from the store; the first call boots and saves it."""
-        plain = Guest(template_config(guest.config), guest.built_in, secrets.token_hex(8) if guest.built_in else None)
+        plain = replace(guest, config=template_config(guest.config), nonce=secrets.token_hex(8) if guest.built_in else None)
 
         def build(directory: Path) -> None:
             try:
@@ -334,6 +334,7 @@ class Launcher:
             origin=origin,
             snapshot=lambda vm: self._snapshot(vm, guest),
             release=lent.release,
+            lacks=guest.lacks,
         )
 
     def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:

@@ -259,6 +259,28 @@ def pytest_configure_node(node: Any) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Have a test fail for what has befallen its VMs after its last call."""
+    __tracebackhide__ = True
+    factories: list[VmFactory] = item.config.stash[_factories_key]
+    try:
+        result = yield
+    except Exception as error:
+        if factories:
+            from pytest_chvm.checkup import check_up
+
+            if (trouble := check_up(factories)) is not None:
+                error.add_note(f"{type(trouble).__name__}: {trouble}")
+        raise
+    if factories:
+        from pytest_chvm.checkup import check_up
+
+        if (trouble := check_up(factories)) is not None:
+            raise trouble
+    return result
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
     """End whatever a test's VMs have left, and have the test fail for it."""
     factories: list[VmFactory] = item.config.stash[_factories_key]

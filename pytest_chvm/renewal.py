@@ -8,11 +8,13 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from importlib import resources
+from typing import Protocol
 
 from pytest_chvm.errors import GuestCommandError, UnsupportedError, VmIOError
 from pytest_chvm.guest import renew
 from pytest_chvm.model import CommandResult
 
+CLOCK_TIMEOUT_S = 5.0
 # A directory of ours in a guest.
 DIRECTORY = re.compile(r"/[a-z/]{1,20}/chvm\.[A-Za-z0-9]{6}\n")
 # Puts the program that is its input where the guest runs programs from, and tries it: without a message it ends with 1.
@@ -53,6 +55,22 @@ def line(words: Sequence[str], *, stale_nics: int = 0) -> str:
 def message() -> bytes:
     """Return what the program is told: the time now, and a seed."""
     return renew.message(time.time_ns(), os.urandom(renew.SEED_SIZE))
+
+
+class _Run(Protocol):
+    def __call__(self, command: str, *, timeout: float, input: bytes | None) -> CommandResult: ...
+
+
+def set_clock(run: _Run) -> None:
+    """Set the guest's clock to the host's: behind it by as long as that takes, and without what renews clones by up to a second.
+
+    Raises GuestCommandError where it cannot.
+    """
+    program = "/lib/chvm/renew"
+    script = f"if [ -x {program} ]; then {program} >/dev/null; else date -u -s @{round(time.time())} >/dev/null; fi"
+    done = run(script, timeout=CLOCK_TIMEOUT_S, input=renew.call("0" * renew.TOKEN_SIZE) + message())
+    if done.returncode != 0:
+        raise GuestCommandError(f"its shell could not set it: {done.stderr.strip()[:200]!r}, status {done.returncode}")
 
 
 def set_up_script() -> bytes:

@@ -7,18 +7,20 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pytest_chvm import hotplug, renewal
+from pytest_chvm import hotplug, liveness, renewal
 from pytest_chvm.deadline import Deadline
-from pytest_chvm.drivers.base import CONSOLE_FILE, VmDriver, share_id
+from pytest_chvm.drivers.base import CONSOLE_FILE, VmDriver, logger, share_id
 from pytest_chvm.errors import (
     BootFailedError,
+    CommandTimeoutError,
     GuestCommandError,
+    GuestPanicError,
     StopFailedError,
     UnsupportedError,
     VmError,
@@ -26,7 +28,7 @@ from pytest_chvm.errors import (
 )
 from pytest_chvm.guest import files
 from pytest_chvm.guest.shell import GuestShell, shown_outputs
-from pytest_chvm.health import Health, console_ends_with, ends_with, has_ended
+from pytest_chvm.health import Health, console_ends_with, ends_with
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.hotplug import Device
@@ -36,6 +38,8 @@ from pytest_chvm.text import read_tail
 
 RUN_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 30.0
+# How long a guest has to show that it lives, once there is a reason to doubt it.
+ANSWER_TIMEOUT_S = 5.0
 # Has the built-in guest's shell read what sets the guest up; before it is saved too, so that a clone's does not have to.
 READ_SET_UP = ". /lib/chvm/configure.sh"
 # What `console` returns at most, from the end.
@@ -76,6 +80,7 @@ class Vm:
         origin: Origin,
         snapshot: Callable[[Vm], Snapshot],
         release: Callable[[], list[str]],
+        lacks: str | None = None,
     ) -> None:
         self.config = config
         self.handle = handle
@@ -98,7 +103,14 @@ class Vm:
         self._last_console: str | None = None
         self._relays: dict[int, NamespaceRelay] = {}
         self._forwarded: dict[int, tuple[str, int]] = {}
-        self._health = Health(config, lambda: self.handle, driver, nonce_required=handle.nonce is not None)
+        self._health = Health(
+            config,
+            lambda: self.handle,
+            driver,
+            lacks=lacks,
+            answers=self._answers,
+            console_start=_size(origin.saved / CONSOLE_FILE) if origin.saved else 0,
+        )
         self._shell = GuestShell(
             self.name,
             lambda: driver.open_console(handle),
@@ -139,7 +151,10 @@ class Vm:
         """The VM's state and IP, looked up now."""
         if self._ended:
             return VmStatus(VmState.STOPPED)
-        return self._driver.state(self.handle)
+        found = self._driver.state(self.handle)
+        if found.state is VmState.STOPPED:
+            self._health.told = True
+        return found
 
     @property
     def serial_log(self) -> Path:
@@ -164,7 +179,9 @@ class Vm:
         `timeout` is seconds from now; without it the boot's own deadline counts. Raises BootFailedError (GuestPanicError for a
         panic) as soon as the VMM ends or the guest's kernel gives up, and at the deadline.
         """
-        deadline = self._boot_deadline if timeout is None else Deadline.after(timeout)
+        # That of the first boot has long passed when it starts again after a panic.
+        first = Deadline.after(self._boot_deadline.total_s) if self._health.panicked else self._boot_deadline
+        deadline = first if timeout is None else Deadline.after(timeout)
 
         def not_ready() -> BootFailedError:
             said = self._health.ready.refused
@@ -176,8 +193,19 @@ class Vm:
                 vm_name=self.name,
             )
 
-        self._lease.describe(ip=self._health.wait_for(self._health.ready.scan, deadline, not_ready))
+        starts_anew = self._health.panicked
+        ip = self._health.wait_for(self._health.ready.scan, deadline, not_ready)
+        if starts_anew:
+            self._started_anew()
+        if (failed := self._health.not_set_up()) is not None:
+            raise failed
+        self._lease.describe(ip=ip)
         return self
+
+    def _started_anew(self) -> None:
+        self._health.started_anew()
+        # Cloud Hypervisor has made a new console with the new boot.
+        self._shell.close()
 
     def wait_for_console(self, pattern: str | re.Pattern[str], timeout: float = RUN_TIMEOUT_S) -> re.Match[str]:
         """Block until the serial console has text that matches, since the VM's start; returns the match.
@@ -195,6 +223,59 @@ class Vm:
 
         return self._health.wait_for(lambda: compiled.search(self.console), Deadline.after(timeout), no_match)
 
+    def check_up(self) -> VmError | None:
+        """Return what has befallen the guest that the test has not been told of: a panic, an oops, the end of its VMM or sidecars.
+
+        None where it is well, and of a VM that the test has ended.
+        """
+        if self.closed or self._ended:
+            return None
+        return self._health.check_up(self._taint)
+
+    def _taint(self) -> int | None:
+        try:
+            return int(self._shell.run("cat /proc/sys/kernel/tainted", timeout=ANSWER_TIMEOUT_S, input=None).stdout)
+        except (VmError, ValueError):
+            return None
+
+    def _answers(self) -> bool | None:
+        line, token = liveness.question()
+        if (asked := self._shell.poke(line, ANSWER_TIMEOUT_S)) is not True:
+            return asked
+        return liveness.was_answered(self.serial_log, token, Deadline.after(ANSWER_TIMEOUT_S), self.pid)
+
+    @contextmanager
+    def expect_panic(self, timeout: float = RUN_TIMEOUT_S) -> Iterator[None]:
+        """Expect the guest's kernel to panic in the block, or within `timeout` seconds of its end; it may reboot for it.
+
+        The panic is no error then, neither in the block, which ends with the call that notices it, nor at the end of the test.
+        Afterwards `wait_ready()` blocks until the guest has started again, where it does. Raises VmIOError where it does not panic.
+        """
+
+        def none() -> VmIOError:
+            return VmIOError(
+                f"VM {self.name!r}: the guest did not panic within {timeout:g} s, and was expected to; its console "
+                f"{ends_with(self.serial_log)}",
+                vm_name=self.name,
+            )
+
+        self.check_alive()
+        self.handle, self._health.shares = self._driver.allow_reboot(self.handle, self._health.shares)
+        self._health.expects_panic = True
+        try:
+            yield
+            self._health.wait_for(lambda: None, Deadline.after(timeout), none)
+        except GuestPanicError as error:
+            self._health.panic_was_expected(error)
+            self._health.start_anew(self.handle.nonce)
+            self._shell.close()
+        except BaseException:
+            with suppress(VmError):
+                self._driver.settle(self.handle)
+            raise
+        finally:
+            self._health.expects_panic = False
+
     def check_alive(self) -> None:
         """Raise what has become of the guest if it is not alive: GuestPanicError, BootFailedError, HypervisorError."""
         if self._ended:
@@ -211,7 +292,13 @@ class Vm:
         """
         data = input.encode(errors="surrogateescape") if isinstance(input, str) else input
         self.check_alive()
-        return self._shell.run(command, timeout=timeout, input=data)
+        if (silent := self._health.no_shell()) is not None:
+            raise silent
+        try:
+            return self._shell.run(command, timeout=timeout, input=data)
+        except (CommandTimeoutError, VmIOError) as error:
+            self._health.explain(error)
+            raise
 
     def check_output(
         self, command: str | Sequence[str], *, timeout: float = RUN_TIMEOUT_S, input: str | bytes | None = None
@@ -296,11 +383,23 @@ class Vm:
 
     def _plugged_in(self, device: Device) -> Device:
         self.plugged[device.id] = device
+        if device.served is not None:
+            self._health.shares.append(device.served)
         return device
 
     def remove(self, device: Device) -> None:
         """Unplug a device that was plugged in."""
-        hotplug.remove(self._driver, self.handle, device)
+        before = self._health.shares
+        if device.served is not None:
+            # By another virtiofsd after a reboot; its end is no trouble from now on.
+            now = [each for each in before if each.socket == device.served.socket]
+            self._health.shares = [each for each in before if each not in now]
+            device = replace(device, sidecar=now[0].process if now else device.sidecar)
+        try:
+            hotplug.remove(self._driver, self.handle, device)
+        except BaseException:
+            self._health.shares = before
+            raise
         self.plugged.pop(device.id, None)
 
     def resize(self, *, cpus: int | None = None, memory_mb: int | None = None) -> None:
@@ -345,13 +444,13 @@ class Vm:
             words = (self.config.cmdline or "").split()
             set_up = renewal.put_into(self._run_for_files, self.ip, words, trial=not go_on)
         with self._without_shares(), self._shell.waiting(lambda token: renewal.waiting_line(set_up, token)):
-            self.pause()
+            self._driver.pause(self.handle)
             try:
                 self._driver.snapshot(self.handle, directory)
                 self._save_console(directory / CONSOLE_FILE)
             finally:
                 if go_on:
-                    self.resume()
+                    self._driver.resume(self.handle)
 
     def _save_console(self, copy: Path) -> None:
         # Without the ready line: each clone prints its own, and a test that looks for one is to find that.
@@ -362,45 +461,54 @@ class Vm:
     @contextmanager
     def _without_shares(self) -> Iterator[None]:
         """Unplug the shared dirs, which no VMM saves, and plug them in again afterwards."""
-        shares = self.config.shared_dirs
-        # Those of what was unplugged, or of an earlier boot, have ended.
-        sidecars = [sidecar for sidecar in self.handle.sidecars if not has_ended(sidecar)]
+        shares = list(self._health.shares)
         unplugged = []
         try:
-            for index, (share, sidecar) in enumerate(zip(shares, sidecars, strict=True)):
-                self.check_output(["umount", f"/mnt/{share.tag}"])
+            for index, served in enumerate(shares):
+                self.check_output(["umount", f"/mnt/{served.share.tag}"])
                 # Its virtiofsd's end is no trouble from now on.
-                self.handle = replace(self.handle, sidecars=tuple(sidecars[index + 1 :]))
+                self._health.shares = shares[index + 1 :]
                 unplugged.append(index)
-                hotplug.remove(self._driver, self.handle, Device(share_id(share), "fs", sidecar=sidecar))
+                hotplug.remove(self._driver, self.handle, Device(share_id(served.share), "fs", sidecar=served.process))
             yield
         finally:
             for index in unplugged:
-                share = shares[index]
-                _device, self.handle = hotplug.add_share(self._driver, self.handle, self._lease, share, self._virtiofsd)
-                sidecars[index] = self.handle.sidecars[-1]
+                share = shares[index].share
+                device, self.handle = hotplug.add_share(self._driver, self.handle, self._lease, share, self._virtiofsd)
+                assert device.served is not None
+                shares[index] = device.served
                 self.check_output(f"{READ_SET_UP}; chvm_share {share.guest_word}")
-            self.handle = replace(self.handle, sidecars=tuple(sidecars))
+            self._health.shares = shares
+            served_by = tuple(served.process for served in shares)
+            self.handle = replace(self.handle, sidecars=served_by)
 
     def pause(self) -> None:
         """Stop the guest's processors; raises UnsupportedError where the VMM cannot."""
         self._driver.pause(self.handle)
 
     def resume(self) -> None:
-        """Let a paused guest go on."""
+        """Let a paused guest go on, with its clock set to the host's where it has a shell that was used, or is the built-in one.
+
+        Elsewhere its clock stays behind by the time that it was paused.
+        """
         self._driver.resume(self.handle)
+        self._health.told = False
+        if self._built_in_guest or self._shell.is_connected:
+            try:
+                renewal.set_clock(self._shell.run)
+            except (VmIOError, GuestCommandError) as error:
+                logger.warning("%s: the guest's clock is behind by the time that it was paused: %s", self.name, error)
 
     def reboot(self, timeout: float = RUN_TIMEOUT_S) -> Self:
         """Have the guest reboot and block until it is ready again; returns the VM."""
-        self.handle = self._driver.allow_reboot(self.handle, self.config)
+        self.handle, self._health.shares = self._driver.allow_reboot(self.handle, self._health.shares)
         if not self._built_in_guest:
             # It was told of a nonce when it was made of a saved one, by us.
             self.handle = replace(self.handle, nonce=None)
-        self._health.ready.expect_again(self.handle.nonce)
+        self._health.start_anew(self.handle.nonce)
         self._shell.tell("sync; reboot -f", timeout)
         self.wait_ready(timeout)
-        # Cloud Hypervisor has made a new console with the new boot.
-        self._shell.close()
+        self._started_anew()
         return self
 
     def shutdown(self, timeout: float = SHUTDOWN_TIMEOUT_S) -> None:
@@ -491,3 +599,7 @@ class Vm:
                 steps.callback(attempt, lambda: self._end(self._driver.kill))
         if failures:
             raise StopFailedError("; ".join(failures), vm_name=self.name)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

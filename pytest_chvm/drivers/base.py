@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,7 @@ from pytest_chvm.guest.ready import DEFAULT_MARKER
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap
+from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import SharedDir, SocketPairFd, Tap, VmConfig, VmHandle, VmStatus, mac_for
 
 logger = logging.getLogger("pytest_chvm")
@@ -133,8 +135,17 @@ class VmDriver(Protocol):
     def power_button(self, handle: VmHandle) -> None:
         """Press the power button; what that does is the guest's to decide."""
 
-    def allow_reboot(self, handle: VmHandle, config: VmConfig) -> VmHandle:
-        """Let the next reboot of the guest be one, where it would otherwise be the VMM's end; returns the handle from then on."""
+    def allow_reboot(self, handle: VmHandle, shares: Sequence[ServedShare]) -> tuple[VmHandle, list[ServedShare]]:
+        """Let the next reboot of the guest be one, where it would otherwise be the VMM's end, or trouble.
+
+        Returns the handle from then on, and who serves the shared dirs, `shares` until now.
+        """
+
+    def settle(self, handle: VmHandle) -> None:
+        """Take what befell the guest so far for dealt with: it is up, and its next reboot is trouble again."""
+
+    def run_state(self, handle: VmHandle) -> str | None:
+        """Return in the VMM's words what the guest does where it does not run; None where it runs."""
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
         """Save a paused VM's state and memory to a directory; disks are not saved."""

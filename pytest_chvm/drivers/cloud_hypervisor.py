@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_chvm.deadline import Deadline
@@ -21,14 +22,16 @@ from pytest_chvm.drivers.base import (
     share_id,
     taps_of,
 )
-from pytest_chvm.drivers.ch_events import EventMonitor, event_log, open_event_log
+from pytest_chvm.drivers.ch_events import EventMonitor
 from pytest_chvm.drivers.disks import base_format, data_format, root_overlay
+from pytest_chvm.drivers.events import event_log, open_event_log
 from pytest_chvm.drivers.memory import copy_sparse, inherited_memory
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
+from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus
 
@@ -314,10 +317,19 @@ class CloudHypervisorDriver:
         """Press the ACPI power button."""
         self._call(handle, "vm.power-button")
 
-    def allow_reboot(self, handle: VmHandle, config: VmConfig) -> VmHandle:
+    def allow_reboot(self, handle: VmHandle, shares: Sequence[ServedShare]) -> tuple[VmHandle, list[ServedShare]]:
         """Expect the next reboot: the same process makes all devices anew, and connects to each virtiofsd again."""
         self._monitor(handle).expected_reboots += 1
-        return self._process.renew_sidecars(handle, config)
+        return self._process.renew_sidecars(handle, shares)
+
+    def settle(self, handle: VmHandle) -> None:
+        """Take what befell the guest so far for dealt with."""
+        self._monitor(handle).settle()
+
+    def run_state(self, handle: VmHandle) -> str | None:
+        """Return the VM's state where it is another than `Running`."""
+        state = self.info(handle).get("state")
+        return None if state in ("Running", None) else str(state)
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
         """Save a paused VM's state and memory to a directory that is there and empty, but for the memory; disks are not saved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,8 @@ QCOW2_MAGIC = b"QFI\xfb"
 # Incompatible features of an image (QEMU's docs/interop/qcow2.txt): its refcounts may be wrong; its data is not in it.
 DIRTY, DATA_IN_ANOTHER_FILE = 1, 4
 OVERLAY_TIMEOUT_S = 30.0
+# An overlay goes elsewhere than to the disk only where the disk has less.
+ROOM = 1 << 30
 # Cloud Hypervisor follows ten; a name has 1023 bytes at most.
 LONGEST_CHAIN, LONGEST_NAME = 10, 1023
 
@@ -79,9 +82,29 @@ def root_overlay(plan: Plan) -> Path | None:
     """
     if plan.config.root_disk is None:
         return None
-    overlay = (plan.template_dir or plan.lease.directory) / ROOT_FILE
+    overlay = (plan.template_dir or _overlay_dir(plan)) / ROOT_FILE
     make_overlay(plan.config.root_disk if plan.restoring is None else plan.restoring / ROOT_FILE, overlay)
     return overlay
+
+
+def _overlay_dir(plan: Plan) -> Path:
+    """Return a directory for the overlay: a new one where snapshots go, linked to from the run directory, which is in memory.
+
+    The run directory itself where there is no such place, or less room.
+    """
+    own = plan.lease.directory
+    if plan.snapshots is None or _free(plan.snapshots) < min(ROOM, _free(own)):
+        return own
+    directory = plan.snapshots / secrets.token_hex(8)
+    plan.lease.add_path(directory)
+    directory.mkdir(mode=0o700)
+    (own / ROOT_FILE).symlink_to(directory / ROOT_FILE)
+    return directory
+
+
+def _free(place: Path) -> int:
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize
 
 
 def check_was_closed(overlay: Path) -> None:

@@ -29,7 +29,7 @@ from pytest_chvm.host.networks import remove_taps
 from pytest_chvm.host.processes import end_all, end_process, is_running, keeper
 from pytest_chvm.host.runs import count_started
 from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
-from pytest_chvm.host.virtiofsd import find_virtiofsd, lease_lock_file, start_virtiofsd
+from pytest_chvm.host.virtiofsd import ServedShare, find_virtiofsd, lease_lock_file, start_virtiofsd
 from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle, VmState, VmStatus
 from pytest_chvm.text import last_lines
 
@@ -254,16 +254,14 @@ class VmmProcess:
             self._scanners[handle.machine_id] = known
         return known
 
-    def renew_sidecars(self, handle: VmHandle, config: VmConfig) -> VmHandle:
+    def renew_sidecars(self, handle: VmHandle, shares: Sequence[ServedShare]) -> tuple[VmHandle, list[ServedShare]]:
         """Start a second virtiofsd at each socket, for a VMM that will connect anew; the first ends with its connection."""
-        assert handle.run_dir is not None
-        program = find_virtiofsd(self.virtiofsd) if config.shared_dirs else None
+        program = find_virtiofsd(self.virtiofsd) if shares else None
         fresh = []
-        for index, share in enumerate(config.shared_dirs):
+        for served in shares:
             assert program is not None
-            path = handle.run_dir / f"fs{index}.sock"
-            fresh.append(start_virtiofsd(program, share, path, path.with_suffix(".log")))
-        return replace(handle, sidecars=(*handle.sidecars, *fresh))
+            fresh.append(replace(served, process=start_virtiofsd(program, served.share, served.socket, served.log)))
+        return replace(handle, sidecars=(*handle.sidecars, *(served.process for served in fresh))), fresh
 
     def set_paused(self, handle: VmHandle, paused: bool) -> None:
         """Remember whether a VM is paused."""

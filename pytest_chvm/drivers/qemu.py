@@ -6,10 +6,11 @@ import hashlib
 import os
 import platform
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_chvm.drivers import qemu_devices, qemu_state, qemu_vsock, qmp
+from pytest_chvm.drivers import qemu_devices, qemu_events, qemu_state, qemu_vsock, qmp
 from pytest_chvm.drivers.base import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, BootOptions, Plan, VmmCommand, binary_key, taps_of
 from pytest_chvm.drivers.disks import base_format, copy_overlay, data_format, root_overlay
 from pytest_chvm.drivers.process import VmmProcess
@@ -17,11 +18,16 @@ from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmI
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
+from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus, mac_for
 
 PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
 INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
 SYSTEM_CALLS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+# Asked when something else has taken too long already.
+RUN_STATE_TIMEOUT_S = 2.0
+# What all VMs have, as far as it has changed: a saved one cannot go on in a machine with other devices.
+MACHINE = qemu_events.PANIC_DEVICE
 
 
 class QemuDriver:
@@ -35,6 +41,7 @@ class QemuDriver:
         self.accel = accel
         self._binary = binary
         self._process = VmmProcess(self.vmm, ("qemu-system", "qemu-kvm"), virtiofsd)
+        self._events: dict[str, qemu_events.QemuEvents] = {}
 
     def binary(self) -> Binary:
         """Return the QEMU of this machine's architecture; raises InvalidConfigError where there is none, or one that is too old."""
@@ -55,7 +62,14 @@ class QemuDriver:
         """Return what of QEMU a snapshot depends on."""
         binary = self.binary()
         accel = "kvm" if self._uses_kvm() else "tcg"
-        return [self.vmm, *binary_key(binary), accel, str(qemu_vsock.why_no_vsock()), *qemu_state.firmware_key(binary.path)]
+        return [
+            self.vmm,
+            *binary_key(binary),
+            accel,
+            str(qemu_vsock.why_no_vsock()),
+            *qemu_state.firmware_key(binary.path),
+            *MACHINE,
+        ]
 
     def _uses_kvm(self) -> bool:
         return self.accel == "kvm" or (self.accel == "auto" and why_no_kvm() is None)
@@ -97,7 +111,8 @@ class QemuDriver:
         machine += [*self._other_disks(config), *self._shares(plan)] if plan.restoring is None else []
         control = ["-incoming", "defer", "-S"] if plan.restoring is not None else []
         control += ["-chardev", f"socket,id=qmp,fd={plan.add_listener('qmp.sock')},server=on,wait=off"]
-        control += ["-mon", "chardev=qmp,mode=control"]
+        control += ["-mon", "chardev=qmp,mode=control", *qemu_events.event_arguments(plan)]
+        control += qemu_events.PANIC_DEVICE if plan.console else ()
         return VmmCommand(machine, control + self._serial_ports(plan), shown)
 
     @staticmethod
@@ -178,10 +193,12 @@ class QemuDriver:
 
     def stop(self, handle: VmHandle) -> None:
         """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
+        self._events.pop(handle.machine_id, None)
         self._process.stop(handle)
 
     def kill(self, handle: VmHandle) -> None:
         """End the VMM with SIGKILL and remove all that the VM had."""
+        self._events.pop(handle.machine_id, None)
         self._process.kill(handle)
 
     def state(self, handle: VmHandle) -> VmStatus:
@@ -214,12 +231,34 @@ class QemuDriver:
         return {"blockstats": self._qmp(handle, ("query-blockstats", {}))}
 
     def event_log(self, handle: VmHandle) -> Path | None:
-        """QEMU keeps none: with `-no-reboot` a guest that reboots or powers off ends it."""
-        return None
+        """Return the file that the second monitor writes."""
+        return None if handle.run_dir is None else qemu_events.event_log(handle.run_dir)
 
     def trouble(self, handle: VmHandle) -> VmError | None:
-        """Nothing that the end of QEMU does not say."""
-        return None
+        """Return a disk of the host's that is full, or the first reboot, shutdown or panic that nobody asked for."""
+        events = self._events_of(handle)
+        trouble = events.read()
+        if trouble is None and events.stopped_by is not None:
+            return self._full_disk(handle, events.stopped_by)
+        return trouble
+
+    def _events_of(self, handle: VmHandle) -> qemu_events.QemuEvents:
+        fresh = qemu_events.QemuEvents(handle.name, self.event_log(handle) or Path(os.devnull))
+        return self._events.setdefault(handle.machine_id, fresh)
+
+    def _full_disk(self, handle: VmHandle, event: dict[str, Any]) -> VmError:
+        node = str(event.get("node-name"))
+        try:
+            nodes: Any = self._qmp(handle, ("query-named-block-nodes", {"flat": True}))
+            file = next((str(each["file"]) for each in nodes if each.get("node-name") == node), node)
+        except VmError as error:
+            file = f"{node!r} ({error})"
+        return HypervisorError(
+            f"VM {handle.name!r}: its disk {file} could not take what the guest wrote: {event.get('reason')}. QEMU has paused the "
+            "guest until there is space: free some on that file system and resume() the VM, or put the image, or CHVM_CACHE_DIR "
+            "for the overlay of a root_disk, where there is more.",
+            vm_name=handle.name,
+        )
 
     def add_disk(self, handle: VmHandle, image: Path, *, read_only: bool) -> str:
         """Plug a disk in; returns its id."""
@@ -279,10 +318,23 @@ class QemuDriver:
         """Press the ACPI power button."""
         self._qmp(handle, ("system_powerdown", {}))
 
-    def allow_reboot(self, handle: VmHandle, config: VmConfig) -> VmHandle:
+    def allow_reboot(self, handle: VmHandle, shares: Sequence[ServedShare]) -> tuple[VmHandle, list[ServedShare]]:
         """Let the guest's next reboot be one; without it `-no-reboot` ends QEMU."""
+        self._events_of(handle).expected_reboots += 1
         self._qmp(handle, ("set-action", {"reboot": "reset"}))
-        return handle
+        return handle, list(shares)
+
+    def settle(self, handle: VmHandle) -> None:
+        """Take what befell the guest so far for dealt with; its next reboot ends QEMU again."""
+        self._qmp(handle, ("set-action", {"reboot": "shutdown"}))
+        self._events_of(handle).settle()
+
+    def run_state(self, handle: VmHandle) -> str | None:
+        """Return QEMU's run state where it is another than `running`."""
+        ask = lambda client: client.execute("query-status")  # noqa: E731
+        answer = qmp.session(handle.name, self._socket(handle, "qmp.sock"), ask, timeout_s=RUN_STATE_TIMEOUT_S)
+        state = str(answer.get("status")) if isinstance(answer, dict) else str(answer)
+        return None if state == "running" else state
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
         """Save a paused VM's state, and its memory and what it has written to its root disk, unless these are files here already.

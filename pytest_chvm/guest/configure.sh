@@ -4,7 +4,7 @@
 #   chvm.share=TAG[,ro]                           one a shared dir
 #   chvm.disk=DEVICE                              one that must be there
 #   chvm.ip= chvm.nonce= chvm.marker= chvm.hostname=
-# At last it says on the serial console that the machine is ready.
+# At last it says on the serial console that the machine is ready, after a line for each thing that it is not: MARKER failed=WHAT.
 # Written to fork as little as it can: this is most of what a clone's start takes.
 chvm_renew=/lib/chvm/renew
 chvm_console=/dev/console
@@ -14,8 +14,8 @@ done
 chvm_net() {
     local device=$1 address=$2 gateway=$3 mac=$4
     # Down first: a clone's has the saved VM's addresses, and an IPv6 one made of its MAC is made anew only when it goes up.
-    ifconfig $device 0.0.0.0 down ${mac:+hw ether $mac} ${address:+${address%/*} netmask ${address#*/} up}
-    [ "$gateway" ] && route add default gw $gateway
+    ifconfig $device 0.0.0.0 down ${mac:+hw ether $mac} ${address:+${address%/*} netmask ${address#*/} up} || return 1
+    [ -z "$gateway" ] || route add default gw $gateway
 }
 # What was just plugged in takes the kernel a moment, of which no event tells a shell.
 chvm_retry() {
@@ -30,7 +30,11 @@ chvm_share() {
     local tag=${1%,ro} options=rw
     [ $tag != $1 ] && options=ro
     mkdir -p /mnt/$tag
-    chvm_retry mount -t virtiofs -o $options $tag /mnt/$tag || { echo "chvm: cannot mount shared dir $tag" && return 1; }
+    mount -t virtiofs -o $options $tag /mnt/$tag 2>/dev/null && return
+    # Where the kernel does not know the file system there is nothing to wait for.
+    grep -qw virtiofs /proc/filesystems && chvm_retry mount -t virtiofs -o $options $tag /mnt/$tag && return
+    echo "chvm: cannot mount shared dir $tag"
+    return 1
 }
 # A kernel that is still to measure its clock would do that in each clone: it does so a second after its boot.
 chvm_settle() {
@@ -39,7 +43,7 @@ chvm_settle() {
     [ $source != tsc-early ] || timeout 5 grep -qm1 'clocksource: Switched to clocksource tsc$' /dev/kmsg
 }
 chvm_configure() {
-    local word value ip=127.0.0.1 marker=CHVM_READY nonce= machine_id level _
+    local word value ip=127.0.0.1 marker=CHVM_READY nonce= share=0 failed= machine_id level _
     read -r machine_id </proc/sys/kernel/random/uuid
     echo "${machine_id//-/}" >/etc/machine-id
     for word; do
@@ -49,14 +53,22 @@ chvm_configure() {
         chvm.ip=*) ip=$value ;;
         chvm.marker=*) marker=$value ;;
         chvm.nonce=*) nonce=$value ;;
-        chvm.net=*) IFS=, && set -- $value && unset IFS && chvm_net "$@" ;;
-        chvm.share=*) chvm_share $value ;;
-        chvm.disk=*) chvm_retry [ -b $value ] || echo "chvm: no disk $value" ;;
+        chvm.net=*) IFS=, && set -- $value && unset IFS && { chvm_net "$@" || failed="$failed nic${1#eth}"; } ;;
+        chvm.share=*)
+            chvm_share $value || failed="$failed share$share"
+            share=$((share + 1))
+            ;;
+        chvm.disk=*) chvm_retry [ -b $value ] || failed="$failed disk" ;;
         esac
     done >$chvm_console 2>&1
+    [ -c /dev/hvc0 ] || failed="$failed console"
+    [ -d /sys/bus/pci/drivers/pvpanic-pci ] || failed="$failed panic"
     # A kernel message in the middle of the line would make it another one.
     read -r level _ </proc/sys/kernel/printk
     echo 1 >/proc/sys/kernel/printk
+    for word in $failed; do
+        echo "$marker failed=$word${nonce:+ nonce=$nonce}"
+    done >$chvm_console
     echo "$marker $ip${nonce:+ nonce=$nonce}" >$chvm_console
     echo $level >/proc/sys/kernel/printk
 }

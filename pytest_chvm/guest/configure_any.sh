@@ -37,7 +37,7 @@ chvm_net() {
     if [ "$3" ]; then ip route append default via $3 dev "$chvm_device" || return 1; fi
 }
 chvm_configure() {
-    chvm_ip=127.0.0.1 chvm_marker=CHVM_READY chvm_nonce=
+    chvm_ip=127.0.0.1 chvm_marker=CHVM_READY chvm_nonce= chvm_failed=
     [ -w /etc/machine-id ] && tr -d - </proc/sys/kernel/random/uuid >/etc/machine-id
     for chvm_word; do
         chvm_value=${chvm_word#*=}
@@ -49,14 +49,17 @@ chvm_configure() {
             chvm_ifs=$IFS IFS=,
             set -- $chvm_value
             IFS=$chvm_ifs
-            # One that cannot be reached is not ready.
-            chvm_net "$@" || return 1
+            chvm_net "$@" || chvm_failed="$chvm_failed nic${1#eth}"
             ;;
         esac
     done >$chvm_console 2>&1
+    [ -d /sys/bus/pci/drivers/pvpanic-pci ] || chvm_failed="$chvm_failed panic"
     # A kernel message in the middle of the line would make it another one.
     read -r chvm_level _ </proc/sys/kernel/printk
     echo 1 >/proc/sys/kernel/printk
+    for chvm_word in $chvm_failed; do
+        echo "$chvm_marker failed=$chvm_word nonce=$chvm_nonce"
+    done >$chvm_console
     echo "$chvm_marker $chvm_ip nonce=$chvm_nonce" >$chvm_console
     echo $chvm_level >/proc/sys/kernel/printk
 }

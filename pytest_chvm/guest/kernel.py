@@ -84,12 +84,14 @@ def _banner_release(image: Path) -> str | None:
 def find_modules(image: Path, release: str | None) -> Path | None:
     """Return the module tree that belongs to a kernel image, or None where there is none.
 
-    Looked for beside the image as in an unpacked package (`boot/` next to `lib/modules/`), below its folder,
-    then where the host has its own.
+    Looked for beside the image, and beside what it is a link to, as in an unpacked package (`boot/` next to `lib/modules/`), below
+    its folder, then where the host has its own.
     """
     if release is None or "/" in release:
         return None
-    roots = [image.parent.parent, image.parent.parent / "usr", image.parent, Path("/"), Path("/usr")]
+    places = dict.fromkeys((image.parent, image.resolve().parent))
+    roots = [root for place in places for root in (place.parent, place.parent / "usr", place)]
+    roots += [Path("/"), Path("/usr")]
     for root in roots:
         tree = root / "lib" / "modules" / release
         if (tree / "kernel").is_dir():

@@ -134,6 +134,31 @@ class GuestShell:
                 self._in_step = False
                 raise VmIOError(f"VM {self.vm_name!r}: {NO_SHELL}", vm_name=self.vm_name) from error
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether a shell has answered there."""
+        return self._fd is not None and self._in_step
+
+    def poke(self, script: str, timeout: float) -> bool | None:
+        """Have the guest's loop run a line of printable ASCII, also while a command runs there and its answer is awaited.
+
+        Returns False where no shell takes it, None where that cannot be told now.
+        """
+        line = f"do - {script}\n".encode("ascii")
+        if not self._lock.acquire(blocking=False):
+            if not self._in_step or self._unsent or self._fd is None:
+                return None
+            try:
+                return os.write(self._fd, line) == len(line)
+            except OSError:
+                return False
+        self._lock.release()
+        try:
+            self.do(script, timeout)
+        except VmError:
+            return False
+        return True
+
     def renew(self, message: Callable[[], bytes], line: str, deadline: Deadline) -> None:
         """Have a clone renewed, whose shell was `waiting` when it was saved, and then run a line, as `do` does.
 

@@ -98,6 +98,20 @@ class Virtiofsd:
         return command
 
 
+@dataclass(frozen=True, slots=True)
+class ServedShare:
+    """A shared dir of a VM's, the virtiofsd that serves it, and the socket between the two."""
+
+    share: SharedDir
+    process: ProcessIdentity
+    socket: Path
+
+    @property
+    def log(self) -> Path:
+        """What its virtiofsd says."""
+        return self.socket.with_suffix(".log")
+
+
 def _read_only_mount(host_path: str, place: str) -> list[str]:
     # What cannot serve read-only is given a mount that is: in a mount namespace of its own, and elsewhere, because the C one
     # writes below /run and may be asked for /. A read-only mount's submounts are not read-only by themselves.

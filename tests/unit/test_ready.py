@@ -106,7 +106,19 @@ def test_marker_inside_a_longer_word_never_counts(log, ip, spaces, place):
         (b"CHVM_READY 192.0.2.256\n", None),
         (b"CHVM_READY 192.0.2.07\n", None),
         (b"CHVM_READY 3221225991\n", None),
-        (b"CHVM_READY 192.0.2.7/24\n", None),
+        (b"CHVM_READY 192.0.2.7/24\n", "192.0.2.7"),
+        (b"CHVM_READY 2001:db8::1/64\n", "2001:db8::1"),
+        (b"CHVM_READY 192.0.2.7/33\n", None),
+        (b"CHVM_READY 192.0.2.7/255.255.255.0\n", None),
+        (b"\x1b[32mCHVM_READY 192.0.2.7\x1b[0m\r\n", "192.0.2.7"),
+        (b"\x1b[0;1;38;5;208mCHVM_READY\x1b[0m 192.0.2.7\n", "192.0.2.7"),
+        (b"\r\x1b[KCHVM_READY 192.0.2.7\r\n", "192.0.2.7"),
+        (b"\x1b[H\x1b[JCHVM_READY 192.0.2.7\r\n", "192.0.2.7"),
+        (b"\x1b[?2004hCHVM_READY 192.0.2.7\r\n", "192.0.2.7"),
+        (b"\x1b(B\x1b[mCHVM_READY 192.0.2.7\x1b(B\x1b[m\r\n", "192.0.2.7"),
+        (b"\x1b]0;title\x07CHVM_READY 192.0.2.7\n", "192.0.2.7"),
+        (b"\x1b[mXCHVM_READY 192.0.2.7\n", None),
+        (b"[32mCHVM_READY 192.0.2.7\n", None),
         (b"CHVM_READY host\n", None),
         (b"CHVM_READY192.0.2.7\n", None),
         (b"CHVM_READY_2 192.0.2.7\n", None),
@@ -234,6 +246,12 @@ def test_log_that_grows_by_megabytes_takes_bounded_time_and_memory(log, filler, 
         (b"Kernel panic - not syncing: Attempted to kill init!\r\n", True),
         (b"[    2.345678] Kernel panic - not syncing: x\n", True),
         (b"boot\r\n[ 12.3] Kernel panic - not syncing: x\n", True),
+        (b"[    1.234567][    T1] Kernel panic - not syncing: x\n", True),
+        (b"[    1.234567][    C0] Kernel panic - not syncing: x\n", True),
+        (b"[    T1] Kernel panic - not syncing: x\n", True),
+        (b"host login: [   12.345678] Kernel panic - not syncing: x\r\n", True),
+        (b"<0>[    1.234567] Kernel panic - not syncing: x\n", True),
+        (b"<0>Kernel panic - not syncing: x\n", True),
         (b'user said "Kernel panic - not syncing: x"\n', False),
         (b"echo Kernel panic - not syncing\n", False),
     ],
@@ -243,6 +261,28 @@ def test_panic(log, text, found):
     panic = PanicScanner(log).scan()
     assert (panic is not None) is found
     assert panic is None or panic.startswith("Kernel panic - not syncing: ")
+
+
+def test_what_failed_is_said_before_the_address(log):
+    log.write_bytes(
+        b"CHVM_READY failed=share0 nonce=mine\nCHVM_READY failed=share0 nonce=mine\nCHVM_READY failed=nic1 nonce=mine\n"
+        b"CHVM_READY failed=share2 nonce=other\nCHVM_READY failed=rm nonce=mine\nCHVM_READY failed=share1234 nonce=mine\n"
+        b"CHVM_READY 192.0.2.7 nonce=mine\n"
+    )
+    scanner = ReadyScanner(log, nonce="mine", nonce_required=True)
+    assert scanner.scan() == "192.0.2.7"
+    assert scanner.failed == ("share0", "nic1")
+    scanner.expect_again("mine")
+    append(log, b"CHVM_READY 192.0.2.7 nonce=mine\n")
+    assert scanner.scan() == "192.0.2.7"
+    assert scanner.failed == ()
+
+
+def test_what_failed_is_bounded(log):
+    log.write_bytes(b"".join(b"CHVM_READY failed=share%d\n" % number for number in range(999)) + b"CHVM_READY 192.0.2.7\n")
+    scanner = ReadyScanner(log)
+    scanner.scan()
+    assert len(scanner.failed) == ready.MOST_FAILED
 
 
 @pytest.mark.parametrize("place", range(0, 60, 7))

@@ -1,0 +1,84 @@
+"""What a VMM says of its guest, in a file that it appends JSON objects to: read as it grows, judged by each driver's own rules.
+
+The events are the VMM's own, but the guest decides how many there are: reading is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pytest_chvm.errors import VmError
+
+logger = logging.getLogger("pytest_chvm")
+
+# An event is a few hundred bytes; a longer one is not waited for.
+LONGEST_EVENT = 1 << 16
+
+
+@dataclass
+class EventReader:
+    """Reads one VM's events; `trouble` is what a test must be told of, once seen."""
+
+    vm_name: str
+    path: Path
+    # Reboots that the test asked for and that have not come yet.
+    expected_reboots: int = 0
+    trouble: VmError | None = None
+    _offset: int = 0
+    _pending: str = field(default="")
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def read(self) -> VmError | None:
+        """Read what is new and return the first trouble there was, now or before."""
+        with self._lock:
+            try:
+                with self.path.open("rb") as file:
+                    file.seek(self._offset)
+                    while data := file.read(LONGEST_EVENT):
+                        self._offset += len(data)
+                        self._take(self._pending + data.decode(errors="replace"))
+            except FileNotFoundError:
+                return self.trouble
+            return self.trouble
+
+    def settle(self) -> None:
+        """Take what befell the guest so far for dealt with: it is up, and nobody expects a reboot any more."""
+        self.read()
+        self.expected_reboots, self.trouble = 0, None
+
+    def _take(self, text: str) -> None:
+        decoder = json.JSONDecoder()
+        text = text.lstrip()
+        while text:
+            try:
+                event, end = decoder.raw_decode(text)
+            except (ValueError, RecursionError):
+                if len(text) > LONGEST_EVENT:
+                    logger.warning("%s: the event monitor says what is no event: %r", self.vm_name, text[:80])
+                    text = ""
+                break
+            if isinstance(event, dict):
+                logger.debug("%s: event %s", self.vm_name, text[:end])
+                self.judge(event)
+            text = text[end:].lstrip()
+        self._pending = text
+
+    def judge(self, event: dict[str, Any]) -> None:
+        """Take note of one event."""
+        raise NotImplementedError
+
+
+def open_event_log(directory: Path) -> int:
+    """Return a descriptor for the VMM to write its events to, a file of `directory`."""
+    return os.open(event_log(directory), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def event_log(directory: Path) -> Path:
+    """Return the file that the events are in."""
+    return directory / "events.json"
