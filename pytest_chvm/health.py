@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pytest_chvm.deadline import Deadline, wait_readable
 from pytest_chvm.drivers.base import VmDriver
@@ -313,6 +313,29 @@ class Health:
                 return False
             self._watch.wait(deadline, self.process.pid)
         return True
+
+
+class Telling:
+    """A VM's driver, whose errors tell the test of a VMM that has ended, as `Health` does."""
+
+    def __init__(self, driver: VmDriver, health: Health) -> None:
+        self._of = driver, health
+
+    def __getattr__(self, name: str) -> Any:
+        driver, health = self._of
+        found = getattr(driver, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            try:
+                return found(*arguments, **named)
+            except VmError:
+                if health.has_ended():
+                    health.told = True
+                raise
+
+        return call
 
 
 def _served(config: VmConfig, handle: VmHandle) -> list[ServedShare]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pytest_chvm import __version__
 from pytest_chvm.drivers.base import VmDriver
 from pytest_chvm.drivers.disks import plain_images
+from pytest_chvm.drivers.qemu_devices import SPARE_PORTS
 from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.model import Network, Tap, VmConfig
 
@@ -33,6 +34,8 @@ def why_no_clone(config: VmConfig, *, built_in_guest: bool, network_mode: str) -
         return "it has a seed_iso"
     if config.channels:
         return "it has channels"
+    if len(config.shared_dirs) + (config.data_disk is not None) > SPARE_PORTS:
+        return f"it has more shared dirs and disks than the {SPARE_PORTS} for which a clone has places"
     if not all(isinstance(n, Tap) or (isinstance(n, Network) and n.bridge) for n in config.networks or ()):
         return "it has a network that is not a TAP's"
     return None

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 from pytest_chvm import hotplug, liveness, renewal
 from pytest_chvm.deadline import Deadline
@@ -28,7 +28,7 @@ from pytest_chvm.errors import (
 )
 from pytest_chvm.guest import files
 from pytest_chvm.guest.shell import GuestShell, shown_outputs
-from pytest_chvm.health import Health, console_ends_with, ends_with
+from pytest_chvm.health import Health, Telling, console_ends_with, ends_with
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.hotplug import Device
@@ -111,6 +111,7 @@ class Vm:
             answers=self._answers,
             console_start=_size(origin.saved / CONSOLE_FILE) if origin.saved else 0,
         )
+        self._driver = cast("VmDriver", Telling(driver, self._health))
         self._shell = GuestShell(
             self.name,
             lambda: driver.open_console(handle),

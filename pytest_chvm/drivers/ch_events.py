@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pytest_chvm.drivers.events import LONGEST_EVENT as LONGEST_EVENT
 from pytest_chvm.drivers.events import EventReader
 from pytest_chvm.errors import GuestPanicError, GuestRebootError, GuestShutdownError, VmError
 

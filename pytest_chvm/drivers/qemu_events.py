@@ -60,9 +60,8 @@ class QemuEvents(EventReader):
             self.stopped_by = None
         elif name in ("GUEST_PANICKED", "GUEST_CRASHLOADED"):
             self._note(GuestPanicError, "the guest's kernel panicked, as its panic device says")
-        elif name == "RESET" and data.get("guest") and self.expected_reboots:
-            self.expected_reboots -= 1
-        elif name == "RESET" and data.get("guest"):
+        elif name == "RESET" and data.get("guest") and not self.expected_reboots:
+            # One reboot may be several resets: none of them is counted until the guest is up.
             self._note(*SHUTDOWNS["guest-reset"])
         elif name == "SHUTDOWN" and (kind := SHUTDOWNS.get(str(data.get("reason")))):
             self._note(*kind)
