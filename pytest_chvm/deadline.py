@@ -7,9 +7,10 @@ for has had no chance to happen. So a wait that wakes much later than it asked t
 from __future__ import annotations
 
 import select
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from pytest_chvm.untouched import monotonic_s
 
 # The longest time that a stop may take of a deadline.
 LONGEST_WAIT_S = 0.5
@@ -25,12 +26,12 @@ class _Clock:
         self._seen_s = 0.0
 
     def now_s(self) -> float:
-        return time.monotonic() - self._stopped_s
+        return monotonic_s() - self._stopped_s
 
     def woke(self, due_s: float) -> None:
         """Take note that a wait is over that was to be so at `due_s` of the monotonic clock, or before."""
         # Of several threads that were stopped, the first that wakes counts it. Without a lock, which a forked child would inherit.
-        seen_s, self._seen_s = self._seen_s, time.monotonic()
+        seen_s, self._seen_s = self._seen_s, monotonic_s()
         overslept_s = self._seen_s - max(due_s, seen_s)
         if overslept_s > SHORTEST_STOP_S:
             self._stopped_s += overslept_s
@@ -74,7 +75,7 @@ def poll_until(poll: select.poll, deadline: Deadline) -> list[tuple[int, int]]:
     """Block until a poll object has something, or the deadline passes; returns what `poll` of it does."""
     while True:
         wait_s = min(deadline.remaining_s, LONGEST_WAIT_S)
-        due_s = time.monotonic() + wait_s
+        due_s = monotonic_s() + wait_s
         # Rounded up: a poll of 0 ms with time left would spin.
         ready = poll.poll(int(wait_s * 1000) + 1)
         _clock.woke(due_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.model import VmConfig
 from pytest_chvm.progress import show_progress
 from pytest_chvm.settings import Settings
+from pytest_chvm.untouched import random_hex
 
 # For a kernel of the user's without a command line of theirs.
 PLAIN_CMDLINE = "console=ttyS0"
@@ -77,7 +77,7 @@ def choose_guest(config: VmConfig, settings: Settings) -> Guest:
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
-    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), True, secrets.token_hex(8), _lacks(known))
+    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), True, random_hex(8), _lacks(known))
 
 
 def _lacks(kernel: Kernel) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from pytest_chvm.snapshots import (
     snapshots_dir,
 )
 from pytest_chvm.templates import clone_config, made_of, template_config, why_no_clone, why_no_snapshot
+from pytest_chvm.untouched import random_hex
 from pytest_chvm.vm import Origin, Vm
 
 FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
@@ -234,12 +234,12 @@ class Launcher:
 
     def clone(self, guest: Guest, saved: Path, *, wait: bool = True, held: Sequence[Held] = (), stale_nics: int = 0) -> Vm:
         """Start a VM from a saved one, and have it made a machine of its own; `stale_nics` have the saved one's addresses."""
-        guest = replace(guest, config=clone_config(guest.config), nonce=secrets.token_hex(8))
+        guest = replace(guest, config=clone_config(guest.config), nonce=random_hex(8))
         return self._started(guest, Origin("clone", "", saved, stale_nics), wait=wait, held=held)
 
     def template(self, guest: Guest) -> HeldTemplate:
         """Return the template for a VM, from the store; the first call boots and saves it."""
-        plain = replace(guest, config=template_config(guest.config), nonce=secrets.token_hex(8) if guest.built_in else None)
+        plain = replace(guest, config=template_config(guest.config), nonce=random_hex(8) if guest.built_in else None)
 
         def build(directory: Path) -> None:
             try:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Protocol
@@ -13,6 +11,7 @@ from typing import Protocol
 from pytest_chvm.errors import GuestCommandError, UnsupportedError, VmIOError
 from pytest_chvm.guest import renew
 from pytest_chvm.model import CommandResult
+from pytest_chvm.untouched import random_bytes, wall_clock_ns, wall_clock_s
 
 CLOCK_TIMEOUT_S = 5.0
 # A directory of ours in a guest.
@@ -54,7 +53,7 @@ def line(words: Sequence[str], *, stale_nics: int = 0) -> str:
 
 def message() -> bytes:
     """Return what the program is told: the time now, and a seed."""
-    return renew.message(time.time_ns(), os.urandom(renew.SEED_SIZE))
+    return renew.message(wall_clock_ns(), random_bytes(renew.SEED_SIZE))
 
 
 class _Run(Protocol):
@@ -67,7 +66,7 @@ def set_clock(run: _Run) -> None:
     Raises GuestCommandError where it cannot.
     """
     program = "/lib/chvm/renew"
-    script = f"if [ -x {program} ]; then {program} >/dev/null; else date -u -s @{round(time.time())} >/dev/null; fi"
+    script = f"if [ -x {program} ]; then {program} >/dev/null; else date -u -s @{round(wall_clock_s())} >/dev/null; fi"
     done = run(script, timeout=CLOCK_TIMEOUT_S, input=renew.call("0" * renew.TOKEN_SIZE) + message())
     if done.returncode != 0:
         raise GuestCommandError(f"its shell could not set it: {done.stderr.strip()[:200]!r}, status {done.returncode}")

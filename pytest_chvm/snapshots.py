@@ -13,9 +13,7 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.remains import boot_id
 from pytest_chvm.text import clean
 from pytest_chvm.trees import remove_tree
+from pytest_chvm.untouched import random_hex, wall_clock_s
 
 if TYPE_CHECKING:
     from pytest_chvm.vm import Vm
@@ -126,7 +125,7 @@ class Template:
                     return False
             if record["unfit"]:
                 # It may have been the machine's fault, which had other things to do.
-                return time.time() - (self.directory / RECORD_FILE).stat().st_mtime < UNFIT_FOR_S
+                return wall_clock_s() - (self.directory / RECORD_FILE).stat().st_mtime < UNFIT_FOR_S
             # What was still to be written to the disk when the host went down is lost, sizes and times or not.
             if wholly or boot_id() not in (record["boot_id"], self._checked_in()):
                 if any(_digest(self.directory / name) != digest for name, (_, _, _, digest) in record["files"].items()):
@@ -249,7 +248,7 @@ class TemplateStore:
                 remove_tree(directory)
         for note in (*self.directory.glob("*.wanted"), *self.directory.parent.glob(f"{DIGESTS_DIR}/*.blake2b")):
             with suppress(FileNotFoundError):
-                if time.time() - note.stat().st_mtime > WANTED_FOR_S:
+                if wall_clock_s() - note.stat().st_mtime > WANTED_FOR_S:
                     note.unlink()
         removed = []
         kept_mb = 0
@@ -337,7 +336,7 @@ def snapshots_dir(cache: Path) -> Path:
 
 def new_directory(parent: Path, lease: Lease) -> Path:
     """Return a new empty directory for a test's own snapshot, in the lease first."""
-    directory = parent / secrets.token_hex(8)
+    directory = parent / random_hex(8)
     lease.add_path(directory)
     directory.mkdir(mode=0o700)
     return directory

@@ -35,6 +35,7 @@ from pytest_chvm.hotplug import Device
 from pytest_chvm.model import CommandResult, SharedDir, Tap, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, as_path
 from pytest_chvm.snapshots import Snapshot
 from pytest_chvm.text import read_tail
+from pytest_chvm.untouched import Socket
 
 RUN_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 30.0
@@ -354,7 +355,7 @@ class Vm:
         """Return a connection to one of the config's channels; raises UnsupportedError where the VMM has none."""
         if name not in self.config.channels:
             raise VmIOError(f"VM {self.name!r} has no channel {name!r}: name it in channels=[...]", vm_name=self.name)
-        return socket.socket(fileno=self._driver.open_channel(self.handle, name))
+        return Socket(fileno=self._driver.open_channel(self.handle, name))
 
     def info(self) -> dict[str, object]:
         """Return what the VMM says of the VM, in its own words."""

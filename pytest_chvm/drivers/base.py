@@ -23,6 +23,7 @@ from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap
 from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import SharedDir, SocketPairFd, Tap, VmConfig, VmHandle, VmStatus, mac_for
+from pytest_chvm.untouched import Socket, random_bytes
 
 logger = logging.getLogger("pytest_chvm")
 
@@ -169,7 +170,7 @@ class Plan:
     share_sockets: list[Path] = field(default_factory=list)
     fds: list[int] = field(default_factory=list)
     taps_to_remove: list[str] = field(default_factory=list)
-    machine_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    machine_id: str = field(default_factory=lambda: str(uuid.UUID(bytes=random_bytes(16), version=4)))
     memory: Memory | None = None
     # The directory of the snapshot that the VM begins with.
     restoring: Path | None = None
@@ -187,7 +188,7 @@ class Plan:
 
     def add_listener(self, name: str) -> str:
         """Hand a listening UNIX socket over, which can be connected to from now on; returns the text for its number."""
-        with socket.socket(socket.AF_UNIX) as listener:
+        with Socket(socket.AF_UNIX) as listener:
             listener.bind(os.fspath(self.socket(name)))
             listener.listen()
             return self.add_fd(listener.detach())

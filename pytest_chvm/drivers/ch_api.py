@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pytest_chvm.errors import HypervisorError, VmIOError
+from pytest_chvm.untouched import Socket, sockets_for_libraries
 
 ANSWER_TIMEOUT_S = 10.0
 # micro_http's limit for a request (vmm/src/api/http/mod.rs).
@@ -26,7 +27,8 @@ def call(
 
     Raises HypervisorError where the VMM refuses, answers nonsense or does not answer within 10 s, VmIOError where it is not there.
     """
-    import httpx
+    with sockets_for_libraries():
+        import httpx
 
     content = b"" if body is None else json.dumps(body).encode()
     if len(content) > LARGEST_BODY:
@@ -36,7 +38,7 @@ def call(
         )
     transport = httpx.HTTPTransport(uds=str(socket_path), verify=False)
     try:
-        with httpx.Client(transport=transport, timeout=ANSWER_TIMEOUT_S, trust_env=False) as client:
+        with sockets_for_libraries(), httpx.Client(transport=transport, timeout=ANSWER_TIMEOUT_S, trust_env=False) as client:
             answer = client.request("GET" if ask else "PUT", f"http://localhost/api/v1/{endpoint}", content=content or None)
     except httpx.TimeoutException as error:
         raise HypervisorError(
@@ -78,7 +80,7 @@ def connect_vsock(vm_name: str, socket_path: Path, port: int) -> socket.socket:
 
     Cloud Hypervisor's docs/vsock.md: connect, send `CONNECT PORT`, read `OK N`.
     """
-    peer = socket.socket(socket.AF_UNIX)
+    peer = Socket(socket.AF_UNIX)
     peer.settimeout(ANSWER_TIMEOUT_S)
     try:
         peer.connect(os.fspath(socket_path))

@@ -34,6 +34,7 @@ from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus
+from pytest_chvm.untouched import Socket
 
 PLACES = ("/usr/bin", "/usr/local/bin")
 INSTALL = "install it from https://github.com/cloud-hypervisor/cloud-hypervisor/releases, or name one with --chvm-binary"
@@ -290,7 +291,7 @@ class CloudHypervisorDriver:
 
     def listen_vsock(self, handle: VmHandle, port: int) -> socket.socket:
         """Return a listener at the UNIX socket that stands for a vsock port of the host's."""
-        listener = socket.socket(socket.AF_UNIX)
+        listener = Socket(socket.AF_UNIX)
         listener.bind(f"{self._vsock(handle)}_{port}")
         listener.listen()
         return listener

@@ -20,6 +20,7 @@ from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus, mac_for
+from pytest_chvm.untouched import Socket
 
 PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
 INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
@@ -214,7 +215,7 @@ class QemuDriver:
         return self._connect(handle, _channel_socket(name), f"channel {name!r}")
 
     def _connect(self, handle: VmHandle, socket_name: str, what: str) -> int:
-        peer = socket.socket(socket.AF_UNIX)
+        peer = Socket(socket.AF_UNIX)
         try:
             peer.connect(os.fspath(self._socket(handle, socket_name)))
         except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pytest_chvm.drivers import qmp
 from pytest_chvm.drivers.base import share_id
 from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.model import SharedDir, VmHandle
+from pytest_chvm.untouched import random_hex
 
 # Of a q35 machine that was booted with room for devices.
 SPARE_PORTS = 8
@@ -155,4 +155,4 @@ async def _add_memory(client: Any, handle: VmHandle, memory_mb: int) -> None:
 
 
 def _new_id(kind: str) -> str:
-    return f"{kind}-{secrets.token_hex(4)}"
+    return f"{kind}-{random_hex(4)}"

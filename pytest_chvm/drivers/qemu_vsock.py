@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import socket
 import struct
 
 from pytest_chvm.errors import UnsupportedError, VmIOError
+from pytest_chvm.untouched import Socket, random_below
 
 NODE = "/dev/vhost-vsock"
 # include/uapi/linux/vhost.h
@@ -45,7 +45,7 @@ def open_device(vm_name: str) -> tuple[int, int] | None:
         # There is a node for the kernel to load the driver at, and no driver.
         return None
     for _attempt in range(ATTEMPTS):
-        cid = FIRST_CID + secrets.randbelow(LAST_CID - FIRST_CID + 1)
+        cid = FIRST_CID + random_below(LAST_CID - FIRST_CID + 1)
         try:
             fcntl.ioctl(fd, VHOST_VSOCK_SET_GUEST_CID, struct.pack("=Q", cid))
             return fd, cid
@@ -58,7 +58,7 @@ def open_device(vm_name: str) -> tuple[int, int] | None:
 
 def connect(vm_name: str, cid: int, port: int) -> socket.socket:
     """Return a stream to a vsock port of the guest's; raises VmIOError where nothing listens there."""
-    peer = socket.socket(socket.AF_VSOCK)
+    peer = Socket(socket.AF_VSOCK)
     peer.settimeout(CONNECT_TIMEOUT_S)
     try:
         peer.connect((cid, port))
@@ -85,14 +85,14 @@ def listen(vm_name: str, cid: int, port: int) -> socket.socket:
     return listener
 
 
-class _Listener(socket.socket):
+class _Listener(Socket):
     """Accepts streams of one guest; those of others, who can reach the port too, are closed."""
 
     def __init__(self, cid: int) -> None:
         super().__init__(socket.AF_VSOCK)
         self._cid = cid
 
-    def accept(self) -> tuple[socket.socket, tuple[int, int]]:
+    def accept(self) -> tuple[Socket, tuple[int, int]]:
         while True:
             stream, address = super().accept()
             if address[0] == self._cid:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import threading
@@ -13,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.errors import HypervisorError, VmIOError
+from pytest_chvm.untouched import monotonic_s, sockets_for_libraries
+
+with sockets_for_libraries():
+    import asyncio
 
 ANSWER_TIMEOUT_S = 10.0
 CANCELLED_TIMEOUT_S = 1.0
@@ -39,6 +42,13 @@ def session(
     return _InThread(_session(vm_name, socket_path, work, timeout_s, overdue)).result()
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """Whose timeouts pass while a test's clock is frozen, and which is of no policy of a test's."""
+
+    def time(self) -> float:
+        return monotonic_s()
+
+
 class _InThread:
     """A coroutine that runs in a thread of its own: the test's may have an event loop running."""
 
@@ -51,7 +61,8 @@ class _InThread:
 
     def _run(self) -> None:
         try:
-            self._done.set_result(asyncio.run(self._cancellable()))
+            with sockets_for_libraries(), asyncio.Runner(loop_factory=_Loop) as runner:
+                self._done.set_result(runner.run(self._cancellable()))
         except BaseException as error:  # it is raised where it is waited for
             self._done.set_exception(error)
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shlex
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from pytest_chvm.deadline import Deadline, poll_until, wait_readable
 from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.guest import renew
 from pytest_chvm.model import CommandResult
+from pytest_chvm.untouched import monotonic_s, random_hex
 
 # An answer larger than this is not the guest's memory any more, but somebody's trick.
 LARGEST_ANSWER = 256 << 20
@@ -84,7 +83,7 @@ class GuestShell:
         where no shell answers; what `check_alive` raises when the guest dies meanwhile.
         """
         script = _script(command)
-        started = time.monotonic()
+        started = monotonic_s()
         deadline = Deadline.after(timeout)
         shown = command if isinstance(command, str) else tuple(os.fsdecode(word) for word in command)
         with self._lock:
@@ -93,7 +92,7 @@ class GuestShell:
                 self._connect(deadline)
                 if input:
                     self._send_input(input, deadline)
-                answer = _Answer(secrets.token_hex(16))
+                answer = _Answer(random_hex(16))
                 try:
                     self._write(f"run {answer.token} ".encode() + _escaped(script) + b"\n", deadline)
                     status = self._read_answer(answer, deadline)
@@ -105,7 +104,7 @@ class GuestShell:
                 raise
         if late is not None:
             raise late
-        return CommandResult(shown, status, bytes(answer.stdout), bytes(answer.stderr), time.monotonic() - started)
+        return CommandResult(shown, status, bytes(answer.stdout), bytes(answer.stderr), monotonic_s() - started)
 
     def tell(self, script: str, timeout: float) -> None:
         """Run a command without waiting for its end: one that ends the guest. Raises VmIOError where no shell answers in time."""
@@ -113,7 +112,7 @@ class GuestShell:
         with self._lock:
             try:
                 self._connect(deadline)
-                self._write(f"run {secrets.token_hex(16)} ".encode() + _escaped(script.encode()) + b"\n", deadline)
+                self._write(f"run {random_hex(16)} ".encode() + _escaped(script.encode()) + b"\n", deadline)
             except TimeoutError as error:
                 raise VmIOError(f"VM {self.vm_name!r}: {NO_SHELL}", vm_name=self.vm_name) from error
             finally:
@@ -164,7 +163,7 @@ class GuestShell:
 
         `message` makes what the guest is told when it asks for it. Raises VmIOError where it does not ask in time.
         """
-        token = secrets.token_hex(renew.TOKEN_SIZE // 2)
+        token = random_hex(renew.TOKEN_SIZE // 2)
         with self._lock:
             try:
                 self._open()
@@ -186,7 +185,7 @@ class GuestShell:
         `line` makes the line, as for `do`, after which it waits, of the token that it says then. Raises VmIOError where it says
         nothing.
         """
-        token = secrets.token_hex(16)
+        token = random_hex(16)
         deadline = Deadline.after(timeout)
         with self._lock:
             # In step anew, with the terminal's settings: what is still on its way to the guest is not saved with it.
@@ -229,7 +228,7 @@ class GuestShell:
         if self._in_step:
             return
         patience = Deadline.after(min(CONNECT_TIMEOUT_S, deadline.remaining_s))
-        token = secrets.token_hex(16)
+        token = random_hex(16)
         # The quotes keep a terminal's echo of the line from looking like its answer; the loop ignores the first line.
         half = len(token) // 2
         hello = f"\nstty raw -echo 2>/dev/null\neval {token} 2>/dev/null; echo; echo '{token[:half]}''{token[half:]}' sh\n"
@@ -255,7 +254,7 @@ class GuestShell:
         try:
             for start in range(0, len(data), INPUT_PIECE):
                 piece = data[start : start + INPUT_PIECE]
-                token = secrets.token_hex(16)
+                token = random_hex(16)
                 self._write(f"input {token} {len(piece)}\n".encode(), deadline)
                 self._input_token, self._owed = token, len(piece)
                 try:

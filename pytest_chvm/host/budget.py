@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import HeldLock
 from pytest_chvm.host.watch import FileWatch
+from pytest_chvm.untouched import monotonic_ns
 
 # Of the memory that this process may have at all: the rest is for the host, and for what a VMM needs beside its guest.
 DEFAULT_PART = 0.9
@@ -119,7 +119,7 @@ def take_share(budget: Budget, memory_mb: int, cpus: int, lease: Lease, vm_name:
 
 def _hold(kind: str, memory_mb: int, cpus: int, lease: Lease) -> HeldLock:
     # Ordered by the clock that no one sets; the pid is whose end is waited for.
-    return HeldLock(f"{kind}-{time.monotonic_ns():020}-{os.getpid()}-{next(_numbers)}-{memory_mb}-{cpus}.lock", lease)
+    return HeldLock(f"{kind}-{monotonic_ns():020}-{os.getpid()}-{next(_numbers)}-{memory_mb}-{cpus}.lock", lease)
 
 
 def _try_to_take(directory: Path, budget: Budget, memory_mb: int, cpus: int, ticket: HeldLock, lease: Lease) -> Share | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import stat
 import tempfile
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.host import records, remains
 from pytest_chvm.host.runs import Run
 from pytest_chvm.trees import remove_tree
+from pytest_chvm.untouched import random_hex
 
 # sun_path is 108 bytes with its NUL (unix(7)); the longest name below a VM's directory is well below 40.
 LONGEST_RUNTIME_DIR = 60
@@ -67,7 +67,7 @@ def make_owner_dir(run: Run) -> Path:
     owner = {"boot_id": remains.boot_id(), "pid": me, "start_time_ticks": remains.start_time_ticks(me)}
     record = json.dumps({**owner, "run": run.id, "worker": run.worker})
     while True:
-        directory = runtime_dir() / secrets.token_hex(4)
+        directory = runtime_dir() / random_hex(4)
         try:
             directory.mkdir(mode=0o700)
             (directory / records.OWNER_FILE).write_text(record)

@@ -31,7 +31,8 @@ class HeldLock:
             lease.add_lock(path)
             self._lock = FileLock(path, timeout=timeout_s, mode=0o666, is_singleton=False, thread_local=False, poll_interval=0.01)
             try:
-                self._lock.acquire()
+                # Without a wait where none is wanted: it would be one by a clock that a test may have frozen.
+                self._lock.acquire(blocking=timeout_s != 0)
                 break
             except FileNotFoundError:
                 # The last one who left took the directory along.

@@ -10,23 +10,20 @@ import errno
 import ipaddress
 import itertools
 import os
-import secrets
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIOError
 from pytest_chvm.host import remains
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import HeldLock
 from pytest_chvm.host.namespaces import inside
+from pytest_chvm.host.netlink import Routes, route_socket
 from pytest_chvm.host.runs import count_started
 from pytest_chvm.model import Network, NicAddress, Tap, UserNetwork
-
-if TYPE_CHECKING:
-    from pyroute2 import IPRoute
+from pytest_chvm.untouched import random_below, random_hex
 
 IPv4Net = ipaddress.IPv4Network
 
@@ -98,7 +95,7 @@ def take_subnet(pool: IPv4Net, prefix: int, lease: Lease, netns: str | None = No
     count = 2 ** (prefix - half.prefixlen)
     routed = list(_routed(netns))
     # Not from the first on: that one's lock is the one every other process tries at this moment.
-    first = secrets.randbelow(count)
+    first = random_below(count)
     for slot in range(count):
         base = int(half.network_address) + (first + slot) % count * 2 ** (32 - prefix)
         network = ipaddress.IPv4Network((base, prefix))
@@ -123,14 +120,6 @@ def _routed(netns: str | None) -> Iterator[IPv4Net]:
                 yield ipaddress.IPv4Network((destination, entry["dst_len"]), strict=False)
 
 
-def route_socket(netns: str | None) -> IPRoute:
-    """Return a netlink socket in the host's or a named network namespace; raises InvalidConfigError where there is none."""
-    from pyroute2 import IPRoute
-
-    with inside(netns):
-        return IPRoute()
-
-
 def interface_exists(name: str, netns: str | None) -> bool:
     """Tell whether an interface is there, in the host's or a named network namespace."""
     if netns is None:
@@ -151,8 +140,6 @@ def make_tap(
         raise MissingRequirementError(f"no TAP can be made: {reason}; run as root, or use --chvm-network=user (QEMU) or none")
     import fcntl
 
-    from pyroute2.netlink.exceptions import NetlinkError
-
     chosen, fd = _new_tap(name, netns)
     try:
         # Until then it goes with the descriptor, however this process ends.
@@ -165,7 +152,7 @@ def make_tap(
             if bridge is not None:
                 route.link("set", index=index, master=route.link_lookup(ifname=bridge)[0])
             route.link("set", index=index, state="up")
-    except (NetlinkError, OSError) as error:
+    except OSError as error:
         raise VmIOError(f"the TAP {chosen!r} cannot be made: {error}") from error
     finally:
         os.close(fd)
@@ -179,7 +166,7 @@ def _new_tap(name: str | None, netns: str | None) -> tuple[str, int]:
 
     for attempt in itertools.count(1):
         # Not of the numbers that a test may have seeded, as another run's may have.
-        chosen = name or f"chvm{secrets.token_hex(4)}"
+        chosen = name or f"chvm{random_hex(4)}"
         with inside(netns):
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -315,20 +302,18 @@ def make_bridge(lease: Lease, address: ipaddress.IPv4Interface) -> str:
     return name
 
 
-def _new_bridge(lease: Lease, route: IPRoute) -> str:
-    from pyroute2.netlink.exceptions import NetlinkError
-
+def _new_bridge(lease: Lease, route: Routes) -> str:
     for attempt in itertools.count(1):
-        name = f"chvmbr{secrets.token_hex(4)}"
+        name = f"chvmbr{random_hex(4)}"
         # A bridge stays from the moment it is there, so that it is in the lease before.
         lease.add_bridge(name)
         try:
             route.link("add", ifname=name, kind="bridge")
             return name
-        except NetlinkError as error:
+        except OSError as error:
             # Somebody else's then, if it is there at all.
             lease.forget_bridge(name)
-            if error.code != errno.EEXIST or attempt == ATTEMPTS:
+            if error.errno != errno.EEXIST or attempt == ATTEMPTS:
                 raise VmIOError(f"the bridge {name!r} cannot be made: {error}") from error
     raise AssertionError("unreachable")
 

@@ -23,6 +23,7 @@ from pytest_chvm.host import records, remains
 from pytest_chvm.host.directories import make_owner_dir, runtime_dirs
 from pytest_chvm.host.runs import Level, current_level
 from pytest_chvm.model import ProcessIdentity
+from pytest_chvm.untouched import socket_pair
 
 logger = logging.getLogger("pytest_chvm")
 
@@ -154,12 +155,18 @@ class Keeper:
         for place in runtime_dirs():
             for failure in records.remove_abandoned(place)[1]:
                 logger.warning("left by an earlier run: %s", failure)
-        self.directory = make_owner_dir(run)
         self.pid = 0
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         owners = [identity_of(self.owner_pid), *([run.controller] if run.controller else [])]
+        # The directory last of what may fail: from here on whatever fails removes it.
+        self._socket, theirs = socket_pair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self.directory = make_owner_dir(run)
+        except BaseException:
+            self._socket.close()
+            theirs.close()
+            raise
         words = [",".join(f"{owner.pid}:{owner.start_time_ticks}" for owner in owners), str(self.directory), str(theirs.fileno())]
         try:
             with theirs:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.host.namespaces import inside
+from pytest_chvm.untouched import Socket
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -19,7 +20,9 @@ class NamespaceRelay:
     def __init__(self, netns: str, target: tuple[str, int]) -> None:
         self._netns = netns
         self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = Socket(socket.AF_INET)
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen()
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -41,7 +44,7 @@ class NamespaceRelay:
         # The client sees the connection close where this fails, as it would for a refused one.
         with contextlib.suppress(OSError, InvalidConfigError), client, self._ended_by_close(client):
             with inside(self._netns):
-                server = socket.create_connection(self._target, timeout=CONNECT_TIMEOUT_S)
+                server = _connected(self._target)
             with server, self._ended_by_close(server):
                 server.settimeout(None)
                 back = threading.Thread(target=_copy, args=(server, client), daemon=True)
@@ -68,6 +71,17 @@ class NamespaceRelay:
             for end in (self._listener, *self._open):
                 _shut(end, socket.SHUT_RDWR)
         self._listener.close()
+
+
+def _connected(target: tuple[str, int]) -> Socket:
+    server = Socket(socket.AF_INET6 if ":" in target[0] else socket.AF_INET)
+    try:
+        server.settimeout(CONNECT_TIMEOUT_S)
+        server.connect(target)
+    except BaseException:
+        server.close()
+        raise
+    return server
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:

@@ -133,9 +133,9 @@ def wait_for_ends(pidfds: Iterable[int], timeout_s: float) -> set[int]:
         poll.register(pidfd, select.POLLIN)
     while there:
         wait_s = max(0.0, min(timeout_s, LONGEST_WAIT_S))
-        started_s = time.monotonic()
+        started_s = time.clock_gettime(time.CLOCK_MONOTONIC)
         ended = [pidfd for pidfd, _events in poll.poll(wait_s * 1000)]
-        timeout_s -= min(wait_s, time.monotonic() - started_s)
+        timeout_s -= min(wait_s, time.clock_gettime(time.CLOCK_MONOTONIC) - started_s)
         for pidfd in ended:
             poll.unregister(pidfd)
             there.discard(pidfd)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import random
-import secrets
 import signal
 import socket
 import subprocess
@@ -18,11 +17,13 @@ import pytest
 
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.errors import InvalidConfigError, VmIOError
+from pytest_chvm.host import networks
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.namespaces import inside
 from pytest_chvm.host.networks import interface_exists, make_bridge, make_tap, open_tap, parse_pool, route_socket, take_subnet
 from pytest_chvm.host.records import read_lease
 from pytest_chvm.host.relay import NamespaceRelay
+from pytest_chvm.untouched import random_hex
 
 
 @pytest.fixture
@@ -35,8 +36,7 @@ def lease(needs_taps: None) -> Iterator[Lease]:
 def names_from(monkeypatch: pytest.MonkeyPatch, *endings: str) -> None:
     """Have names end in these, and then in others."""
     given = iter(endings)
-    real = secrets.token_hex
-    monkeypatch.setattr(secrets, "token_hex", lambda n=None: next(given, None) or real(n))
+    monkeypatch.setattr(networks, "random_hex", lambda size: next(given, None) or random_hex(size))
 
 
 def test_names_and_subnets_are_not_those_of_a_seed(lease: Lease) -> None:
