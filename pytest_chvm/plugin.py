@@ -459,10 +459,11 @@ def chvm_vm(
     request: pytest.FixtureRequest, chvm_settings: Settings, chvm_kernel: Path | None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VmFactory]:
     """Factory of VMs that end with the test: `vm = chvm_vm(kernel=..., shared_dirs=...)` boots one and blocks until it is ready."""
-    if len(chvm_settings.kernel) > 1 and "chvm_kernel" not in request.node.fixturenames:
-        request.node.warn(pytest.PytestWarning(f"{request.node.nodeid} {ONE_KERNEL_ONLY}: {chvm_kernel}"))
     marks = [mark.kwargs for mark in request.node.iter_markers("chvm")]
     defaults = {key: value for kwargs in reversed(marks) for key, value in kwargs.items()}
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if len(chvm_settings.kernel) > 1 and "kernel" not in defaults and "chvm_kernel" not in parameters:
+        request.node.warn(pytest.PytestWarning(f"{request.node.nodeid} {ONE_KERNEL_ONLY}: {chvm_kernel}"))
     longest_boot_s = _longest_boot_s(request.config, request.node)
     yield from _factory(request, chvm_settings, chvm_kernel, tmp_path_factory, request.node.name, defaults, longest_boot_s)
 
