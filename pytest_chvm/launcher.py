@@ -18,6 +18,7 @@ from pytest_chvm.drivers.base import MEMORY_FILE, ROOT_FILE, BootOptions, VmDriv
 from pytest_chvm.drivers.disks import check_was_closed
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.drivers.preflight import preflight
+from pytest_chvm.drivers.process import require_free_name
 from pytest_chvm.errors import BootFailedError, StopFailedError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.guest_choice import Guest, cache_dir, choose_guest, told_config
 from pytest_chvm.host.budget import Share, budget_of, take_share
@@ -288,6 +289,7 @@ class Launcher:
         """Take what a VM needs from the host; `undo` gives it back, and `held` too."""
         for part in held:
             undo.callback(part.release)
+        require_free_name(config)
         lease = Lease()
         undo.callback(_log_failures, lease.release)
         if self.owner is not None:

@@ -93,7 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
     command_line = {option.name: config.getoption(option.ini_key) for option in OPTIONS}
     try:
         config.stash[_settings_key] = Settings.resolve(command_line, ini=_ini_values(config))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 
 
@@ -102,7 +102,11 @@ def _ini_values(config: pytest.Config) -> dict[str, Any]:
     base = config.inipath.parent if config.inipath else config.rootpath
     values: dict[str, Any] = {}
     for option in OPTIONS:
-        value = config.getini(option.ini_key)
+        try:
+            value = config.getini(option.ini_key)
+        except (ValueError, TypeError) as error:
+            # Before 9.2 pytest does not say of which key a number is none.
+            raise ValueError(f"{option.ini_key}: {error}") from error
         if value and option.metavar in ("PATH", "DIR"):
             value = [str(base / Path(text).expanduser()) for text in value] if option.many else str(base / Path(value).expanduser())
         values[option.ini_key] = value

@@ -46,18 +46,21 @@ class _LiveNames:
         self._holders: dict[tuple[str, str], ProcessIdentity | None] = {}
 
     def claim(self, config: VmConfig) -> None:
-        key = (config.namespace, config.name)
         with self._lock:
-            if key in self._holders:
-                holder = self._holders[key]
-                # Held without a process: it is being booted. One that is gone holds nothing.
-                if holder is None or remains.start_time_ticks(holder.pid) == holder.start_time_ticks:
-                    raise InvalidConfigError(
-                        f"a VM named {config.name!r} in namespace {config.namespace!r} is running already: "
-                        "give this one another name, or stop that one first",
-                        vm_name=config.name,
-                    )
-            self._holders[key] = None
+            self.require_free(config)
+            self._holders[config.namespace, config.name] = None
+
+    def require_free(self, config: VmConfig) -> None:
+        key = (config.namespace, config.name)
+        if key in self._holders:
+            holder = self._holders[key]
+            # Held without a process: it is being booted. One that is gone holds nothing.
+            if holder is None or remains.start_time_ticks(holder.pid) == holder.start_time_ticks:
+                raise InvalidConfigError(
+                    f"a VM named {config.name!r} in namespace {config.namespace!r} is running already: "
+                    "give this one another name, or stop that one first",
+                    vm_name=config.name,
+                )
 
     def started(self, config: VmConfig, process: ProcessIdentity) -> None:
         with self._lock:
@@ -70,6 +73,11 @@ class _LiveNames:
 
 
 _names = _LiveNames()
+
+
+def require_free_name(config: VmConfig) -> None:
+    """Raise InvalidConfigError where a VM of that name and namespace runs: before anything is waited for. `boot` takes the name."""
+    _names.require_free(config)
 
 
 @dataclass

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_chvm import MissingRequirementError
+from pytest_chvm import InvalidConfigError, MissingRequirementError
+from pytest_chvm.factory import VmFactory
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import NETWORK_PREFIX, Subnet, lease_network, lease_network_nic, parse_pool, take_subnet
+from pytest_chvm.snapshots import Snapshot
+from tests.conftest import kept
 
 
 def test_networks_of_one_name_have_addresses_of_their_own(pool: str) -> None:
@@ -37,3 +40,26 @@ def test_a_pool_without_a_free_subnet_is_a_missing_requirement(pool: str) -> Non
         for subnet in taken:
             subnet.release()
         assert lease.release() == []
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "-a", "../a", "n" * 64])
+def test_a_clone_s_name_that_is_none_is_refused(saved: Snapshot, name: str) -> None:
+    with pytest.raises(InvalidConfigError, match="cannot be a VM's name"):
+        saved.clone(name=name)
+
+
+def test_a_clone_s_name_that_is_running_is_refused_at_once(saved: Snapshot) -> None:
+    with saved.clone(name="running") as vm:
+        # It would have to wait for all that it takes from the machine.
+        before = kept()
+        with pytest.raises(InvalidConfigError, match=r"'running' .* is running already"):
+            saved.clone(name="running")
+        assert kept() == before
+        assert vm.check_output("echo here") == "here\n"
+    saved.clone(name="running").close()
+
+
+@pytest.fixture(scope="module")
+def saved(chvm_vm_factory: VmFactory) -> Snapshot:
+    """A saved VM of the built-in guest."""
+    return chvm_vm_factory(networks=[]).snapshot()

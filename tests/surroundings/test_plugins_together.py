@@ -58,6 +58,10 @@ def test_all_pass_and_leave_nothing(
     loaded = [word for name in ("chvm", "timeout", "rerunfailures") for word in ("-p", name)]
     if arguments[0] == "-n":
         loaded += ["-p", "xdist"]
+    if arguments == ("--forked",):
+        pytester.makepyfile("def test_plain(): pass")
+        if run_pytest("-p", "pytest_forked", "--forked").ret != 0:
+            pytest.skip("pytest-forked does not work with this pytest, whatever the test")
     pytester.makepyfile(TESTS)
     result = run_pytest(*loaded, *others, "-p", "no:cacheprovider", *arguments, "-p", "no:warnings")
     result.assert_outcomes(passed=5)
