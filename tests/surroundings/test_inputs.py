@@ -314,3 +314,18 @@ def test_a_kernel_that_printed_nothing_is_said_with_likely_causes(vmlinuz, tmp_p
         assert part in str(caught.value)
     assert "quiet" not in why_silent("console=ttyS0")
     assert "console= " not in why_silent("console=ttyS0")
+
+
+def test_a_host_that_is_too_small_is_skipped_where_that_is_asked_for(pytester, user_environment):
+    pytester.makepyfile("""
+        def test_big(chvm_vm):
+            chvm_vm(vmm="qemu", network="none", memory_mb=10**8)
+
+        def test_wrong(chvm_vm):
+            chvm_vm(vmm="qemu", network="none", cpus=1000)
+    """)
+    done = pytester.runpytest_subprocess("-rs", "--chvm-missing=skip", "-p", "no:cacheprovider", timeout=60)
+    done.assert_outcomes(skipped=1, failed=1)
+    done.stdout.fnmatch_lines(
+        ["*cpus=1000, and the host has*a VM can have 254*", "*no VM here*memory_mb=100000000, and the host has*"]
+    )
