@@ -10,7 +10,7 @@ SEED ?= $(shell date +%s)
 export PATH := $(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help example test lint bench chaos campaign soak clean
+.PHONY: help example test lint bench chaos campaign soak matrix clean
 
 help:
 	@echo "make example   boot real virtual machines: run example_project"
@@ -20,6 +20,7 @@ help:
 	@echo "make chaos     runs come to grief in every way: nothing may be left (long); then a campaign"
 	@echo "make campaign  N=200 random kills; SEED=... repeats them"
 	@echo "make soak      N=300 VMs in one run: what the last ones cost against the first"
+	@echo "make matrix    Python 3.11 to 3.14, pytest 8 and 9, the lowest versions of all dependencies: those Pythons that are here (long)"
 	@echo "make clean     remove what set-up made in this folder"
 
 example: $(VENV)/.guest
@@ -49,6 +50,10 @@ campaign: $(VENV)/.guest
 soak: $(VENV)/.guest
 	@CHVM_SOAK_VMS=$(or $(N),300) pytest tests/chaos/test_soak.py $(PYTEST_ARGS)
 
+matrix: $(VENV)/.guest
+	@command -v uv >/dev/null || python -m pip install --quiet --disable-pip-version-check uv
+	@WORKERS=$(WORKERS) PYTEST_ARGS="$(PYTEST_ARGS)" .ci/matrix $(CURDIR)/.matrix
+
 $(VENV)/.system: .ci/set-up
 	@.ci/set-up packages
 	@"$$(.ci/set-up python)" -m venv $(VENV)
@@ -66,4 +71,4 @@ $(VENV)/.guest: pytest_chvm/guest/initramfs.py pytest_chvm/guest/init.sh $(VENV)
 	@touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .matrix .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
