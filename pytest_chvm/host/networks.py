@@ -1,7 +1,7 @@
 """TAPs, subnets and bridges of the host: lent to one VM or network at a time, machine-wide.
 
 A subnet is taken by locking a file in a directory common to all users; the lock ends with the process that
-holds it. What is already routed on the host is never taken.
+holds it. What is already routed on the host is never taken for a network that the host is to reach.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIOError
@@ -29,6 +30,9 @@ IPv4Net = ipaddress.IPv4Network
 
 # For benchmarks of network devices (RFC 2544, RFC 6890): no site has it, so no route is hidden by it.
 DEFAULT_POOL = "198.18.0.0/15"
+PRIVATE_RANGES = tuple(ipaddress.IPv4Network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"))  # RFC 1918
+# Where that is routed: VPNs give names addresses of it. Of the private ranges, far from where sites and Docker begin to count.
+FURTHER_POOLS = tuple(ipaddress.IPv4Network(text) for text in ("10.218.0.0/15", "172.30.0.0/15"))
 POINT_TO_POINT_PREFIX = 30
 NETWORK_PREFIX = 24
 # linux/if_tun.h
@@ -59,6 +63,18 @@ def why_no_taps() -> str | None:
     effective = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
     if not int(effective.split()[1], 16) >> CAP_NET_ADMIN & 1:
         return "there is no CAP_NET_ADMIN"
+    return _why_no_tap_in(os.readlink("/proc/thread-self/ns/net"))
+
+
+@lru_cache(maxsize=16)
+def _why_no_tap_in(_network_namespace: str) -> str | None:
+    """Return why no TAP can be made in this network namespace, by making one, or None where it can."""
+    try:
+        _name, fd = _new_tap(None, None)
+    except VmIOError as error:
+        # Root of a user namespace has all capabilities, but none over a network that is not of that namespace.
+        return f"{error} (as root of a user namespace or container whose network is not its own?)"
+    os.close(fd)
     return None
 
 
@@ -84,38 +100,60 @@ class Subnet:
         self._lock.release()
 
 
-def take_subnet(pool: IPv4Net, prefix: int, lease: Lease, netns: str | None = None) -> Subnet:
-    """Return a free subnet of the pool: locked by nobody and overlapping no route of the host (or of `netns`).
+def take_subnet(pool: IPv4Net, prefix: int, lease: Lease, netns: str | None = None, *, of_the_host: bool = True) -> Subnet:
+    """Return a free subnet of the pool: locked by nobody, and `of_the_host`, claimed by no route of the host (or of `netns`).
 
-    Point-to-point subnets are cut from the lower half of the pool, those of networks from the upper one. Raises
-    MissingRequirementError where none is free.
+    Point-to-point subnets are cut from the lower half of the pool, those of networks from the upper one. Where the default pool has
+    none, as with a VPN that has its addresses there, others are tried. Raises MissingRequirementError where none is free.
     """
-    lower, upper = pool.subnets(prefixlen_diff=1)
-    half = lower if prefix == POINT_TO_POINT_PREFIX else upper
+    routes = list(_routed(netns)) if of_the_host else []
+    pools = [pool, *(FURTHER_POOLS if pool == ipaddress.IPv4Network(DEFAULT_POOL) else ())]
+    for each in pools:
+        lower, upper = each.subnets(prefixlen_diff=1)
+        half = lower if prefix == POINT_TO_POINT_PREFIX else upper
+        subnet = _take_from(half, prefix, lease, [route for route in routes if route.overlaps(half) and _claims(route, each)])
+        if subnet is not None:
+            return subnet
+    raise MissingRequirementError(
+        f"no /{prefix} subnet is free in the pool {' or '.join(map(str, pools))}: each is routed or in use; name another with "
+        "CHVM_SUBNET_POOL"
+    )
+
+
+def _take_from(half: IPv4Net, prefix: int, lease: Lease, claims: list[IPv4Net]) -> Subnet | None:
+    if any(half.subnet_of(claim) for claim in claims):
+        return None
     count = 2 ** (prefix - half.prefixlen)
-    routed = list(_routed(netns))
     # Not from the first on: that one's lock is the one every other process tries at this moment.
     first = random_below(count)
     for slot in range(count):
         base = int(half.network_address) + (first + slot) % count * 2 ** (32 - prefix)
         network = ipaddress.IPv4Network((base, prefix))
-        if any(network.overlaps(route) for route in routed):
+        if any(network.overlaps(claim) for claim in claims):
             continue
         try:
             lock = HeldLock(f"subnet-{network.network_address}-{prefix}.lock", lease, timeout_s=0)
         except (TimeoutError, PermissionError):
             continue
         return Subnet(network, lock)
-    raise MissingRequirementError(
-        f"no /{prefix} subnet is free in the pool {pool}: {count} were looked at; name another with CHVM_SUBNET_POOL"
-    )
+    return None
+
+
+def _claims(route: IPv4Net, pool: IPv4Net) -> bool:
+    """Tell whether a route says that addresses of the pool are somebody's.
+
+    A default route does not, and a VPN has a few in its place: 0.0.0.0/1 and 128.0.0.0/1, or all of the Internet but some. A site's
+    networks are in the private ranges, the largest of which is a /8.
+    """
+    if route.prefixlen >= pool.prefixlen:
+        return True
+    return any(route.subnet_of(private) for private in PRIVATE_RANGES)
 
 
 def _routed(netns: str | None) -> Iterator[IPv4Net]:
     with route_socket(netns) as route:
         for entry in route.get_routes(family=2):
             destination = entry.get_attr("RTA_DST")
-            # The default route overlaps everything and claims nothing.
             if destination and entry["dst_len"]:
                 yield ipaddress.IPv4Network((destination, entry["dst_len"]), strict=False)
 
@@ -226,7 +264,7 @@ def lease_tap_nic(lease: Lease, wanted: Tap, pool: IPv4Net, netns: str | None) -
 
 def lease_user_nic(lease: Lease, pool: IPv4Net) -> tuple[Nic, Subnet]:
     """Return a NIC on QEMU's user-mode network, with a subnet that no other VM of the machine has."""
-    subnet = take_subnet(pool, POINT_TO_POINT_PREFIX, lease)
+    subnet = take_subnet(pool, POINT_TO_POINT_PREFIX, lease, of_the_host=False)
     guest = NicAddress(ipaddress.IPv4Interface((subnet.guest, POINT_TO_POINT_PREFIX)), subnet.host)
     return Nic(UserNetwork(subnet.network, subnet.host, subnet.guest), guest), subnet
 
@@ -272,10 +310,11 @@ def lease_network(pool: IPv4Net, name: str | None = None, on_lease: Callable[[Le
     lease = Lease()
     try:
         on_lease(lease)
-        subnet = take_subnet(pool, NETWORK_PREFIX, lease)
+        has_bridge = why_no_taps() is None
+        subnet = take_subnet(pool, NETWORK_PREFIX, lease, of_the_host=has_bridge)
         try:
             bridge = multicast = None
-            if why_no_taps() is None:
+            if has_bridge:
                 bridge = make_bridge(lease, ipaddress.IPv4Interface((subnet.host, NETWORK_PREFIX)))
             else:
                 # A group of its own for each: the subnet is.

@@ -109,7 +109,7 @@ def test_a_tap_whose_maker_is_killed_before_it_is_recorded_is_gone(needs_taps: N
 @pytest.mark.parametrize(
     "enter",
     [
-        lambda lease, netns: route_socket(netns),
+        lambda lease, netns: route_socket(netns).__enter__(),
         lambda lease, netns: interface_exists("lo", netns),
         lambda lease, netns: open_tap("chvmtest0", netns, ours=False),
         lambda lease, netns: make_tap(lease, None, None, netns),
