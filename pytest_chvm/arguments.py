@@ -31,6 +31,7 @@ class ConfigArguments(TypedDict, total=False):
     cpu_model: str | None
     channels: Sequence[str]
     hotplug: bool
+    outbound: bool
     max_cpus: int | None
     max_memory_mb: int | None
 

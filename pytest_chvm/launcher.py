@@ -204,7 +204,7 @@ class Launcher:
         return None
 
     def _why_no_clone(self, guest: Guest) -> str | None:
-        mode, _why = network_mode(self.settings, self.driver)
+        mode, _why = network_mode(self.settings, self.driver, outbound=guest.config.outbound)
         return why_no_clone(guest.config, built_in_guest=guest.built_in, network_mode=mode)
 
     def want_template(self, guest: Guest) -> None:
@@ -216,7 +216,7 @@ class Launcher:
         return TemplateStore(cache_dir(self.settings))
 
     def _made_of(self, guest: Guest, identify: Callable[[Path], str]) -> dict[str, object]:
-        mode, _why = network_mode(self.settings, self.driver)
+        mode, _why = network_mode(self.settings, self.driver, outbound=guest.config.outbound)
         try:
             return made_of(
                 template_config(guest.config),

@@ -147,12 +147,17 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class UserNetwork:
-    """QEMU's user-mode network: `subnet` exists inside the VMM only; the guest reaches it at `host`."""
+    """QEMU's user-mode network: `subnet` exists inside the VMM only.
+
+    At `host` the guest reaches what listens on the host's loopback, and beyond it what the host reaches; nothing of that without
+    `outbound`.
+    """
 
     subnet: ipaddress.IPv4Network
     host: ipaddress.IPv4Address
     guest: ipaddress.IPv4Address
     mac: str | None = None
+    outbound: bool = True
 
 
 Attachment = Tap | SocketPairFd | Network | UserNetwork
@@ -179,7 +184,8 @@ class VmConfig:
     `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
     `channels` are names of virtio-serial ports: `/dev/virtio-ports/<name>` in the guest where udev runs, `vm.open_channel(name)`
     outside. `hotplug`: there is room for devices to be plugged in while it runs; `max_cpus` and `max_memory_mb`: up to how much
-    `vm.resize` can go (None: no further).
+    `vm.resize` can go (None: no further). `outbound=False`: by its user-mode network the guest reaches
+    neither the host nor what the host reaches; it can still be reached at `vm.address`.
     """
 
     name: str = "vm"
@@ -201,6 +207,7 @@ class VmConfig:
     hotplug: bool = False
     max_cpus: int | None = None
     max_memory_mb: int | None = None
+    outbound: bool = True
 
     if TYPE_CHECKING:
         # What comes in is more than what comes out: a `str` is a path too.
@@ -227,6 +234,8 @@ class VmConfig:
             value = getattr(self, key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise self._invalid(f"{key}={value!r}, expected a whole number, {least} or more")
+        if not isinstance(self.outbound, bool):
+            raise self._invalid(f"outbound={self.outbound!r}, expected True or False")
         if self.cmdline is not None:
             if not isinstance(self.cmdline, str):
                 raise self._invalid(f"cmdline={self.cmdline!r}, expected a string")

@@ -14,10 +14,12 @@ from pytest_chvm.model import Attachment, Network, Tap, UserNetwork, VmConfig, m
 from pytest_chvm.settings import Settings
 
 
-def network_mode(settings: Settings, driver: VmDriver) -> tuple[str, str]:
-    """Return the kind of network a VM gets, `tap`, `user` or `none`, and why."""
+def network_mode(settings: Settings, driver: VmDriver, *, outbound: bool = True) -> tuple[str, str]:
+    """Return the kind of network a VM gets, `tap`, `user` or `none`, and why; without `outbound` none on which it can reach out."""
     if settings.network != "auto":
         return settings.network, "asked for"
+    if not outbound and driver.vmm == "qemu":
+        return "user", "outbound=False goes with no other"
     reason = networks.why_no_taps()
     if reason is None:
         return "tap", "TAPs can be made here"
@@ -38,13 +40,19 @@ class Nics:
 def lease_nics(config: VmConfig, driver: VmDriver, settings: Settings, lease: Lease, undo: ExitStack) -> Nics:
     """Take what a VM's networks need from the host; `undo` gives it back."""
     wanted: list[Any] = list(config.networks) if config.networks is not None else _default_network(config, driver, settings)
+    if not config.outbound and any(_reaches_out(network) for network in wanted):
+        raise UnsupportedError(
+            f"VM {config.name!r}: outbound=False goes with the user-mode network (QEMU, network='user') or none: on a TAP or "
+            "a bridge the host is the guest's neighbour",
+            vm_name=config.name,
+        )
     pool = networks.parse_pool(settings.subnet_pool)
     nics = Nics([], [], [])
     for index, network in enumerate(wanted):
         if isinstance(network, Tap):
             nic, subnet = networks.lease_tap_nic(lease, network, pool, config.netns)
         elif network == "user":
-            nic, subnet = networks.lease_user_nic(lease, pool)
+            nic, subnet = networks.lease_user_nic(lease, pool, outbound=config.outbound)
         elif isinstance(network, Network):
             nic, subnet = networks.lease_network_nic(lease, network), None
         else:
@@ -56,6 +64,12 @@ def lease_nics(config: VmConfig, driver: VmDriver, settings: Settings, lease: Le
         nics.attachments.append(nic.attachment)
         _tell(nics.words, index, nic, config.name)
     return nics
+
+
+def _reaches_out(network: Any) -> bool:
+    if isinstance(network, Network):
+        return network.bridge is not None
+    return network.outbound if isinstance(network, UserNetwork) else network != "user"
 
 
 def _tell(words: list[str], index: int, nic: networks.Nic, vm_name: str) -> None:
@@ -72,7 +86,7 @@ def _tell(words: list[str], index: int, nic: networks.Nic, vm_name: str) -> None
 
 
 def _default_network(config: VmConfig, driver: VmDriver, settings: Settings) -> list[Any]:
-    mode, _why = network_mode(settings, driver)
+    mode, _why = network_mode(settings, driver, outbound=config.outbound)
     if mode == "user":
         if driver.vmm != "qemu":
             raise UnsupportedError(

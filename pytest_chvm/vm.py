@@ -373,6 +373,8 @@ class Vm:
     def add_network(self, tap: Tap | None = None) -> Device:
         """Plug a NIC in that is attached to a TAP (default: one of its own); the VM must have been booted with `hotplug=True`."""
         hotplug.require_room(self.config)
+        if not self.config.outbound:
+            raise UnsupportedError(f"VM {self.name!r} gets no TAP: it has outbound=False", vm_name=self.name)
         device, self.handle = hotplug.add_tap(self._driver, self.handle, self._lease, tap or Tap(), self.plugged.values())
         return self._plugged_in(device)
 

@@ -185,7 +185,8 @@ class QemuDriver:
                 mac = network.mac or mac
                 words += [
                     "-netdev",
-                    f"user,id=net{index},net={network.subnet},host={network.host},dns={network.subnet[3]},dhcpstart={network.guest}",
+                    f"user,id=net{index},net={network.subnet},host={network.host},dns={network.subnet[3]},dhcpstart={network.guest}"
+                    + ("" if network.outbound else ",restrict=on"),
                 ]
             elif isinstance(network, Network):
                 words += ["-netdev", f"socket,id=net{index},mcast={network.multicast},localaddr=127.0.0.1"]

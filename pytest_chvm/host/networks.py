@@ -63,7 +63,7 @@ def why_no_taps() -> str | None:
     effective = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
     if not int(effective.split()[1], 16) >> CAP_NET_ADMIN & 1:
         return "there is no CAP_NET_ADMIN"
-    return _why_no_tap_in(os.readlink("/proc/thread-self/ns/net"))
+    return _why_no_tap_in(os.fspath(Path("/proc/thread-self/ns/net").readlink()))
 
 
 @lru_cache(maxsize=16)
@@ -160,10 +160,8 @@ def _routed(netns: str | None) -> Iterator[IPv4Net]:
 
 def interface_exists(name: str, netns: str | None) -> bool:
     """Tell whether an interface is there, in the host's or a named network namespace."""
-    if netns is None:
-        return Path("/sys/class/net", name).exists()
-    with route_socket(netns) as route:
-        return bool(route.link_lookup(ifname=name))
+    with inside(netns):
+        return remains.interface_is_there(name, None)
 
 
 def make_tap(
@@ -262,11 +260,11 @@ def lease_tap_nic(lease: Lease, wanted: Tap, pool: IPv4Net, netns: str | None) -
     return Nic(Tap(name, wanted.mac, take_over=True), guest), subnet
 
 
-def lease_user_nic(lease: Lease, pool: IPv4Net) -> tuple[Nic, Subnet]:
+def lease_user_nic(lease: Lease, pool: IPv4Net, *, outbound: bool) -> tuple[Nic, Subnet]:
     """Return a NIC on QEMU's user-mode network, with a subnet that no other VM of the machine has."""
     subnet = take_subnet(pool, POINT_TO_POINT_PREFIX, lease, of_the_host=False)
     guest = NicAddress(ipaddress.IPv4Interface((subnet.guest, POINT_TO_POINT_PREFIX)), subnet.host)
-    return Nic(UserNetwork(subnet.network, subnet.host, subnet.guest), guest), subnet
+    return Nic(UserNetwork(subnet.network, subnet.host, subnet.guest, outbound=outbound), guest), subnet
 
 
 # Of each network, not of each name: two may have the same.

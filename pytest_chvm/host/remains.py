@@ -8,6 +8,7 @@ from __future__ import annotations
 
 # The module `signal` imports `enum`, which costs the keeper a third of its start.
 import _signal as signal  # type: ignore[import-not-found]
+import _socket
 import fcntl
 import os
 import select
@@ -73,7 +74,11 @@ def _read(path: str) -> bytes:
 def interface_is_there(name: str, netns: str | None) -> bool:
     """Tell whether a network interface is there, as far as this process can see it."""
     if netns is None:
-        return os.path.exists(f"/sys/class/net/{name}")
+        # Not by /sys/class/net, which has the links of the namespace that it was mounted in.
+        try:
+            return bool(_socket.if_nametoindex(name))
+        except OSError:
+            return False
     return os.path.exists(f"/run/netns/{netns}") and not _run_ip(netns, "link", "show", "dev", name, absent="")
 
 
