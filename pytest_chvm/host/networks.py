@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIOError
 from pytest_chvm.host import remains
+from pytest_chvm.host.capabilities import missing
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import HeldLock
 from pytest_chvm.host.namespaces import inside
@@ -40,7 +41,6 @@ TUNSETIFF = 0x400454CA
 TUNSETPERSIST = 0x400454CB
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
 ATTEMPTS = 5
-CAP_NET_ADMIN = 12
 
 
 def parse_pool(text: str) -> IPv4Net:
@@ -60,8 +60,7 @@ def why_no_taps() -> str | None:
         return "/dev/net/tun is not there"
     if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
         return "/dev/net/tun may not be opened"
-    effective = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
-    if not int(effective.split()[1], 16) >> CAP_NET_ADMIN & 1:
+    if missing(["CAP_NET_ADMIN"]):
         return "there is no CAP_NET_ADMIN"
     return _why_no_tap_in(os.fspath(Path("/proc/thread-self/ns/net").readlink()))
 

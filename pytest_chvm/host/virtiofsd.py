@@ -16,6 +16,7 @@ from pathlib import Path
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.errors import BootFailedError, InvalidConfigError, MissingRequirementError, VmIOError
 from pytest_chvm.host.binaries import find_binary
+from pytest_chvm.host.capabilities import missing
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.processes import keeper
 from pytest_chvm.host.runs import count_started
@@ -34,6 +35,18 @@ LISTEN_S = 0.001
 TRIAL_TIMEOUT_S = 10.0
 # A device node that a guest's root makes in a share would be one of the host's.
 NO_DEVICE_NODES = "-mknod"
+# For its sandbox, and to act for the guest's users (virtiofsd's src/main.rs keeps these).
+NEEDED_AS_ROOT = (
+    "CAP_SYS_CHROOT",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_SETFCAP",
+)
 READ_ONLY_SCRIPT = """
 mkdir "$1" && mount --rbind "$0" "$1" || exit
 while read -r _ _ _ _ where options _; do
@@ -142,11 +155,22 @@ def _why_no_mount_namespace(user: int) -> str | None:
 
 
 def find_virtiofsd(override: Path | None = None) -> Virtiofsd:
-    """Return this host's virtiofsd; raises InvalidConfigError with the package to install where there is none."""
+    """Return this host's virtiofsd; raises InvalidConfigError with the package to install where there is none, or the rights."""
+    _check_rights()
     binary = find_binary("virtiofsd", PLACES, INSTALL, override)
     return Virtiofsd(
         binary.path, is_rust=program_of(binary) != "virtiofsd (C)", has_readonly=not lacks(binary, Feature.READ_ONLY_SHARES)
     )
+
+
+def _check_rights() -> None:
+    """Raise MissingRequirementError where this user is a root of too few rights for virtiofsd."""
+    lacks = missing(NEEDED_AS_ROOT) if os.geteuid() == 0 else []
+    if lacks:
+        raise MissingRequirementError(
+            f"there can be no shared dirs: virtiofsd, as root, needs {', '.join(lacks)}, which this process has not; give "
+            "them to the container (Docker: --cap-add), or run as another user than root where user namespaces are allowed"
+        )
 
 
 def check_shared_dir(share: SharedDir) -> None:

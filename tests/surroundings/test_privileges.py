@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from pytest_chvm.host.virtiofsd import NEEDED_AS_ROOT
+
 SAYS = """
 import sys
 from pytest_chvm import Settings, launch
@@ -18,6 +20,12 @@ print(*network_mode(settings, driver_for(settings)), sep=": ")
 with launch(vmm="qemu") as vm:
     assert vm.check_output("echo hi") == "hi\\n"
     print(type(vm.config.networks[0]).__name__)
+"""
+SHARED = """
+import sys
+from pytest_chvm import launch
+with launch(vmm="qemu", shared_dirs={"a": sys.argv[1]}) as vm:
+    vm.check_output("echo hi >/mnt/a/written")
 """
 SHARE = """
 import sys
@@ -63,6 +71,17 @@ def test_root_of_a_user_namespace_with_a_network_of_its_own_gets_taps(needs_user
 def test_root_without_capabilities_gets_user_mode(needs_root):
     said = run(["setpriv", "--bounding-set=-all", "--inh-caps=-all"], SAYS)
     assert said == "user: no TAP can be made: there is no CAP_NET_ADMIN\nUserNetwork\n"
+
+
+def test_root_of_a_user_namespace_shares(needs_user_namespaces, tmp_path):
+    run(["unshare", "-Ur"], SHARED, str(tmp_path))
+    assert (tmp_path / "written").read_text() == "hi\n"
+
+
+def test_root_with_the_rights_of_a_container_shares(needs_root, tmp_path):
+    kept = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in NEEDED_AS_ROOT)
+    run(["setpriv", f"--bounding-set=-all,{kept}", "--inh-caps=-all"], SHARED, str(tmp_path))
+    assert (tmp_path / "written").read_text() == "hi\n"
 
 
 def test_root_without_capabilities_is_told_that_it_has_no_shares(needs_root, tmp_path):
