@@ -8,7 +8,6 @@ changed since it was written is made anew, never used.
 from __future__ import annotations
 
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,8 @@ from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.guest.cache import built_once, remove_unfinished
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.remains import boot_id
+from pytest_chvm.lockfiles import try_lock, wait_for_lock
+from pytest_chvm.progress import show_progress
 from pytest_chvm.text import clean
 from pytest_chvm.trees import remove_tree
 from pytest_chvm.untouched import random_hex, wall_clock_s
@@ -271,16 +272,18 @@ def _hold(directory: Path) -> int | None:
         fd = os.open(record, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    fcntl.flock(fd, fcntl.LOCK_SH)
     try:
+        wait_for_lock(fd, str(directory), show_progress, shared=True)
         # It may have been removed while the lock was waited for.
         if os.fstat(fd).st_nlink:
             # It may be on a file system that is read-only.
             with suppress(OSError):
                 os.utime(fd)
             return fd
-    except BaseException:
+    except BaseException as error:
         os.close(fd)
+        if isinstance(error, TimeoutError):
+            raise VmIOError(str(error)) from error
         raise
     os.close(fd)
     return None
@@ -312,15 +315,14 @@ def _remove_unused(template: Template) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.fstat(fd).st_nlink:
-            # It was removed meanwhile, and what is there now is another, which may be in use.
+        if not try_lock(fd) or not os.fstat(fd).st_nlink:
+            # It is in use; or it was removed meanwhile, and what is there now is another, which may be in use.
             return False
         # From here on it is no template; what is left when this process is killed goes with the next pruning.
         (template.directory / RECORD_FILE).unlink()
         remove_tree(template.directory)
         return True
-    except (BlockingIOError, FileNotFoundError):
+    except FileNotFoundError:
         return False
     finally:
         os.close(fd)
@@ -359,7 +361,7 @@ def content_key(file: Path, cache: Path) -> str:
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a+", errors="replace") as known:
         # Others that want the same wait for it.
-        fcntl.flock(known, fcntl.LOCK_EX)
+        wait_for_lock(known.fileno(), f"what {str(file)!r} holds", show_progress)
         known.seek(0)
         digest = known.read()
         if os.fstat(known.fileno()).st_mtime - found.st_ctime <= RACY_S or not re.fullmatch(DIGEST, digest):

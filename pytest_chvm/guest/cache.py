@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pytest_chvm.errors import InvalidConfigError, VmError
+from pytest_chvm.errors import InvalidConfigError, VmError, VmIOError
+from pytest_chvm.lockfiles import try_lock, wait_for_lock
+from pytest_chvm.progress import show_progress
 from pytest_chvm.trees import remove_tree
 
 
@@ -63,15 +64,15 @@ def built_once(
 
 @contextmanager
 def locked(target: Path) -> Iterator[bool]:
-    """Hold the lock of what is built at `target`, the file `TARGET.lock`; tells whether somebody else had it. Raises OSError."""
-    # Not filelock's: one waits for it by looking again and again.
+    """Hold the lock of what is built at `target`, the file `TARGET.lock`; tells whether somebody else had it.
+
+    Raises OSError, which a VmIOError is too: where who has it has been stopped for half a minute.
+    """
     with open(f"{target}.lock", "ab") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            waited = False
-        except BlockingIOError:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            waited = True
+            waited = wait_for_lock(lock.fileno(), str(target), show_progress)
+        except TimeoutError as error:
+            raise VmIOError(str(error)) from error
         yield waited
 
 
@@ -90,5 +91,5 @@ def remove_unfinished(parent: Path) -> None:
     """Remove what builders of `built_once` left below `parent` that were killed: whose lock nobody holds."""
     for left in parent.glob(".*.*"):
         with suppress(OSError), (parent / f"{left.name.split('.')[1]}.lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_tree(left)
+            if try_lock(lock.fileno()):
+                remove_tree(left)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmError
 from pytest_chvm.guest.cache import built_once, locked
 from pytest_chvm.guest.kernel_image import check_kernel_image
 from pytest_chvm.trees import remove_tree
@@ -108,6 +108,8 @@ def index_modules(tree: Path, busybox: Path) -> None:
             if not (tree / "modules.dep").exists():
                 base = tree.parents[2]
                 subprocess.run([busybox, "depmod", "-b", base, tree.name], check=True, capture_output=True, timeout=120)
+    except VmError:
+        raise
     except (OSError, subprocess.SubprocessError) as error:
         raise InvalidConfigError(f"the modules in {str(tree)!r} have no index, and none can be written: {error}") from error
 

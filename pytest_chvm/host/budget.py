@@ -21,11 +21,12 @@ from pathlib import Path
 
 from pytest_chvm.deadline import Deadline, wait_readable
 from pytest_chvm.errors import MissingRequirementError
-from pytest_chvm.host import limits, records, remains
+from pytest_chvm.host import limits
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import HeldLock
 from pytest_chvm.host.watch import FileWatch
+from pytest_chvm.lockfiles import is_locked, is_stopped, remove_free_lock
 from pytest_chvm.untouched import monotonic_ns
 
 # Of the memory that this process may have at all: the rest is for the host, and for what a VMM needs beside its guest.
@@ -152,7 +153,7 @@ def _next_ticket(files: list[str]) -> str | None:
 def _stopped(files: list[str]) -> set[int]:
     """Return the processes among those that hold these files that are stopped; this one is not."""
     pids = {int(match[3]) for name in files if (match := FILE_PATTERN.fullmatch(name))}
-    return {pid for pid in pids - {os.getpid()} if remains.is_stopped(pid)}
+    return {pid for pid in pids - {os.getpid()} if is_stopped(pid)}
 
 
 def _has_room(files: list[str], budget: Budget, *, boots: bool, memory_mb: int = 0, cpus: int = 0) -> bool:
@@ -182,10 +183,10 @@ def _held(directory: Path) -> list[str]:
     for name in os.listdir(directory):
         if FILE_PATTERN.fullmatch(name):
             path = os.fspath(directory / name)
-            remains.remove_free_lock(path)
+            remove_free_lock(path)
             # Another user's cannot be removed, and does not count for that.
             try:
-                if records.is_locked(path):
+                if is_locked(path):
                     held.append(name)
             except PermissionError:
                 held.append(name)

@@ -32,7 +32,7 @@ from __future__ import annotations
 import _signal as signal  # type: ignore[import-not-found]
 import _socket as socket
 import ctypes
-import fcntl
+import errno
 import marshal
 import os
 import select
@@ -45,9 +45,11 @@ if TYPE_CHECKING:
 
 if __name__ == "keeper":
     # Isolated (-I -S), without its package: see START.
+    import lockfiles  # type: ignore[import-not-found]
     import records  # type: ignore[import-not-found]
     import remains  # type: ignore[import-not-found]
 else:
+    from pytest_chvm import lockfiles
     from pytest_chvm.host import records, remains
 
 # For python -c: a module is compiled once and a script each time, which takes as long as all the rest. Beside the keeper are its
@@ -314,7 +316,8 @@ def main(arguments: list[str]) -> int:
     lock_file = os.path.join(directory, records.LOCK_FILE)
     try:
         lock = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lockfiles.try_lock(lock):
+            raise BlockingIOError(errno.EWOULDBLOCK, "another keeper has its lock")
         register(lock_file)
     except OSError as error:
         return refuse(control, error)

@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 
 from pytest_chvm.deadline import Deadline
+from pytest_chvm.errors import VmIOError
 from pytest_chvm.host import processes
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.watch import FileWatch
+from pytest_chvm.lockfiles import holder, holder_in_words, remove_free_lock
+
+# All but those that may be tried for nothing are this process's own, by their names.
+LOCK_TIMEOUT_S = 30.0
 
 _held: dict[HeldLock, Lease] = {}
 
@@ -17,19 +22,22 @@ _held: dict[HeldLock, Lease] = {}
 class HeldLock:
     """A lock file that this process holds until `release`; the kernel drops it when the process ends."""
 
-    def __init__(self, name: str, lease: Lease, *, timeout_s: float = -1) -> None:
-        """Take the lock `name`, waiting at most `timeout_s` (negative: as long as it takes); raises TimeoutError.
+    def __init__(self, name: str, lease: Lease, *, timeout_s: float = LOCK_TIMEOUT_S) -> None:
+        """Take the lock `name`, waiting at most `timeout_s`; raises VmIOError, or TimeoutError where that is 0.
 
         It is in the lease first, so that whoever outlives this process removes the file.
         """
         from filelock import FileLock
 
         self._owner_pid = os.getpid()
-        deadline = Deadline.after(timeout_s if timeout_s >= 0 else float("inf"))
+        deadline = Deadline.after(timeout_s)
         while True:
             path = common_lock_dir() / name
             lease.add_lock(path)
-            self._lock = FileLock(path, timeout=timeout_s, mode=0o666, is_singleton=False, thread_local=False, poll_interval=0.01)
+            # It follows no links, and what somebody has removed while it waited it makes anew: from 3.24 on.
+            self._lock = FileLock(
+                path, timeout=deadline.remaining_s, mode=0o666, is_singleton=False, thread_local=False, poll_interval=0.01
+            )
             try:
                 # Without a wait where none is wanted: it would be one by a clock that a test may have frozen.
                 self._lock.acquire(blocking=timeout_s != 0)
@@ -37,11 +45,15 @@ class HeldLock:
             except FileNotFoundError:
                 # The last one who left took the directory along.
                 continue
+            except TimeoutError:
+                if timeout_s == 0:
+                    raise
+                raise VmIOError(f"{path} was not to be had within {timeout_s:g} s: {_holder(path)} has it") from None
             except PermissionError:
                 # Another user's, whose file the kernel keeps from us (fs.protected_regular): it goes when they let go.
                 if deadline.expired:
                     raise TimeoutError(f"{path} is held by another user") from None
-                _wait_until_gone(path)
+                _wait_until_gone(path, deadline)
         _held[self] = lease
 
     @property
@@ -55,23 +67,24 @@ class HeldLock:
         # The file may be somebody else's by now.
         if not self._lock.is_locked or self._owner_pid != os.getpid():
             return
-        path = Path(self._lock.lock_file)
-        # Unlinked while it is held: whoever waits for it sees that its file is gone, and makes a new one.
-        path.unlink(missing_ok=True)
         self._lock.release()
-        try:
-            path.parent.rmdir()
-        except OSError:
-            # Other locks are in it.
-            return
+        remove_free_lock(self._lock.lock_file)
 
 
-def _wait_until_gone(path: Path) -> None:
+def _holder(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return holder_in_words(holder(file.fileno()))
+    except OSError:
+        return holder_in_words(None)
+
+
+def _wait_until_gone(path: Path, deadline: Deadline) -> None:
     try:
         with FileWatch(path.parent) as watch:
             if path.exists():
                 # One who was killed leaves it without an event.
-                watch.wait(Deadline.after(1.0))
+                watch.wait(Deadline.after(min(1.0, deadline.remaining_s)))
     except FileNotFoundError:
         return
 

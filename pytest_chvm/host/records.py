@@ -15,17 +15,17 @@ A directory whose lock is held, or whose owner lives, is somebody's and is left 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import time
 
 if __name__ == "records":
     # For the keeper, which runs without its package.
+    import lockfiles  # type: ignore[import-not-found]
     import remains  # type: ignore[import-not-found]
     import trees  # type: ignore[import-not-found]
 else:
-    from pytest_chvm import trees
+    from pytest_chvm import lockfiles, trees
     from pytest_chvm.host import remains
 
 TYPE_CHECKING = False
@@ -169,7 +169,7 @@ def remove_named(lease: dict[str, Any], *, same_boot: bool = True) -> list[str]:
     for path in lease.get("paths", ()):
         failures += trees.remove_tree(path)
     for path in lease.get("locks", ()):
-        failures += remains.remove_free_lock(path)
+        failures += lockfiles.remove_free_lock(path)
     return failures
 
 
@@ -205,27 +205,12 @@ def remove_owner_directory(directory: str, *, same_boot: bool = True) -> list[st
     return failures
 
 
-def is_locked(path: str) -> bool:
-    """Tell whether a process holds a lock on a file; nobody does on one that is not there."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
 def is_abandoned(directory: str, owner: dict[str, Any]) -> bool:
     """Tell whether both the owner of a directory and its keeper are gone."""
     if owner["boot_id"] == remains.boot_id() and remains.start_time_ticks(owner["pid"]) == owner["start_time_ticks"]:
         return False
     # There is no lock where the owner died before its keeper was there.
-    return not is_locked(os.path.join(directory, LOCK_FILE))
+    return not lockfiles.is_locked(os.path.join(directory, LOCK_FILE))
 
 
 def remove_abandoned(runtime_dir: str | os.PathLike[str], *, dry_run: bool = False) -> tuple[list[str], list[str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 # The module `signal` imports `enum`, which costs the keeper a third of its start.
 import _signal as signal  # type: ignore[import-not-found]
 import _socket
-import fcntl
 import os
 import select
 import time
@@ -38,12 +37,6 @@ def session_id(pid: int) -> int | None:
     """Return the session of a process; None where there is no such process, or only a zombie."""
     fields = _stat(pid)
     return None if fields is None else int(fields[3])
-
-
-def is_stopped(pid: int) -> bool:
-    """Tell whether a process was stopped by a signal or a debugger; one that is not there was not."""
-    fields = _stat(pid)
-    return fields is not None and fields[0] in (b"T", b"t")
 
 
 def _stat(pid: int) -> list[bytes] | None:
@@ -176,23 +169,3 @@ def _run_ip(netns: str | None, *arguments: str, absent: str) -> list[str]:
     if done.returncode == 0 or (absent and absent in done.stderr):
         return []
     return [f"{' '.join(command)}: {done.stderr.strip()}"]
-
-
-def remove_free_lock(path: str) -> list[str]:
-    """Remove a lock file that nobody holds, and its directory if that leaves it empty; returns failures in words."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        return [f"{path}: {error}"]
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
-        os.rmdir(os.path.dirname(path))
-    except OSError:
-        # Somebody holds it now, or another lock is beside it: theirs to remove.
-        return []
-    finally:
-        os.close(fd)
-    return []

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pytest_chvm.host.remains import is_stopped
+from pytest_chvm.lockfiles import is_stopped
 from tests.leaks import Sandbox
 
 TAKES = """

@@ -1,0 +1,121 @@
+"""Locked files (flock(2)): taking a lock, waiting for one, who has it, and removing those that nobody has.
+
+Standard library only, as little of it as possible, and nothing of this package: the keeper runs it too. Locks of the whole machine,
+which are in a lease, are in `pytest_chvm.host.locks`, by filelock: their files come and go, and other users' are among them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LOOK_AGAIN_S = 0.05
+PATIENCE_BEFORE_MESSAGE_S = 3.0
+# Who has a lock may be building something for long, but not while it is stopped.
+STOPPED_TIMEOUT_S = 30.0
+
+
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Lock an open file if nobody has it; tells whether it is ours now, until it is closed."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def wait_for_lock(fd: int, what: str, tell: Callable[[str], None], *, shared: bool = False) -> bool:
+    """Lock an open file, and wait while somebody else has it; returns whether that was so.
+
+    After a few seconds `tell` is told who has it. Raises TimeoutError where that one has been stopped (Ctrl-Z) for half a minute.
+    """
+    if try_lock(fd, shared=shared):
+        return False
+    begun = running_at = time.monotonic()
+    told = False
+    pause = select.poll()
+    while not try_lock(fd, shared=shared):
+        # Of its being given back nothing tells but waiting without an end.
+        pause.poll(LOOK_AGAIN_S * 1000)
+        now = time.monotonic()
+        if now - begun < PATIENCE_BEFORE_MESSAGE_S:
+            continue
+        pid = holder(fd)
+        if not told:
+            told = True
+            tell(f"{what} is waited for: {holder_in_words(pid)} has it")
+        if pid is None or not is_stopped(pid):
+            running_at = now
+        elif now - running_at > STOPPED_TIMEOUT_S:
+            raise TimeoutError(f"{what} was waited for for {now - begun:.0f} s: {holder_in_words(pid)} has it")
+    return True
+
+
+def holder(fd: int) -> int | None:
+    """Return the process that has an open file locked (proc(5), locks); None where nobody has, as far as this one can see."""
+    found = os.fstat(fd)
+    inode = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with open("/proc/locks") as table:
+        rows = [line.split() for line in table]
+    # "->" is one that waits.
+    pids = [int(row[4]) for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == inode]
+    return next((pid for pid in pids if pid > 0), None)
+
+
+def holder_in_words(pid: int | None) -> str:
+    """Say who has a lock, and what to do where it is stopped."""
+    if pid is None:
+        return "another process"
+    if is_stopped(pid):
+        return f"pid {pid}, which is stopped (go on with 'kill -CONT {pid}', or end it),"
+    return f"pid {pid}"
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether a process was stopped by a signal or a debugger; one that is not there was not."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    # The command name before it is in parentheses and may have any in it.
+    return stat[stat.rindex(b")") + 2 :][:1] in (b"T", b"t")
+
+
+def is_locked(path: str) -> bool:
+    """Tell whether a process holds a lock on a file; nobody does on one that is not there."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not try_lock(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_free_lock(path: str) -> list[str]:
+    """Remove a lock file that nobody holds, and its directory if that leaves it empty; returns failures in words."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [f"{path}: {error}"]
+    try:
+        # What was removed before it was locked here is not what is at the path now.
+        if try_lock(fd) and os.fstat(fd).st_nlink:
+            os.unlink(path)
+            os.rmdir(os.path.dirname(path))
+    except OSError:
+        # Another user's, or another lock is beside it: theirs to remove.
+        return []
+    finally:
+        os.close(fd)
+    return []
