@@ -108,7 +108,8 @@ def _ini_values(config: pytest.Config) -> dict[str, Any]:
             # Before 9.2 pytest does not say of which key a number is none.
             raise ValueError(f"{option.ini_key}: {error}") from error
         if value and option.metavar in ("PATH", "DIR"):
-            value = [str(base / Path(text).expanduser()) for text in value] if option.many else str(base / Path(value).expanduser())
+            texts = [text if text.startswith("~") else str(base / text) for text in (value if option.many else [value])]
+            value = texts if option.many else texts[0]
         values[option.ini_key] = value
     return values
 

@@ -55,7 +55,10 @@ class Option:
 def _path(text: str) -> Path:
     if not text:
         raise ValueError("expected a path")
-    return Path(os.path.abspath(os.path.expanduser(text)))
+    expanded = os.path.expanduser(text)
+    if text.startswith("~") and not Path(expanded).is_absolute():
+        raise ValueError("there is no home directory for '~': HOME is not set to an absolute path, or there is no such user")
+    return Path(os.path.abspath(expanded))
 
 
 def count(text: str) -> int:

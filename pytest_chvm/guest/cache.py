@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,9 +16,41 @@ from pytest_chvm.trees import remove_tree
 
 
 def default_cache_dir() -> Path:
-    """Return the user's cache directory (XDG Base Directory Specification)."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "pytest-chvm"
+    """Return the user's cache directory (XDG Base Directory Specification).
+
+    Where there is no home that can be written, as in many containers, it is one among the temporary files. Raises
+    InvalidConfigError where somebody else has that.
+    """
+    homes = [home for home in (os.environ.get("HOME", ""), _home_of_user()) if home.strip("/")]
+    for place in [Path(os.environ.get("XDG_CACHE_HOME", "")), *(Path(home, ".cache") for home in homes)]:
+        # A relative one would be another in each directory, and is not to be used (the specification).
+        if place.is_absolute() and (os.access(place / "pytest-chvm", os.R_OK | os.X_OK) or _can_be_written(place)):
+            return place / "pytest-chvm"
+    directory = Path(tempfile.gettempdir(), f"pytest-chvm-cache-{os.geteuid()}")
+    with suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise InvalidConfigError(
+            f"the cache {str(directory)!r}, taken for want of a home directory, is not a directory of yours alone: "
+            "set CHVM_CACHE_DIR to one"
+        )
+    return directory
+
+
+def _home_of_user() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        return ""
+
+
+def _can_be_written(place: Path) -> bool:
+    """Tell whether a directory can be written, or made."""
+    there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def built_once(

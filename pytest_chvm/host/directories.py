@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import stat
 import tempfile
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError
@@ -17,6 +19,11 @@ from pytest_chvm.untouched import random_hex
 
 # sun_path is 108 bytes with its NUL (unix(7)); the longest name below a VM's directory is well below 40.
 LONGEST_RUNTIME_DIR = 60
+LOCK_PLACES = ("/run/lock", "/tmp")
+# /proc/sys/kernel/overflowuid
+OVERFLOW_UID = 65534
+
+logger = logging.getLogger("pytest_chvm")
 
 
 def runtime_dir() -> Path:
@@ -86,16 +93,61 @@ def make_owner_dir(run: Run) -> Path:
 
 
 def common_lock_dir() -> Path:
-    """Return the directory of locks that all users of the machine share; it is as open as /tmp."""
-    for base in ("/run/lock", "/tmp"):
-        if os.access(base, os.W_OK | os.X_OK):
-            directory = Path(base, "pytest-chvm")
-            if not directory.exists():
+    """Return the directory of locks that all users of the machine share; it is as open as /tmp.
+
+    Where it is does not depend on who asks, if there is a place that all may write in. Raises InvalidConfigError where there is
+    none that this user may, or can trust.
+    """
+    # /run/lock is root's alone on some distributions: the budget of root would be another than that of the others.
+    open_to_all = [base for base in LOCK_PLACES if _is_open_to_all(base)]
+    if not open_to_all:
+        _say_once(
+            f"neither {' nor '.join(LOCK_PLACES)} is open to all users: memory and subnets are shared out for each user alone"
+        )
+    refused = []
+    for base in open_to_all or [base for base in LOCK_PLACES if os.access(base, os.W_OK | os.X_OK)]:
+        directory = Path(base, "pytest-chvm")
+        if not os.path.lexists(directory):
+            with suppress(OSError):
                 _make_open(directory)
-            if directory.is_symlink() or not os.access(directory, os.W_OK | os.X_OK):
-                continue
+        if (why := _why_no_lock_dir(directory)) is None:
             return directory
-    raise InvalidConfigError("no directory for locks: neither /run/lock nor /tmp can be written")
+        refused.append(f"{directory} {why}")
+        _say_once(f"{refused[-1]}: memory and subnets may be shared out with other users' runs in another place")
+    raise InvalidConfigError(f"no directory for locks: {'; '.join(refused) or ' and '.join(LOCK_PLACES) + ' cannot be written'}")
+
+
+def _is_open_to_all(base: str) -> bool:
+    try:
+        found = Path(base).stat()
+    except OSError:
+        return False
+    return found.st_mode & 0o1777 == 0o1777 and _is_mine_or_roots(found)
+
+
+def _is_mine_or_roots(found: os.stat_result) -> bool:
+    # In a user namespace root is one of those that are not known there.
+    return found.st_uid in (0, os.geteuid(), OVERFLOW_UID)
+
+
+def _why_no_lock_dir(directory: Path) -> str | None:
+    """Return why locks in a directory would not be safe from other users, or could not be made; None where all is well."""
+    try:
+        found = directory.lstat()
+    except OSError as error:
+        return f"cannot be made or looked at ({error.strerror})"
+    if not stat.S_ISDIR(found.st_mode):
+        return "is no directory"
+    if not found.st_mode & stat.S_ISVTX and (found.st_mode & 0o022 or not _is_mine_or_roots(found)):
+        return f"is another user's (uid {found.st_uid}, mode {found.st_mode & 0o7777:04o}), who can take locks away: remove it"
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return f"cannot be written (uid {found.st_uid}, mode {found.st_mode & 0o7777:04o}): remove it"
+    return None
+
+
+@lru_cache(maxsize=16)
+def _say_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _make_open(directory: Path) -> None:
