@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from pytest_chvm import lockfiles
+from pytest_chvm.errors import VmIOError
+from pytest_chvm.guest import cache
 from pytest_chvm.lockfiles import is_stopped
 from tests.leaks import Sandbox
 
@@ -115,3 +119,32 @@ def test_a_run_that_is_stopped_while_it_takes_keeps_nobody_waiting_and_takes_not
     first.end()
     assert [one.process.wait(30) for one in (first, second)] == [0, 0]
     assert not sandbox.left_behind()
+
+
+BUILDS = """
+import sys
+from pathlib import Path
+from pytest_chvm.guest import cache
+
+cache.built_once(Path(sys.argv[1]), lambda directory: (print("builds", flush=True), input()))
+"""
+
+
+def test_who_waits_for_what_a_stopped_run_builds_is_told_and_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockfiles, "PATIENCE_BEFORE_MESSAGE_S", 0.1)
+    monkeypatch.setattr(lockfiles, "STOPPED_TIMEOUT_S", 0.5)
+    said: list[str] = []
+    monkeypatch.setattr(cache, "show_progress", said.append)
+    command = [sys.executable, "-c", BUILDS, tmp_path / "thing"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as builder:
+        assert builder.stdout is not None
+        assert builder.stdout.readline() == "builds\n"
+        builder.send_signal(signal.SIGSTOP)
+        has_it = rf"pid {builder.pid}, which is stopped \(go on with 'kill -CONT {builder.pid}', or end it\), has it"
+        with pytest.raises(VmIOError, match=has_it):
+            cache.built_once(tmp_path / "thing", lambda directory: None)
+        assert [text for text in said if str(builder.pid) in text] == said != []
+        builder.send_signal(signal.SIGCONT)
+        builder.communicate("\n")
+    assert builder.returncode == 0
+    assert (tmp_path / "thing").is_dir()
