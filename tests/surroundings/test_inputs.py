@@ -309,7 +309,7 @@ def test_a_kernel_that_printed_nothing_is_said_with_likely_causes(vmlinuz, tmp_p
     # All there by its header, and nothing of it runs.
     silent.write_bytes(vmlinuz[:16384] + bytes(len(vmlinuz) - 16384))
     with pytest.raises(BootFailedError) as caught:
-        launch(vmm="qemu", network="none", kernel=silent, cmdline="quiet", boot="cold", boot_timeout=4)
+        launch(vmm="qemu", network="none", kernel=silent, cmdline="quiet", boot="cold", boot_timeout=2)
     for part in ("The kernel printed nothing; likely causes: ", "no console=", "told to be quiet", "the image is damaged"):
         assert part in str(caught.value)
     assert "quiet" not in why_silent("console=ttyS0")
