@@ -240,10 +240,11 @@ def test_only_the_attempts_that_failed_are_kept_where_that_was_asked_for(pyteste
         attempts = []
 
         def test_flaky(chvm_vm):
-            attempts.append(chvm_vm(name="vm", networks=[], wait=False, boot="cold"))
+            attempts.append(chvm_vm(name=f"vm{len(attempts)}", networks=[], wait=False, boot="cold"))
             assert len(attempts) == 2
         """
     )
     run_pytest("--reruns=2", "--chvm-keep=failed", "--chvm-artifacts=logs").assert_outcomes(passed=1)
     (kept,) = pytester.path.joinpath("logs").iterdir()
     assert kept.name.endswith("-test_flaky")
+    assert {log.name.partition(".")[0] for log in kept.iterdir()} == {"vm0"}
