@@ -6,13 +6,15 @@ for has had no chance to happen. So a wait that wakes much later than it asked t
 
 from __future__ import annotations
 
+import math
 import select
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.untouched import monotonic_s
 
-# The longest time that a stop may take of a deadline.
+# The longest wait at once, and so the longest time that a stop may take of a deadline.
 LONGEST_WAIT_S = 0.5
 # What is shorter is a busy machine, whose deadlines are meant to pass.
 SHORTEST_STOP_S = 2.0
@@ -48,19 +50,39 @@ class Deadline:
     total_s: float
 
     @classmethod
-    def after(cls, seconds: float) -> Deadline:
-        """Return the deadline that many seconds from now."""
+    def after(cls, seconds: float | None) -> Deadline:
+        """Return the deadline that many seconds from now; with None or infinity it never comes."""
+        seconds = math.inf if seconds is None else seconds
         return cls(_clock.now_s() + seconds, seconds)
 
     @property
     def remaining_s(self) -> float:
-        """Seconds left, never below zero."""
+        """Seconds left, never below zero; infinity for one that never comes."""
         return max(0.0, self.at_s - _clock.now_s())
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that may be waited at once, however far off the deadline is."""
+        return min(self.remaining_s, LONGEST_WAIT_S)
+
+    @property
+    def wait_ms(self) -> int:
+        """As `wait_s`, for poll(2). Rounded up: a poll of 0 ms with time left would spin."""
+        return int(self.wait_s * 1000) + 1
 
     @property
     def expired(self) -> bool:
         """Whether the moment has passed."""
         return _clock.now_s() >= self.at_s
+
+
+def checked_timeout(seconds: float | None) -> float:
+    """Return a timeout as seconds, infinity for None; raises InvalidConfigError for what is no time to wait."""
+    if seconds is None:
+        return math.inf
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or math.isnan(seconds) or seconds < 0:
+        raise InvalidConfigError(f"timeout={seconds!r}: expected seconds, 0 or more, or None for no limit")
+    return float(seconds)
 
 
 def wait_readable(fds: Iterable[int], deadline: Deadline) -> set[int]:
@@ -74,10 +96,8 @@ def wait_readable(fds: Iterable[int], deadline: Deadline) -> set[int]:
 def poll_until(poll: select.poll, deadline: Deadline) -> list[tuple[int, int]]:
     """Block until a poll object has something, or the deadline passes; returns what `poll` of it does."""
     while True:
-        wait_s = min(deadline.remaining_s, LONGEST_WAIT_S)
-        due_s = monotonic_s() + wait_s
-        # Rounded up: a poll of 0 ms with time left would spin.
-        ready = poll.poll(int(wait_s * 1000) + 1)
+        due_s = monotonic_s() + deadline.wait_s
+        ready = poll.poll(deadline.wait_ms)
         _clock.woke(due_s)
         if ready or deadline.expired:
             return ready

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self, cast
 
 from pytest_chvm import hotplug, liveness, renewal
-from pytest_chvm.deadline import Deadline
+from pytest_chvm.deadline import Deadline, checked_timeout
 from pytest_chvm.drivers.base import CONSOLE_FILE, VmDriver, logger, share_id
 from pytest_chvm.errors import (
     BootFailedError,
@@ -26,7 +26,8 @@ from pytest_chvm.errors import (
     VmError,
     VmIOError,
 )
-from pytest_chvm.guest import files
+from pytest_chvm.guest import fetch, files
+from pytest_chvm.guest.search import ConsoleSearch
 from pytest_chvm.guest.shell import GuestShell, shown_outputs
 from pytest_chvm.health import Health, Telling, console_ends_with, ends_with
 from pytest_chvm.host.leases import Lease
@@ -183,7 +184,7 @@ class Vm:
         """
         # That of the first boot has long passed when it starts again after a panic.
         first = Deadline.after(self._boot_deadline.total_s) if self._health.panicked else self._boot_deadline
-        deadline = first if timeout is None else Deadline.after(timeout)
+        deadline = first if timeout is None else Deadline.after(checked_timeout(timeout))
 
         def not_ready() -> BootFailedError:
             said = self._health.ready.refused
@@ -209,21 +210,25 @@ class Vm:
         # Cloud Hypervisor has made a new console with the new boot.
         self._shell.close()
 
-    def wait_for_console(self, pattern: str | re.Pattern[str], timeout: float = RUN_TIMEOUT_S) -> re.Match[str]:
+    def wait_for_console(self, pattern: str | re.Pattern[str], timeout: float | None = RUN_TIMEOUT_S) -> re.Match[str]:
         """Block until the serial console has text that matches, since the VM's start; returns the match.
 
-        Raises VmIOError after `timeout` seconds, and at once when the VMM ends or the guest panics without a match.
+        A match may span many lines, of what came within the last 64 KiB. `timeout` is seconds (None: no limit). Raises VmIOError
+        after it, and at once when the VMM ends or the guest panics without a match.
         """
-        compiled = re.compile(pattern)
+        search = ConsoleSearch(self.serial_log, re.compile(pattern))
+        deadline = Deadline.after(checked_timeout(timeout))
 
         def no_match() -> VmIOError:
             return VmIOError(
-                f"VM {self.name!r}: {compiled.pattern!r} did not appear on the console within {timeout:g} s; it "
+                f"VM {self.name!r}: {search.pattern.pattern!r} did not appear on the console within {deadline.total_s:g} s; it "
                 f"{ends_with(self.serial_log)}",
                 vm_name=self.name,
             )
 
-        return self._health.wait_for(lambda: compiled.search(self.console), Deadline.after(timeout), no_match)
+        if self._last_console is not None and (found := search.add(self._last_console)):
+            return found
+        return self._health.wait_for(search.scan, deadline, no_match)
 
     def check_up(self) -> VmError | None:
         """Return what has befallen the guest that the test has not been told of: a panic, an oops, the end of its VMM or sidecars.
@@ -285,11 +290,12 @@ class Vm:
         self._health.check()
 
     def run(
-        self, command: str | Sequence[str], *, timeout: float = RUN_TIMEOUT_S, input: str | bytes | None = None
+        self, command: str | Sequence[str], *, timeout: float | None = RUN_TIMEOUT_S, input: str | bytes | None = None
     ) -> CommandResult:
         """Run a command in the guest and return what it did: a `str` goes to `sh`, a sequence is one program's arguments.
 
-        `timeout` is seconds; CommandTimeoutError after it, when the command and all that it started in the guest are killed.
+        Several threads may do so at once. `timeout` is seconds (None, 0 or infinity: no limit); CommandTimeoutError after it, when
+        the command and all that it started in the guest are killed.
         Raises GuestPanicError, HypervisorError at once when the guest dies meanwhile, VmIOError where no shell answers.
         """
         data = input.encode(errors="surrogateescape") if isinstance(input, str) else input
@@ -303,7 +309,7 @@ class Vm:
             raise
 
     def check_output(
-        self, command: str | Sequence[str], *, timeout: float = RUN_TIMEOUT_S, input: str | bytes | None = None
+        self, command: str | Sequence[str], *, timeout: float | None = RUN_TIMEOUT_S, input: str | bytes | None = None
     ) -> str:
         """Run a command that must succeed and return its standard output; raises GuestCommandError with both outputs."""
         done = self.run(command, timeout=timeout, input=input)
@@ -317,13 +323,19 @@ class Vm:
             )
         return done.stdout
 
-    def put(self, src: str | os.PathLike[str], dst: str) -> None:
-        """Copy a file or directory of the host's into the guest; see `pytest_chvm.guest.files.put`."""
-        files.put(self._run_for_files, Path(src), os.fspath(dst))
+    def put(self, src: str | os.PathLike[str], dst: str, *, timeout: float | None = RUN_TIMEOUT_S) -> None:
+        """Copy a file or directory of the host's into the guest; see `pytest_chvm.guest.files.put`.
 
-    def get(self, src: str, dst: str | os.PathLike[str]) -> Path:
-        """Copy a file or directory of the guest's to the host and return its path there; see `pytest_chvm.guest.files.get`."""
-        return files.get(self._run_for_files, os.fspath(src), Path(dst))
+        `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit).
+        """
+        files.put(lambda script, data: self.run(script, input=data, timeout=timeout), Path(src), os.fspath(dst))
+
+    def get(self, src: str, dst: str | os.PathLike[str], *, timeout: float | None = RUN_TIMEOUT_S) -> Path:
+        """Copy a file or directory of the guest's to the host and return its path there; see `pytest_chvm.guest.fetch.get`.
+
+        `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit).
+        """
+        return fetch.get(lambda script, data: self.run(script, input=data, timeout=timeout), os.fspath(src), Path(dst))
 
     def _run_for_files(self, script: str, data: bytes | None) -> CommandResult:
         return self.run(script, input=data, timeout=RUN_TIMEOUT_S)
@@ -503,8 +515,9 @@ class Vm:
             except (VmIOError, GuestCommandError) as error:
                 logger.warning("%s: the guest's clock is behind by the time that it was paused: %s", self.name, error)
 
-    def reboot(self, timeout: float = RUN_TIMEOUT_S) -> Self:
-        """Have the guest reboot and block until it is ready again; returns the VM."""
+    def reboot(self, timeout: float | None = RUN_TIMEOUT_S) -> Self:
+        """Have the guest reboot and block until it is ready again, for `timeout` seconds (None: no limit); returns the VM."""
+        timeout = checked_timeout(timeout)
         self.handle, self._health.shares = self._driver.allow_reboot(self.handle, self._health.shares)
         if not self._built_in_guest:
             # It was told of a nonce when it was made of a saved one, by us.
@@ -515,14 +528,14 @@ class Vm:
         self._started_anew()
         return self
 
-    def shutdown(self, timeout: float = SHUTDOWN_TIMEOUT_S) -> None:
+    def shutdown(self, timeout: float | None = SHUTDOWN_TIMEOUT_S) -> None:
         """Ask the guest to power off and block until its VMM has ended.
 
         Asked over its shell where it has one, else with the power button. Raises StopFailedError where it does not within `timeout`
         seconds; the VM then still runs.
         """
         self._require_owner()
-        deadline = Deadline.after(timeout)
+        deadline = Deadline.after(checked_timeout(timeout))
         self.check_alive()
         try:
             self._shell.tell("sync; poweroff -f || poweroff", deadline.remaining_s)
@@ -530,7 +543,7 @@ class Vm:
             self._driver.power_button(self.handle)
         if not self._health.wait_ended(deadline):
             raise StopFailedError(
-                f"VM {self.name!r} did not power off within {timeout:g} s; its console {ends_with(self.serial_log)}\n"
+                f"VM {self.name!r} did not power off within {deadline.total_s:g} s; its console {ends_with(self.serial_log)}\n"
                 "stop() ends the VMM without asking the guest.",
                 vm_name=self.name,
             )

@@ -1,76 +1,129 @@
-"""Files into and out of a guest, as tar archives over its shell."""
+"""Files into and out of a guest over its shell, in pieces of a MiB: neither side holds more of them in its memory.
+
+Small files go as tar archives; large ones, those with holes, and those whose size is not what it says they are, go by themselves.
+"""
 
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import tarfile
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
 
-from pytest_chvm.errors import InvalidConfigError, VmIOError
+from pytest_chvm.errors import InvalidConfigError, VmError, VmIOError
 from pytest_chvm.model import CommandResult
-
-if not hasattr(tarfile, "data_filter"):
-    # Python before 3.11.4 (Debian 12 has 3.11.2) has no extraction filters (PEP 706).
-    from backports import tarfile  # type: ignore[import-not-found,import-untyped,no-redef,unused-ignore]
 
 Run = Callable[[str, bytes | None], CommandResult]
 
+PIECE = 1 << 20
+BLOCK = 4096
+AT_ONCE = 200
+
 
 def put(run: Run, source: Path, destination: str) -> None:
-    """Copy a file or a directory tree of the host's to `destination` in the guest, with its modes.
+    """Copy a file or a directory tree of the host's to `destination` in the guest.
 
-    A destination that ends with "/" or is a directory takes it under its own name. Raises InvalidConfigError where there
-    is no source, VmIOError where the guest cannot take it.
+    A destination that ends with "/" or is a directory takes it under its own name. Owners (by number), modes, times to the second,
+    holes and links are kept; a link that is itself the source is followed. Sockets are left out. Raises InvalidConfigError where
+    there is no source, VmIOError where the guest cannot take it.
     """
     if not source.exists():
-        raise InvalidConfigError(f"{str(source)!r} does not exist: there is nothing to put into the guest")
-    quoted = shlex.quote(destination)
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        tar.add(source, arcname="chvm-put", filter=_as_root)
+        why = f"is a link to {str(source.readlink())!r}, which is not there" if source.is_symlink() else "does not exist"
+        raise InvalidConfigError(f"{str(source)!r} {why}: there is nothing to put into the guest")
+
+    def must(script: str, data: bytes | None = None) -> str:
+        done = run(script, data)
+        if done.returncode != 0:
+            raise VmIOError(f"{str(source)!r} could not be put to {destination!r} in the guest: {done.stderr.strip()[:500]}")
+        return done.stdout
+
     # Unpacked beside its place and moved there, so that the name in the archive need not be the one it gets.
-    script = (
-        f'set -e; dst={quoted}; case $dst in */) mkdir -p "$dst";; esac\n'
+    places = must(
+        f"set -e; dst={shlex.quote(destination)}\n"
+        'case $dst in */) mkdir -p "$dst";; esac\n'
         f'[ -d "$dst" ] && dst=$dst/{shlex.quote(source.name)}\n'
-        'dir=$(dirname "$dst"); mkdir -p "$dir"; tmp=$(mktemp -d "$dir/.chvm.XXXXXX"); trap \'rm -rf "$tmp"\' EXIT\n'
-        'tar -xf - -C "$tmp"; [ ! -d "$dst" ] || { echo "$dst: is a directory" >&2; exit 1; }; mv -f "$tmp/chvm-put" "$dst"'
+        '[ ! -d "$dst" ] || { echo "$dst: is a directory" >&2; exit 1; }\n'
+        'dir=$(dirname "$dst"); mkdir -p "$dir"; tmp=$(mktemp -d "$dir/.chvm.XXXXXX"); printf "%s\\0%s" "$tmp" "$dst"'
     )
-    done = run(script, archive.getvalue())
-    if done.returncode != 0:
-        raise VmIOError(f"{str(source)!r} could not be put to {destination!r} in the guest: {done.stderr.strip()[:500]}")
-
-
-def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    member.uid = member.gid = 0
-    member.uname = member.gname = "root"
-    return member
-
-
-def get(run: Run, source: str, destination: Path) -> Path:
-    """Copy a file or a directory tree of the guest's to `destination`, or into it where it is a directory.
-
-    Returns the path it has then. What the guest sends is not trusted: nothing is written outside the destination, and of special
-    files, owners and set-uid bits nothing is taken over. Raises VmIOError where it is not there or cannot be read.
-    """
-    path = PurePosixPath(source)
-    parent, name = shlex.quote(str(path.parent)), shlex.quote(f"./{path.name}")
-    done = run(f"cd {parent} && tar -cf - {name}", None)
-    if done.returncode != 0:
-        raise VmIOError(f"{source!r} could not be got from the guest: {done.stderr.strip()[:500]}")
-    target = destination / path.name if destination.is_dir() else destination
-    import shutil
-    import tempfile
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unpacked = Path(tempfile.mkdtemp(prefix=".chvm.", dir=target.parent))
+    directory, place = (shlex.quote(part) for part in places.split("\0", 1))
     try:
-        with tarfile.open(fileobj=io.BytesIO(done.stdout_bytes)) as tar:
-            tar.extractall(unpacked, filter="data")
-        (unpacked / path.name).replace(target)
-    except (tarfile.TarError, OSError) as error:
-        raise VmIOError(f"what the guest sent for {source!r} cannot be unpacked to {str(target)!r}: {error}") from error
+        for script, data in _put_steps(Path(os.path.realpath(source)), directory):
+            must(script, data)
+        must(f"mv -f {directory}/chvm-put {place}")
     finally:
-        shutil.rmtree(unpacked, ignore_errors=True)
-    return target
+        with suppress(VmError):
+            run(f"rm -rf {directory}", None)
+
+
+def _put_steps(source: Path, directory: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the commands that make a tree in a directory of the guest's, each with its input."""
+    unpack = f"tar -xpf - -C {directory}"
+    archive = bytearray()
+    touches = []
+    # It knows which files are one, of all that it is asked about.
+    tar = tarfile.TarFile(fileobj=io.BytesIO(), mode="w", format=tarfile.GNU_FORMAT)
+    for path in _walk(source):
+        name = os.path.join("chvm-put", os.path.relpath(path, source)) if path != source else "chvm-put"
+        member = tar.gettarinfo(path, name)
+        if member is None:
+            continue
+        # By number: the guest's names are others.
+        member.uname = member.gname = ""
+        status = os.lstat(path)
+        apart = member.isreg() and (member.size > PIECE or status.st_blocks * 512 < member.size)
+        size, member.size = member.size, 0 if apart else member.size
+        header = member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+        archive += header
+        if member.isdir():
+            touches.append(f"touch -d @{int(status.st_mtime)} {directory}/{shlex.quote(name)}\n")
+        elif member.isreg() and not apart:
+            with path.open("rb") as file:
+                archive += file.read(size).ljust(-size % 512 + size, b"\0")
+        if len(archive) >= PIECE or apart:
+            yield unpack, _ended(archive)
+            archive.clear()
+        if apart:
+            with path.open("rb") as file:
+                yield from _put_data(file, size, int(status.st_mtime), f"{directory}/{shlex.quote(name)}")
+    yield unpack, _ended(archive)
+    # What is put into a directory changes its time.
+    for start in range(0, len(touches), AT_ONCE):
+        yield "".join(touches[::-1][start : start + AT_ONCE]), b""
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    yield top
+    if top.is_dir() and not top.is_symlink():
+        for path in sorted(top.iterdir()):
+            yield from _walk(path)
+
+
+def _ended(archive: bytearray) -> bytes:
+    return bytes(archive) + bytes(1024)
+
+
+def _put_data(file: BinaryIO, size: int, mtime_s: int, place: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the commands that write a file's data where it has some, and its length."""
+    yield f"truncate -s {size} {place}", b""
+    for start, end in _data(file.fileno(), size):
+        for offset in range(start // BLOCK * BLOCK, end, PIECE):
+            piece = os.pread(file.fileno(), min(PIECE, end - offset), offset)
+            yield f"dd of={place} bs={BLOCK} seek={offset // BLOCK} conv=notrunc 2>/dev/null", piece
+    yield f"touch -d @{mtime_s} {place}", b""
+
+
+def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield where a file has data, from and to (lseek(2), SEEK_DATA)."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = min(size, os.lseek(fd, start, os.SEEK_HOLE))
+        except OSError:
+            # Nothing but a hole is left.
+            return
+        yield start, end

@@ -1,7 +1,8 @@
 """Commands in a guest over its virtio console: no agent, no network, any guest that has a `sh` on hvc0.
 
-The host types `shell.sh` once; from then on it sends one line a command and gets each output after a line with its size and a
-token that is random for each command, so that no answer can pass for another's.
+The host types `shell.sh` once; from then on it sends one line a command, with a token that is random for each. What commands
+print comes back in pieces, each after a line with its command's token and what is left of that output, and is acknowledged with
+`more`; those of several commands take turns. A line `TOKEN end STATUS` is a command's last.
 """
 
 from __future__ import annotations
@@ -9,126 +10,97 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from importlib import resources
 
-from pytest_chvm.deadline import Deadline, poll_until, wait_readable
+from pytest_chvm.deadline import Deadline, checked_timeout
 from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.guest import renew
+from pytest_chvm.guest.console import MORE, Answer, Console, Message
+from pytest_chvm.guest.console import OUTPUT_PIECE as OUTPUT_PIECE
 from pytest_chvm.model import CommandResult
 from pytest_chvm.untouched import monotonic_s, random_hex
 
-# An answer larger than this is not the guest's memory any more, but somebody's trick.
-LARGEST_ANSWER = 256 << 20
 CONNECT_TIMEOUT_S = 10.0
-# Sent at once; what is left of a piece when a command is given up is sent as padding before the next one.
+# Sent at once; others' commands wait while the guest reads it.
 INPUT_PIECE = 1 << 18
-# As in shell.sh: what may be on its way from the guest at once. QEMU's virtio console drops what does not fit into the socket.
-OUTPUT_PIECE = 1 << 15
 KILL_TIMEOUT_S = 5.0
-LARGEST_STATUS = 255
+# Longer ones go as a file: Linux takes no argument of 128 KiB (MAX_ARG_STRLEN, execve(2)).
+LONGEST_LINE_COMMAND = 1 << 16
 # What comes in a line after its token, which is another one each time.
-SHELL_OR_LOOP, LOOP, INPUT = re.compile(rb"(sh|loop)\r?"), re.compile(rb"loop\r?"), re.compile(rb"input")
+SHELL_OR_LOOP, LOOP = re.compile(rb"sh|loop"), re.compile(rb"loop")
 WAITS, RENEW = re.compile(rb"waits"), re.compile(rb"renew")
-OUT, ERR, END = re.compile(rb"out (\d{1,15})"), re.compile(rb"err (\d{1,15})"), re.compile(rb"end ([^\n]{0,40})")
-LONGEST_WORDS = 50
 NO_SHELL = (
     "no shell answers on the guest's virtio console (hvc0). The built-in guest has one; an image of your own needs a "
     "service that runs 'sh </dev/hvc0 >/dev/hvc0 2>&1'"
 )
 
 
-@dataclass
-class _Answer:
-    """What has come of a command's answer; `left` are the bytes to come of each output that has begun."""
-
-    token: str
-    stdout: bytearray = field(default_factory=bytearray)
-    stderr: bytearray = field(default_factory=bytearray)
-    left: dict[bytes, int] = field(default_factory=dict)
-
-
-@dataclass
-class GuestShell:
-    """The console of one guest. `open_console` returns a descriptor of it, readable and writable.
-
-    `wake_fds` are watched while an answer is awaited; when one is readable, `check_alive` is called, which raises what
-    has become of the guest; `console_closed` does so when the VMM has closed the console, as it does on its way out.
-    """
-
-    vm_name: str
-    open_console: Callable[[], int]
-    wake_fds: Callable[[], list[int]]
-    check_alive: Callable[[], None]
-    console_closed: Callable[[], None]
+class GuestShell(Console):
+    """The shell on a guest's console, which runs the commands of any number of threads at once."""
 
     def __post_init__(self) -> None:
-        self._lock = threading.Lock()
-        self._fd: int | None = None
-        self._pending = bytearray()
-        # An input that the guest has not acknowledged, and the bytes of it that were not sent: a command was given up meanwhile.
-        self._input_token: str | None = None
-        self._owed = 0
-        self._unsent = 0
+        super().__post_init__()
         # Whether the guest's side is known to be waiting for a command.
         self._in_step = False
+        # While the guest is saved, and while somebody connects, nobody else talks to it.
+        self._alone = False
 
-    def run(self, command: str | Sequence[str], *, timeout: float, input: bytes | None) -> CommandResult:
-        """Run a command in the guest and return what it did; one at a time, others wait for their turn.
+    def run(self, command: str | Sequence[str], *, timeout: float | None, input: bytes | None) -> CommandResult:
+        """Run a command in the guest and return what it did; commands of several threads run at once.
 
-        Raises CommandTimeoutError after `timeout` seconds, when the command and all it started are killed; VmIOError
-        where no shell answers; what `check_alive` raises when the guest dies meanwhile.
+        `timeout` is seconds; None, 0 and infinity are no limit. Raises CommandTimeoutError after it, when the command and all it
+        started are killed; VmIOError where no shell answers; what `check_alive` raises when the guest dies meanwhile.
         """
         script = _script(command)
+        deadline = Deadline.after(checked_timeout(timeout) or None)
         started = monotonic_s()
-        deadline = Deadline.after(timeout)
         shown = command if isinstance(command, str) else tuple(os.fsdecode(word) for word in command)
-        with self._lock:
-            late = None
+        answer = Answer()
+        late = None
+        with self._changed:
+            self._begin(deadline, shown)
+            self._answers[answer.token.encode()] = answer
             try:
-                self._connect(deadline)
-                if input:
-                    self._send_input(input, deadline)
-                answer = _Answer(random_hex(16))
                 try:
-                    self._write(f"run {answer.token} ".encode() + _escaped(script) + b"\n", deadline)
-                    status = self._read_answer(answer, deadline)
-                except TimeoutError:
-                    late = self._killed(shown, answer, timeout)
+                    self._start(answer, script, input, deadline)
+                    self._hear(answer, lambda: answer.status is not None, deadline)
+                except TimeoutError as error:
+                    if isinstance(error, VmError):
+                        raise
+                    late = self._killed(shown, answer, deadline.total_s)
             except BaseException:
-                # The connection is kept: what is still on its way to the guest would be lost with it, and miscounted.
-                self._in_step = False
+                self._give_up(answer)
                 raise
         if late is not None:
             raise late
-        return CommandResult(shown, status, bytes(answer.stdout), bytes(answer.stderr), monotonic_s() - started)
+        assert answer.status is not None
+        return CommandResult(shown, answer.status, bytes(answer.stdout), bytes(answer.stderr), monotonic_s() - started)
 
-    def tell(self, script: str, timeout: float) -> None:
+    def tell(self, script: str, timeout: float | None) -> None:
         """Run a command without waiting for its end: one that ends the guest. Raises VmIOError where no shell answers in time."""
-        deadline = Deadline.after(timeout)
-        with self._lock:
-            try:
-                self._connect(deadline)
-                self._write(f"run {random_hex(16)} ".encode() + _escaped(script.encode()) + b"\n", deadline)
-            except TimeoutError as error:
-                raise VmIOError(f"VM {self.vm_name!r}: {NO_SHELL}", vm_name=self.vm_name) from error
-            finally:
-                # The connection is kept: what is still on its way to the guest would be lost with it.
-                self._in_step = False
+        answer = Answer(kept=False)
+        self._say(lambda: self._send(f"run {answer.token} ".encode() + _escaped(script.encode()) + b"\n"), timeout, answer)
 
     def do(self, script: str, timeout: float = CONNECT_TIMEOUT_S) -> None:
         """Have the guest's shell itself run one line of printable ASCII before its next command, without waiting for the end.
 
         Raises VmIOError where no shell answers in time.
         """
+        self._say(lambda: self._send(f"do - {script}\n".encode("ascii")), timeout)
+
+    def _say(self, send: Callable[[], Message], timeout: float | None, answer: Answer | None = None) -> None:
         deadline = Deadline.after(timeout)
-        with self._lock:
+        with self._changed:
             try:
-                self._connect(deadline)
-                self._write(f"do - {script}\n".encode("ascii"), deadline)
+                self._begin(deadline)
+                if answer:
+                    self._answers[answer.token.encode()] = answer
+                    # Whether it still listens afterwards is to be seen.
+                    self._in_step = False
+                message = send()
+                self._wait(lambda: message.sent, deadline)
             except TimeoutError as error:
                 self._in_step = False
                 raise VmIOError(f"VM {self.vm_name!r}: {NO_SHELL}", vm_name=self.vm_name) from error
@@ -139,19 +111,21 @@ class GuestShell:
         return self._fd is not None and self._in_step
 
     def poke(self, script: str, timeout: float) -> bool | None:
-        """Have the guest's loop run a line of printable ASCII, also while a command runs there and its answer is awaited.
+        """Have the guest's loop run a line of printable ASCII, also while answers are awaited; for who is asked by those that wait.
 
         Returns False where no shell takes it, None where that cannot be told now.
         """
-        line = f"do - {script}\n".encode("ascii")
-        if not self._lock.acquire(blocking=False):
-            if not self._in_step or self._unsent or self._fd is None:
-                return None
-            try:
-                return os.write(self._fd, line) == len(line)
-            except OSError:
-                return False
-        self._lock.release()
+        with self._changed:
+            # While bytes are moved this is called by who moves them, and must not wait for itself.
+            if self._moving or self._alone:
+                if not self._in_step or self._awaited or self._outbox or self._fd is None:
+                    return None
+                line = self._send(f"do - {script}\n".encode("ascii"))
+                try:
+                    self._flush()
+                except OSError:
+                    return False
+                return True if line.sent else None
         try:
             self.do(script, timeout)
         except VmError:
@@ -163,13 +137,14 @@ class GuestShell:
 
         `message` makes what the guest is told when it asks for it. Raises VmIOError where it does not ask in time.
         """
-        token = random_hex(renew.TOKEN_SIZE // 2)
-        with self._lock:
+        asked = Answer(RENEW, random_hex(renew.TOKEN_SIZE // 2))
+        with self._changed:
             try:
                 self._open()
-                self._write(renew.call(token), deadline)
-                self._read_line(token, RENEW, deadline)
-                self._write(message() + f"do - {line}\n".encode("ascii"), deadline)
+                self._send(renew.call(asked.token))
+                self._expect(asked, deadline)
+                told = self._send(message() + f"do - {line}\n".encode("ascii"))
+                self._wait(lambda: told.sent, deadline)
                 self._in_step = True
             except TimeoutError as error:
                 self._in_step = False
@@ -182,138 +157,179 @@ class GuestShell:
     def waiting(self, line: Callable[[str], str], timeout: float = CONNECT_TIMEOUT_S) -> Iterator[None]:
         """Have the guest's shell wait for its renewal, as a snapshot has to find it; afterwards it goes on.
 
-        `line` makes the line, as for `do`, after which it waits, of the token that it says then. Raises VmIOError where it says
-        nothing.
+        `line` makes the line, as for `do`, after which it waits, of the token that it says then. Commands of other threads are
+        waited for before, and wait meanwhile. Raises VmIOError where they do not end, or the shell says nothing, in time.
         """
-        token = random_hex(16)
+        said = Answer(WAITS)
         deadline = Deadline.after(timeout)
-        with self._lock:
-            # In step anew, with the terminal's settings: what is still on its way to the guest is not saved with it.
-            self._in_step = False
+        try:
+            with self._changed:
+                self._wait(lambda: not self._alone and not self._busy, deadline)
+                self._alone = True
             try:
-                self._connect(deadline)
-                self._in_step = False
+                with self._changed:
+                    # In step anew, with the terminal's settings: what is still on its way to the guest is not saved with it.
+                    self._in_step = False
+                    self._connect(deadline)
+                    self._in_step = False
+                    self._send(f"do - {line(said.token)}\n".encode("ascii"))
                 try:
-                    self._write(f"do - {line(token)}\n".encode("ascii"), deadline)
-                    self._read_line(token, WAITS, deadline)
+                    with self._changed:
+                        self._expect(said, deadline)
                     yield
                 finally:
-                    # Of one that ended meanwhile, which takes nothing any more, the next command says so.
-                    if self._fd is not None:
-                        with suppress(VmError, TimeoutError):
-                            self._write(renew.AWAY, Deadline.after(timeout))
-            except TimeoutError as error:
-                if isinstance(error, VmError):
-                    raise
-                raise VmIOError(
-                    f"VM {self.vm_name!r}: its shell did not begin to wait for a renewal within {timeout:g} s", vm_name=self.vm_name
-                ) from error
+                    self._send_away(timeout)
+            finally:
+                with self._changed:
+                    self._alone = False
+                    self._changed.notify_all()
+        except TimeoutError as error:
+            if isinstance(error, VmError):
+                raise
+            busy = "; a command of another thread still runs" if self._busy else ""
+            raise VmIOError(
+                f"VM {self.vm_name!r}: its shell did not begin to wait for a renewal within {timeout:g} s{busy}",
+                vm_name=self.vm_name,
+            ) from error
+
+    def _send_away(self, timeout: float) -> None:
+        # Of one that ended meanwhile, which takes nothing any more, the next command says so.
+        with self._changed, suppress(VmError, TimeoutError):
+            if self._fd is not None:
+                away = self._send(renew.AWAY)
+                self._wait(lambda: away.sent, Deadline.after(timeout))
 
     def close(self) -> None:
         """Let go of the console; the next command connects again."""
-        self._pending.clear()
         self._in_step = False
-        self._input_token = None
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+        super().close()
 
-    def _open(self) -> None:
-        if self._fd is None:
-            self._fd = self.open_console()
-            os.set_blocking(self._fd, False)
+    @property
+    def _busy(self) -> bool:
+        """Whether there is a command that somebody waits for."""
+        return any(answer.kept for answer in self._answers.values())
+
+    def _expect(self, answer: Answer, deadline: Deadline) -> bytes:
+        """Block until the line of a token has come; returns its words."""
+        self._answers[answer.token.encode()] = answer
+        try:
+            self._hear(answer, lambda: bool(answer.words), deadline)
+        finally:
+            self._answers.pop(answer.token.encode(), None)
+        return answer.words[0]
+
+    def _begin(self, deadline: Deadline, command: object = None) -> None:
+        """Wait until the guest may be talked to, and connect to it where that is to be done."""
+        try:
+            self._wait(lambda: not self._alone, deadline)
+        except TimeoutError as error:
+            raise CommandTimeoutError(
+                f"VM {self.vm_name!r}: the command {command!r} was not started within {deadline.total_s:g} s: another thread saves "
+                "the VM, or connects to its shell",
+                vm_name=self.vm_name,
+            ) from error
+        self._alone = True
+        try:
+            self._connect(deadline)
+        finally:
+            self._alone = False
+            self._changed.notify_all()
 
     def _connect(self, deadline: Deadline) -> None:
         self._open()
         if self._in_step:
             return
         patience = Deadline.after(min(CONNECT_TIMEOUT_S, deadline.remaining_s))
-        token = random_hex(16)
+        said = Answer(SHELL_OR_LOOP)
         # The quotes keep a terminal's echo of the line from looking like its answer; the loop ignores the first line.
-        half = len(token) // 2
-        hello = f"\nstty raw -echo 2>/dev/null\neval {token} 2>/dev/null; echo; echo '{token[:half]}''{token[half:]}' sh\n"
+        half = len(said.token) // 2
+        one, two = said.token[:half], said.token[half:]
+        hello = f"\nstty raw -echo 2>/dev/null\neval {said.token} 2>/dev/null; echo; echo '{one}''{two}' sh\n"
+        # Where nobody waits for an answer, what was given up ends, and whatever comes of it is none.
+        drop = b"" if self._busy else b"\ndrop\n"
+        if drop:
+            self._forget_answers()
         try:
-            self._finish_input(patience)
-            self._write(b"\ndrop\n" + hello.encode(), patience)
-            found = self._read_line(token, SHELL_OR_LOOP, patience)
-            if found[1] == b"sh":
+            self._send(drop + hello.encode())
+            if self._expect(said, patience) == b"sh":
                 # One line starts the loop, so that the shell has read nothing beyond it when the loop answers.
-                self._write(shell_script() + f"chvm_loop {token}\n".encode(), patience)
-                self._read_line(token, LOOP, patience)
+                loop = Answer(LOOP)
+                self._send(shell_script() + f"chvm_loop {loop.token}\n".encode())
+                self._lose_all()
+                self._expect(loop, patience)
             self._in_step = True
         except TimeoutError as error:
-            if deadline.expired:
-                raise CommandTimeoutError(
-                    f"VM {self.vm_name!r}: {NO_SHELL}: nothing within {deadline.total_s:g} s", vm_name=self.vm_name
-                ) from error
-            raise VmIOError(
-                f"VM {self.vm_name!r}: {NO_SHELL}: nothing within {patience.total_s:.0f} s", vm_name=self.vm_name
+            kind = CommandTimeoutError if deadline.expired else VmIOError
+            raise kind(
+                f"VM {self.vm_name!r}: {NO_SHELL}: nothing within {min(deadline.total_s, patience.total_s):g} s",
+                vm_name=self.vm_name,
             ) from error
 
-    def _send_input(self, data: bytes, deadline: Deadline) -> None:
+    def _lose_all(self) -> None:
+        for answer in self._answers.values():
+            answer.error = answer.error or f"VM {self.vm_name!r}: the shell that ran the command in the guest was killed meanwhile"
+        self._answers.clear()
+        self._piece = None
+        self._changed.notify_all()
+
+    def _start(self, answer: Answer, script: bytes, input: bytes | None, deadline: Deadline) -> None:
+        long = len(script) > LONGEST_LINE_COMMAND
         try:
-            for start in range(0, len(data), INPUT_PIECE):
-                piece = data[start : start + INPUT_PIECE]
-                token = random_hex(16)
-                self._write(f"input {token} {len(piece)}\n".encode(), deadline)
-                self._input_token, self._owed = token, len(piece)
-                try:
-                    self._write(piece, deadline)
-                finally:
-                    self._owed = self._unsent
-                self._finish_input(deadline)
+            for kind, data in (("script", script if long else b""), ("input", input or b"")):
+                self._send_file(answer, kind, data, deadline)
         except TimeoutError as error:
             raise CommandTimeoutError(
-                f"VM {self.vm_name!r}: the guest did not take {len(data)} bytes of input within {deadline.total_s:g} s",
+                f"VM {self.vm_name!r}: the guest did not take {len(script) * long + len(input or b'')} bytes of input within "
+                f"{deadline.total_s:g} s",
                 vm_name=self.vm_name,
             ) from error
-
-    def _finish_input(self, deadline: Deadline) -> None:
-        """Send what the guest still waits for and read that it has it: it may read ahead, so nothing else goes before that."""
-        if self._input_token is None:
-            return
-        self._write(bytes(self._owed), deadline)
-        self._owed = 0
-        self._read_line(self._input_token, INPUT, deadline)
-        self._input_token = None
-
-    def _read_answer(self, answer: _Answer, deadline: Deadline) -> int:
-        """Read what is left of an answer and return the exit status; after a TimeoutError it can be gone on with."""
-        for name, size, output in ((b"out", OUT, answer.stdout), (b"err", ERR, answer.stderr)):
-            if name not in answer.left:
-                answer.left[name] = self._checked_size(int(self._read_line(answer.token, size, deadline)[1]))
-            while left := answer.left[name]:
-                piece = min(left, OUTPUT_PIECE)
-                while len(self._pending) < piece:
-                    self._fill(deadline)
-                output += self._pending[:piece]
-                del self._pending[:piece]
-                answer.left[name] -= piece
-                self._write(b"more\n", deadline)
-        status = self._read_line(answer.token, END, deadline)[1]
-        if not re.fullmatch(rb"\d{1,3}", status) or int(status) > LARGEST_STATUS:
-            raise VmIOError(f"VM {self.vm_name!r}: the guest's shell gave {status!r} as an exit status", vm_name=self.vm_name)
-        return int(status)
-
-    def _checked_size(self, size: int) -> int:
-        if size > LARGEST_ANSWER:
-            raise VmIOError(
-                f"VM {self.vm_name!r}: a command printed {size >> 20} MiB, more than {LARGEST_ANSWER >> 20} MiB; "
-                "write large results to a file in a shared dir",
-                vm_name=self.vm_name,
-            )
-        return size
-
-    def _killed(self, command: str | tuple[str, ...], answer: _Answer, timeout: float) -> CommandTimeoutError:
-        patience = Deadline.after(KILL_TIMEOUT_S)
+        line = self._send(f"run {answer.token} ".encode() + (b"" if long else _escaped(script)) + b"\n")
         try:
-            self._write(b"kill\n", patience)
-            self._read_answer(answer, patience)
+            self._hear(answer, lambda: line.sent, deadline)
+        except BaseException as error:
+            if self._take_back(line) and isinstance(error, TimeoutError):
+                raise CommandTimeoutError(
+                    f"VM {self.vm_name!r}: the guest took no command within {deadline.total_s:g} s: it was not started",
+                    vm_name=self.vm_name,
+                ) from error
+            raise
+
+    def _send_file(self, answer: Answer, kind: str, data: bytes, deadline: Deadline) -> None:
+        """Have the guest write a file for a command, piece by piece, each once it has the one before.
+
+        No output may come meanwhile, since it could not be acknowledged: the guest may read ahead.
+        """
+        for start in range(0, len(data), INPUT_PIECE):
+            piece = data[start : start + INPUT_PIECE]
+            request, message = self._send(f"turn {answer.token}\n".encode()), None
+            try:
+                self._hear(answer, lambda: b"turn" in answer.words, deadline)
+                message = self._send(f"{kind} {answer.token} {len(piece)}\n".encode() + piece, answer)
+                self._hear(answer, lambda: b"input" in answer.words, deadline)
+            except BaseException:
+                if (message is None or self._take_back(message)) and b"turn" in answer.words:
+                    self._send(MORE)
+                self._take_back(request)
+                raise
+            answer.words.clear()
+
+    def _give_up(self, answer: Answer) -> None:
+        """Wait no longer for an answer: its command is killed when the guest next listens."""
+        answer.kept = False
+        if answer.status is None and self._fd is not None:
+            self._in_step = False
+            self._send(f"kill {answer.token}\n".encode())
+
+    def _killed(self, command: str | tuple[str, ...], answer: Answer, timeout: float) -> CommandTimeoutError:
+        patience = Deadline.after(KILL_TIMEOUT_S)
+        self._send(f"kill {answer.token}\n".encode())
+        try:
+            self._hear(answer, lambda: answer.status is not None, patience)
             after = "it was killed"
         except TimeoutError:
-            self._in_step = False
+            answer.kept = self._in_step = False
             after = "it was killed, and not all of its output came in time"
-            if not answer.left:
+            if not answer.words:
                 after = "the guest did not answer the order to kill it either"
         out, err = (bytes(part).decode(errors="surrogateescape") for part in (answer.stdout, answer.stderr))
         return CommandTimeoutError(
@@ -322,81 +338,6 @@ class GuestShell:
             stdout=out,
             stderr=err,
         )
-
-    def _read_line(self, token: str, words: re.Pattern[bytes], deadline: Deadline) -> re.Match[bytes]:
-        """Drop what comes before the line `TOKEN WORDS`, and it; returns the match of its words."""
-        mark = f"\n{token} ".encode()
-        while True:
-            start = self._pending.find(mark)
-            while start >= 0:
-                first = start + len(mark)
-                end = self._pending.find(b"\n", first, first + LONGEST_WORDS)
-                # Of a copy: a match of the buffer itself would change with it.
-                if end >= 0 and (match := words.fullmatch(bytes(self._pending[first:end]))):
-                    del self._pending[: end + 1]
-                    return match
-                start = self._pending.find(mark, start + 1)
-            del self._pending[: -len(mark) - LONGEST_WORDS]
-            self._fill(deadline)
-
-    def _fill(self, deadline: Deadline) -> None:
-        assert self._fd is not None
-        ready = self._wait(self._fd, deadline)
-        if not ready:
-            raise TimeoutError
-        try:
-            data = os.read(self._fd, 1 << 18)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            data = b""
-            self._gone(error)
-        if not data:
-            self._gone(None)
-        self._pending += data
-
-    def _gone(self, error: OSError | None) -> None:
-        self.close()
-        self.console_closed()
-        raise VmIOError(
-            f"VM {self.vm_name!r}: the VMM closed the guest's console{f' ({error.strerror})' if error else ''}",
-            vm_name=self.vm_name,
-        )
-
-    def _wait(self, fd: int, deadline: Deadline) -> bool:
-        while True:
-            ready = wait_readable([fd, *self.wake_fds()], deadline)
-            if fd in ready:
-                return True
-            if ready:
-                self.check_alive()
-            elif deadline.expired:
-                return False
-
-    def _write(self, data: bytes, deadline: Deadline) -> None:
-        import select
-
-        assert self._fd is not None
-        view = memoryview(data)
-        self._unsent = len(view)
-        poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        for wake in self.wake_fds():
-            poll.register(wake, select.POLLIN)
-        while view:
-            events = dict(poll_until(poll, deadline))
-            if self._fd in events:
-                try:
-                    view = view[os.write(self._fd, view) :]
-                    self._unsent = len(view)
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    self._gone(error)
-            elif events:
-                self.check_alive()
-            elif deadline.expired:
-                raise TimeoutError
 
 
 def shell_script() -> bytes:

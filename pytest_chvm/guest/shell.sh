@@ -1,18 +1,38 @@
-# Typed into any sh on a guest's virtio console: a loop that runs one command at a time for the host.
-# Commands run in the background, so that the loop can always be told to kill; each in a cgroup of its own
-# (cgroup v2 with cgroup.kill, Linux 5.14), else in a session of its own.
+# Typed into any sh on a guest's virtio console: a loop that runs commands for the host, any number at a time.
+# Commands run in the background, so that the loop can always be told of others; each in a cgroup of its own
+# (cgroup v2 with cgroup.kill, Linux 5.14), else in a session of its own. The files of one are called by its token.
 chvm_tmp=$(mktemp -d /run/chvm.XXXXXX 2>/dev/null || mktemp -d)
-chvm_cgroup=/sys/fs/cgroup/chvm chvm_number=0 chvm_input=/dev/null
+chvm_cgroup=/sys/fs/cgroup/chvm chvm_number=0 chvm_running=
 # The next command's is always there: making it takes milliseconds of an emulated guest.
 mkdir -p $chvm_cgroup/1 2>/dev/null
 [ -w $chvm_cgroup/cgroup.kill ] || chvm_cgroup=
-chvm_open_more() { rm -f $chvm_tmp/more; mkfifo $chvm_tmp/more; exec 9<>$chvm_tmp/more; }
-chvm_open_more
+# A command may have removed it.
+chvm_directory() { [ -d $chvm_tmp ] || mkdir -p -m 700 $chvm_tmp; }
+# Who has read the line that is in this pipe has the turn to write to the console, until there is one again.
+chvm_open_turn() {
+    chvm_directory
+    rm -f $chvm_tmp/turn
+    mkfifo $chvm_tmp/turn
+    exec 9<>$chvm_tmp/turn
+    echo >&9
+}
+chvm_open_turn
+# The loop itself never waits for the turn: it hears of what gives it back.
+chvm_say() {
+    {
+        read -r turn <&9
+        printf '\n%s %s\n' $1 $2
+        echo >&9
+    } &
+}
 # An output goes in pieces, each once the host has the one before: a VMM drops what a console's reader is slow to take.
 chvm_send() {
     left=$4 block=0
-    printf '\n%s %s %d\n' $1 $2 $left
+    # A command may have changed the terminal's settings: with them set wrong a write becomes many. A short one comes through.
+    [ $left -gt 512 ] && stty raw -echo 2>/dev/null <&1
     while [ $left -gt 0 ]; do
+        read -r turn <&9
+        printf '\n%s %s %d\n' $1 $2 $left
         # What goes on writing to the file has no part in the answer. With one write each: of many small ones the VMM drops some.
         if [ $block = 0 ]; then
             dd if=$3 bs=$((left < 32768 ? left : 32768)) count=1
@@ -22,82 +42,118 @@ chvm_send() {
             dd if=$3 bs=32768 skip=$block count=1 | head -c $left | cat
         fi 2>/dev/null
         left=$((left - 32768)) block=$((block + 1))
-        read -r more <&9
     done
 }
+# chvm_supervise TOKEN SCRIPT, with the outputs' files at 7 and 8, which stay when their names are removed.
 chvm_supervise() {
-    files=$chvm_tmp/$chvm_number group=
+    files=$chvm_tmp/$1 group= input=/dev/null
     if [ "$chvm_cgroup" ]; then
         group=$chvm_cgroup/$chvm_number
         [ -d $group ] || mkdir $group 2>/dev/null || [ -d $group ] || group=
     fi
-    : >$files.out; : >$files.err
-    # Not empty while there is something to kill.
-    echo - >$files.pid
+    [ -e $files.input ] && input=$files.input
+    [ -e $files.script ] && set -- $1 ". $files.script"
     (
         [ "$group" ] && echo 0 >$group/cgroup.procs
-        unset chvm_tmp chvm_cgroup chvm_number chvm_input chvm_token
-        exec setsid sh -c "$2" 9>&-
-    ) <$chvm_input >$files.out 2>$files.err &
+        # It was to be killed before there was anything to kill.
+        [ -e $files.kill ] && exit 137
+        unset chvm_tmp chvm_cgroup chvm_number chvm_running chvm_token
+        exec setsid sh -c "$2" 7>&- 8>&- 9>&-
+    ) <$input >&7 2>&8 &
     echo $! >$files.pid
     wait $!
     status=$?
     # Of both at once, since each process takes milliseconds of an emulated guest: size, name, size, name, and their sum.
-    if [ -s $files.out ] || [ -s $files.err ]; then
-        set -- $1 $(wc -c $files.out $files.err)
-    else
-        set -- $1 0 $files.out 0 $files.err
+    if [ -s /proc/self/fd/7 ] || [ -s /proc/self/fd/8 ]; then
+        set -- $1 $(wc -c /proc/self/fd/7 /proc/self/fd/8)
+        chvm_send $1 out $3 $2
+        chvm_send $1 err $5 $4
     fi
-    chvm_send $1 out $3 $2
-    chvm_send $1 err $5 $4
-    : >$files.pid
+    # Not with ":", whose redirection ends a shell when the directory is gone.
+    true >$files.pid
+    read -r turn <&9
     printf '\n%s end %d\n' $1 $status
+    echo >&9
     rm -f $files.*
     if [ "$group" ]; then
         rmdir $group
-        mkdir $chvm_cgroup/$((chvm_number + 1))
+        read -r latest <$chvm_tmp/number
+        [ "$latest" = $chvm_number ] && mkdir $chvm_cgroup/$((chvm_number + 1))
     fi 2>/dev/null
 }
+chvm_start() {
+    chvm_number=$((chvm_number + 1))
+    chvm_directory
+    echo $chvm_number >$chvm_tmp/number
+    # Not empty while there is something to kill.
+    echo - >$chvm_tmp/$1.pid
+    chvm_supervise $1 "$2" 7>$chvm_tmp/$1.out 8>$chvm_tmp/$1.err &
+    chvm_known=
+    for chvm_entry in $chvm_running; do
+        chvm_read $chvm_entry
+        [ -e $chvm_tmp/$chvm_of.pid ] || [ -d $chvm_cgroup/$chvm_group ] && chvm_known="$chvm_known $chvm_entry"
+    done
+    chvm_running="$chvm_known $1:$chvm_number:$!"
+}
+# Splits TOKEN:NUMBER:SUPERVISOR
+chvm_read() { chvm_of=${1%%:*} chvm_job=${1##*:} chvm_group=${1#*:} && chvm_group=${chvm_group%:*}; }
 chvm_kill() {
-    if [ "$chvm_cgroup" ]; then
-        echo 1 >$chvm_cgroup/$chvm_number/cgroup.kill
+    true >$chvm_tmp/$chvm_of.kill
+    if [ "$chvm_cgroup" ] && [ -d $chvm_cgroup/$chvm_group ]; then
+        echo 1 >$chvm_cgroup/$chvm_group/cgroup.kill
     else
-        kill -KILL -$(cat $chvm_tmp/$chvm_number.pid)
-    fi 2>/dev/null
-}
+        read -r chvm_pid <$chvm_tmp/$chvm_of.pid && { kill -KILL -$chvm_pid || kill -KILL $chvm_pid; }
+    fi
+} 2>/dev/null
 chvm_loop() {
-    printf '\n%s loop\n' $1
+    chvm_say $1 loop
     while IFS=' ' read -r chvm_op chvm_token chvm_rest; do
         case $chvm_op in
         run)
-            chvm_number=$((chvm_number + 1))
             case $chvm_rest in
             *\\*) chvm_command=$(printf '%b.' "$chvm_rest") && chvm_rest=${chvm_command%.} ;;
             esac
-            chvm_supervise $chvm_token "$chvm_rest" &
-            chvm_job=$! chvm_input=/dev/null
+            chvm_start $chvm_token "$chvm_rest"
             ;;
-        input)
-            if [ $chvm_input = /dev/null ]; then
-                chvm_input=$chvm_tmp/$((chvm_number + 1)).in
-                : >$chvm_input
-            fi
-            head -c $chvm_rest >>$chvm_input
+        input | script)
+            chvm_directory
+            head -c $chvm_rest >>$chvm_tmp/$chvm_token.$chvm_op
+            # It is the host's turn.
             printf '\n%s input\n' $chvm_token
+            echo >&9
+            ;;
+        turn)
+            {
+                read -r turn <&9
+                printf '\n%s turn\n' $chvm_token
+            } &
             ;;
         more) echo >&9 ;;
         do) eval "$chvm_rest" </dev/null >/dev/null 2>&1 ;;
-        kill) chvm_kill ;;
+        kill)
+            for chvm_entry in $chvm_running; do
+                chvm_read $chvm_entry
+                [ $chvm_of = $chvm_token ] && chvm_kill
+            done
+            # Of one that was never started.
+            [ -e $chvm_tmp/$chvm_token.pid ] || rm -f $chvm_tmp/$chvm_token.*
+            ;;
         drop)
-            # The host has given the command up, its answer too. What one that has ended left running goes on.
-            [ -s $chvm_tmp/$chvm_number.pid ] && chvm_kill
-            kill -KILL $chvm_job 2>/dev/null && wait $chvm_job 2>/dev/null
-            chvm_open_more
-            chvm_input=/dev/null
+            # The host has given up all commands, their answers too. What one that has ended left running goes on.
+            for chvm_entry in $chvm_running; do
+                chvm_read $chvm_entry
+                [ -e $chvm_tmp/$chvm_of.pid ] || continue
+                [ -s $chvm_tmp/$chvm_of.pid ] && chvm_kill
+                kill -KILL $chvm_job 2>/dev/null && wait $chvm_job 2>/dev/null
+                rm -f $chvm_tmp/$chvm_of.*
+            done
+            chvm_running=
+            chvm_open_turn
             ;;
         # What the host says when it connects: a command may have changed the terminal's settings.
         stty) stty raw -echo 2>/dev/null ;;
-        eval) printf '\n%s loop\n' $chvm_token ;;
+        eval) chvm_say $chvm_token loop ;;
         esac
     done
-}
+# A shell says of its jobs that they were killed, in the middle of somebody's output.
+} 2>/dev/null

@@ -44,6 +44,8 @@ class Peer:
                 self.drops += words[:1] == [b"drop"]
                 if words[:1] == [b"eval"]:
                     self.theirs.sendall(self.hello(words[1]))
+                elif words[:1] == [b"turn"]:
+                    self.theirs.sendall(b"\n%s turn\n" % words[1])
                 elif words[:1] == [b"input"]:
                     self.scripts.append(self.lines.read(int(words[2])))
                     self.theirs.sendall(b"\n%s input\n" % words[1])
@@ -313,8 +315,8 @@ def test_large_answer_is_read_in_linear_time(console):
     data = os.urandom(1 << 20) * 16
 
     def respond(token):
-        yield b"\n%s out %d\n" % (token, len(data))
         for start in range(0, len(data), shell.OUTPUT_PIECE):
+            yield b"\n%s out %d\n" % (token, len(data) - start)
             yield data[start : start + shell.OUTPUT_PIECE]
             yield MORE
         yield b"\n%s err 0\n\n%s end 0\n" % (token, token)

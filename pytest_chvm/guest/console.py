@@ -1,0 +1,319 @@
+"""One byte stream to a guest, its virtio console, shared by all who talk to it at once.
+
+Whoever waits for something and finds nobody at it moves the bytes for all: what is to be sent, whole messages one after the
+other, and what comes, to those whose token it bears. A token is random for each command, so that no answer can pass for another's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from pytest_chvm.deadline import Deadline, poll_until
+from pytest_chvm.errors import VmIOError
+from pytest_chvm.untouched import random_hex
+
+# An answer larger than this is not the guest's memory any more, but somebody's trick.
+LARGEST_ANSWER = 256 << 20
+# As in shell.sh: what may be on its way from the guest at once. QEMU's virtio console drops what does not fit into the socket.
+OUTPUT_PIECE = 1 << 15
+READ_SIZE = 1 << 18
+LINE = re.compile(rb"\n([0-9a-f]{32}) ([^\n]{0,50})\n")
+LONGEST_LINE = 1 + 32 + 1 + 50 + 1
+ANSWER = re.compile(rb"(out|err) (\d{1,15})|end ([^\n]{0,40})|turn|input")
+LARGEST_STATUS = 255
+# Gives back the turn to write to the console.
+MORE = b"more\n"
+
+
+@dataclass(eq=False)
+class Answer:
+    """What has come with one token: the lines `expects` stands for, and for a command its outputs and at last its `status`.
+
+    `kept` is False for what nobody waits for any more: it is read, so that others' answers come, and thrown away.
+    """
+
+    expects: re.Pattern[bytes] = ANSWER
+    token: str = field(default_factory=lambda: random_hex(16))
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+    words: list[bytes] = field(default_factory=list)
+    status: int | None = None
+    error: str | None = None
+    kept: bool = True
+
+
+@dataclass(eq=False)
+class Message:
+    """What is to be sent as a whole. Nothing is sent after it before `awaited` is heard: the guest may read ahead of it."""
+
+    left: memoryview
+    awaited: Answer | None = None
+    begun: bool = False
+
+    @property
+    def sent(self) -> bool:
+        """Whether all of it is on its way."""
+        return not self.left
+
+
+@dataclass(eq=False)
+class Console:
+    """The console of one guest. `open_console` returns a descriptor of it, readable and writable.
+
+    `wake_fds` are watched while an answer is awaited; when one is readable, `check_alive` is called, which raises what
+    has become of the guest; `console_closed` does so when the VMM has closed the console, as it does on its way out.
+    """
+
+    vm_name: str
+    open_console: Callable[[], int]
+    wake_fds: Callable[[], list[int]]
+    check_alive: Callable[[], None]
+    console_closed: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._moving = False
+        # Another number for each; who waits on one that has ended would wait for ever.
+        self._connection = 0
+        self._fd: int | None = None
+        # Wakes the one who moves the bytes: there is more to send, or the console is to be closed.
+        self._wake: int | None = None
+        self._outbox: deque[Message] = deque()
+        self._awaited: Answer | None = None
+        self._answers: dict[bytes, Answer] = {}
+        self._pending = bytearray()
+        # Of the piece that comes now: whose it is, the output that it is of, and the bytes left.
+        self._piece: tuple[Answer, bytearray, int] | None = None
+        # A command has changed the terminal's settings: each line's end comes as two bytes, until the loop has set them right.
+        self._cooked = False
+
+    def close(self) -> None:
+        """Let go of the console; those who wait for an answer are told, and the next command connects again."""
+        with self._changed:
+            self._connection += 1
+            while self._moving:
+                self._nudge()
+                self._changed.wait()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._connection += 1
+        self._answers.clear()
+        self._outbox.clear()
+        self._awaited = self._piece = None
+        self._pending.clear()
+        fds, self._fd, self._wake = (self._fd, self._wake), None, None
+        for fd in fds:
+            if fd is not None:
+                os.close(fd)
+        self._changed.notify_all()
+
+    def _open(self) -> None:
+        if self._fd is None:
+            self._fd = self.open_console()
+            os.set_blocking(self._fd, False)
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def _nudge(self) -> None:
+        if self._wake is not None:
+            os.eventfd_write(self._wake, 1)
+
+    def _send(self, data: bytes, awaited: Answer | None = None) -> Message:
+        """Queue a message; it goes when somebody waits."""
+        message = Message(memoryview(data), awaited)
+        self._outbox.append(message)
+        if self._moving:
+            self._nudge()
+        return message
+
+    def _forget_answers(self) -> None:
+        """Take nothing that comes for an answer any more, but that what is sent was read, which the next message waits for."""
+        owed = {self._awaited, *(message.awaited for message in self._outbox)}
+        self._answers = {token: answer for token, answer in self._answers.items() if answer in owed}
+        self._piece = None
+
+    def _take_back(self, message: Message) -> bool:
+        """Have a message not sent at all; tells whether that was still possible."""
+        if message.begun or message not in self._outbox:
+            return False
+        self._outbox.remove(message)
+        return True
+
+    def _wait(self, done: Callable[[], bool], deadline: Deadline) -> None:
+        """Block until `done`, with the lock held, and move the bytes meanwhile. Raises TimeoutError at the deadline."""
+        connection = self._connection
+        while not done():
+            if connection != self._connection:
+                raise VmIOError(
+                    f"VM {self.vm_name!r}: its console was closed meanwhile: the VM was ended or rebooted", vm_name=self.vm_name
+                )
+            if deadline.expired:
+                raise TimeoutError
+            if self._moving:
+                self._changed.wait(deadline.wait_s)
+                continue
+            self._moving = True
+            try:
+                self._move(deadline)
+            finally:
+                self._moving = False
+                self._changed.notify_all()
+
+    def _hear(self, answer: Answer, done: Callable[[], bool], deadline: Deadline) -> None:
+        """As `_wait`, for something of an answer's; raises VmIOError for one that cannot be or that will not come."""
+        self._wait(lambda: answer.error is not None or done(), deadline)
+        if answer.error is not None:
+            raise VmIOError(answer.error, vm_name=self.vm_name)
+
+    def _move(self, deadline: Deadline) -> None:
+        to_send = bool(self._outbox) and self._awaited is None
+        self._changed.release()
+        try:
+            ready = self._poll(to_send, deadline)
+        finally:
+            self._changed.acquire()
+        try:
+            if ready & ~select.POLLOUT:
+                self._fill(deadline)
+                self._sort()
+            if ready:
+                self._flush()
+        except OSError as error:
+            if isinstance(error, VmIOError):
+                raise
+            self._gone(error)
+
+    def _poll(self, to_send: bool, deadline: Deadline) -> int:
+        """Wait until bytes can be moved, or there may be others to move; returns the events of the console."""
+        assert self._fd is not None
+        assert self._wake is not None
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN | (select.POLLOUT if to_send else 0))
+        poll.register(self._wake, select.POLLIN)
+        for wake in self.wake_fds():
+            poll.register(wake, select.POLLIN)
+        events = dict(poll_until(poll, deadline))
+        nudged = events.pop(self._wake, 0)
+        if nudged:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+        ready = events.pop(self._fd, 0)
+        if events and not ready:
+            self.check_alive()
+        return ready
+
+    def _fill(self, _deadline: Deadline) -> None:
+        assert self._fd is not None
+        try:
+            data = os.read(self._fd, READ_SIZE)
+        except BlockingIOError:
+            return
+        if not data:
+            self._gone(None)
+        self._pending += data
+
+    def _gone(self, error: OSError | None) -> None:
+        self._let_go()
+        self._changed.release()
+        try:
+            self.console_closed()
+        finally:
+            self._changed.acquire()
+        raise VmIOError(
+            f"VM {self.vm_name!r}: the VMM closed the guest's console{f' ({error.strerror})' if error else ''}",
+            vm_name=self.vm_name,
+        )
+
+    def _flush(self) -> None:
+        while self._outbox and self._awaited is None:
+            assert self._fd is not None
+            message = self._outbox[0]
+            message.begun = True
+            try:
+                message.left = message.left[os.write(self._fd, message.left) :]
+            except BlockingIOError:
+                return
+            if message.sent:
+                self._outbox.popleft()
+                self._awaited = message.awaited
+
+    def _sort(self) -> None:
+        """Give what has come to those whose it is."""
+        while self._take_piece() or self._take_line():
+            pass
+
+    def _take_piece(self) -> bool:
+        if self._piece is None:
+            return False
+        answer, output, left = self._piece
+        if self._cooked:
+            whole = len(self._pending) - self._pending.endswith(b"\r")
+            part = self._pending[:whole].replace(b"\r\n", b"\n")[:left]
+            del self._pending[: len(part) + part.count(b"\n")]
+        else:
+            part = self._pending[:left]
+            del self._pending[: len(part)]
+        if answer.kept:
+            output += part
+        self._piece = (answer, output, left - len(part))
+        if left > len(part):
+            return False
+        self._piece = None
+        # Not before, since it may be echoed into the piece.
+        self._outbox.append(Message(memoryview((b"stty\n" if self._cooked else b"") + MORE)))
+        return True
+
+    def _take_line(self) -> bool:
+        """Take the next line that is one of those expected, and drop what is before it."""
+        if self._piece is not None:
+            return False
+        start = 0
+        while found := LINE.search(self._pending, start):
+            token, words, first, end = bytes(found[1]), bytes(found[2]).removesuffix(b"\r"), found.start(), found.end()
+            cooked = found[2].endswith(b"\r")
+            # A buffer cannot be cut while there is a match of it.
+            del found
+            answer = self._answers.get(token)
+            if answer is not None and (match := answer.expects.fullmatch(words)):
+                del self._pending[:end]
+                self._cooked = cooked and answer.expects is ANSWER
+                self._take(answer, words, match)
+                return True
+            start = first + 1
+        del self._pending[: -(LONGEST_LINE - 1)]
+        return False
+
+    def _take(self, answer: Answer, words: bytes, match: re.Match[bytes]) -> None:
+        answer.words.append(words)
+        if answer is self._awaited:
+            self._awaited = None
+        if words == b"turn" and not answer.kept:
+            self._outbox.append(Message(memoryview(MORE)))
+        if answer.expects is not ANSWER or words in (b"turn", b"input"):
+            return
+        if match[1]:
+            output = answer.stdout if match[1] == b"out" else answer.stderr
+            size = int(match[2])
+            if len(output) + size > LARGEST_ANSWER:
+                answer.error = answer.error or (
+                    f"VM {self.vm_name!r}: a command printed {len(output) + size >> 20} MiB, more than {LARGEST_ANSWER >> 20} MiB; "
+                    "write large results to a file in a shared dir, or to one that vm.get() fetches"
+                )
+                answer.kept = False
+            if size:
+                self._piece = (answer, output, min(size, OUTPUT_PIECE))
+            return
+        if self._cooked:
+            self._outbox.append(Message(memoryview(b"stty\n")))
+        self._answers.pop(answer.token.encode(), None)
+        if re.fullmatch(rb"\d{1,3}", match[3]) and int(match[3]) <= LARGEST_STATUS:
+            answer.status = int(match[3])
+        else:
+            answer.error = answer.error or f"VM {self.vm_name!r}: the guest's shell gave {match[3]!r} as an exit status"

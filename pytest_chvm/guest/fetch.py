@@ -1,0 +1,234 @@
+"""Files out of a guest: what it sends is not trusted."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import shutil
+import stat
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from pytest_chvm.errors import VmIOError
+from pytest_chvm.guest.files import AT_ONCE, BLOCK, PIECE, Run
+
+if not hasattr(tarfile, "data_filter"):
+    # Python before 3.11.4 (Debian 12 has 3.11.2) has no extraction filters (PEP 706).
+    from backports import tarfile  # type: ignore[import-not-found,import-untyped,no-redef,unused-ignore]
+
+# Mode, size, blocks, time of the last change and name, of a path that has no "//" in it.
+STAT = "//%f %s %b %Y %n"
+ENTRY = re.compile(rb"([0-9a-f]{1,8}) (\d{1,18}) (\d{1,18}) (-?\d{1,12})(?:\.\d*)? (.+)\n", re.S)
+# Of the files of /proc and the like, which do not say how large they are.
+LARGEST_UNSIZED = 32 << 20
+HOLE_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the guest's, as its `stat` said: `path` is relative to what is got, "." for itself."""
+
+    path: str
+    mode: int
+    size: int
+    blocks: int
+    mtime_s: int
+
+
+@dataclass
+class Fetch:
+    """One `get`, to a directory of the host's that is nobody else's; `left` says what could not be taken, and why."""
+
+    run: Run
+    source: str
+    # The shell's words that lead to the directory that the entries are relative to.
+    enter: str
+    root: Path
+    left: list[str] = field(default_factory=list)
+
+    def take(self, entries: list[Entry]) -> None:
+        """Take all that the guest listed: directories, then files, and links last, so that nothing is written through one."""
+        kinds: dict[int, list[Entry]] = {}
+        for entry in entries:
+            kinds.setdefault(stat.S_IFMT(entry.mode), []).append(entry)
+        directories = kinds.pop(stat.S_IFDIR, [])
+        for entry in directories:
+            self._place(entry).mkdir(mode=0o700)
+        files, links = kinds.pop(stat.S_IFREG, []), kinds.pop(stat.S_IFLNK, [])
+        for entry in files:
+            if entry.size > PIECE:
+                self._take_pieces(entry)
+        # What has no blocks is empty, or has a size that says nothing.
+        self._take_unsized([entry for entry in files if entry.size <= PIECE and not entry.blocks])
+        self._take_archives([*(entry for entry in files if entry.size <= PIECE and entry.blocks), *links])
+        for others in kinds.values():
+            self.left += [f"{entry.path} is neither a file, a directory nor a link" for entry in others]
+        for entry in reversed(directories):
+            self._finish(self._place(entry), entry)
+
+    def _place(self, entry: Entry) -> Path:
+        parts = PurePosixPath(entry.path).parts
+        if ".." in parts or entry.path.startswith("/"):
+            raise VmIOError(f"what the guest sent for {self.source!r} cannot be unpacked: it lists {entry.path!r}")
+        return self.root.joinpath(*parts)
+
+    def _finish(self, place: Path, entry: Entry) -> None:
+        # As tarfile's data filter: nobody else may write, nothing is set-uid, and the owner can read.
+        place.chmod(stat.S_IMODE(entry.mode) & 0o755 | (0o700 if stat.S_ISDIR(entry.mode) else 0o600))
+        os.utime(place, (entry.mtime_s, entry.mtime_s))
+
+    def _take_pieces(self, entry: Entry) -> None:
+        place, name = self._place(entry), shlex.quote(f"./{entry.path}")
+        sparse = entry.blocks * 512 < entry.size
+        pieces = -(-entry.size // PIECE)
+        # Zeros are looked for in the guest, which is faster than its console.
+        skip = (
+            f"while [ $n -lt $last ] && [ $(dd if={name} bs={PIECE} skip=$n count=1 2>/dev/null |"
+            " tr -d '\\000' | head -c 1 | wc -c) = 0 ]; do n=$((n+1)); done; "
+        )
+        with place.open("xb") as file:
+            number = 0
+            while number < pieces:
+                last = min(pieces, number + HOLE_AT_ONCE)
+                done = self.run(
+                    f"{self.enter} && n={number} last={last} && {skip if sparse else ''}echo $n >&2 && "
+                    f"if [ $n -lt $last ]; then dd if={name} bs={PIECE} skip=$n count=1 2>/dev/null; fi",
+                    None,
+                )
+                if done.returncode != 0 or not re.fullmatch(r"\d{1,18}\n", done.stderr) or not number <= int(done.stderr) <= last:
+                    self.left.append(f"{entry.path}: {done.stderr.strip()[:200]}")
+                    break
+                number = int(done.stderr)
+                data = done.stdout_bytes[: max(0, entry.size - number * PIECE)]
+                for start in range(0, len(data), BLOCK):
+                    block = data[start : start + BLOCK]
+                    if not sparse or any(block):
+                        os.pwrite(file.fileno(), block, number * PIECE + start)
+                if number < last and not data:
+                    # It has become shorter.
+                    break
+                number += number < last
+            else:
+                file.truncate(entry.size)
+        self._finish(place, entry)
+
+    def _take_unsized(self, entries: list[Entry]) -> None:
+        for batch in _batches(entries):
+            copies = "".join(
+                f"head -c {LARGEST_UNSIZED} {shlex.quote('./' + entry.path)} >$t/{number} || rm $t/{number}\n"
+                for number, entry in enumerate(batch)
+            )
+            done = self.run(f"{self.enter} && t=$(mktemp -d) || exit\ntrap 'rm -rf $t' EXIT\n{copies}cd $t && tar -cf - .", None)
+            found = {}
+            with tarfile.open(fileobj=io.BytesIO(done.stdout_bytes)) as tar:
+                for member in tar:
+                    if member.isreg() and (content := tar.extractfile(member)):
+                        found[member.name.removeprefix("./")] = content.read()
+            for number, entry in enumerate(batch):
+                data = found.get(str(number))
+                if data is None:
+                    self.left.append(f"{entry.path}: {done.stderr.strip()[:200]}")
+                    continue
+                place = self._place(entry)
+                with place.open("xb") as file:
+                    file.write(data)
+                self._finish(place, entry)
+
+    def _take_archives(self, entries: list[Entry]) -> None:
+        for batch in _batches(entries):
+            wanted = {str(PurePosixPath(entry.path)): entry for entry in batch}
+            names = " ".join(shlex.quote(f"./{entry.path}") for entry in batch)
+            # Its status tells of files that changed meanwhile too; what is missing is seen below.
+            done = self.run(f"{self.enter} && tar -cf - {names}", None)
+            with tarfile.open(fileobj=io.BytesIO(done.stdout_bytes)) as tar:
+                for member in tar:
+                    name = str(PurePosixPath(member.name))
+                    entry = wanted.pop(name, None)
+                    if entry is None or not (member.isreg() or member.islnk() or member.issym()):
+                        raise tarfile.TarError(f"it has {member.name[:100]!r}, which was not asked for")
+                    try:
+                        tar.extract(member, self.root, filter="data")
+                    except (tarfile.AbsoluteLinkError, tarfile.LinkOutsideDestinationError):
+                        if not member.issym() or not stat.S_ISLNK(entry.mode):
+                            raise
+                        self.left.append(f"{name} is a link that leads out of it, to {member.linkname[:200]!r}")
+            self.left += [f"{name}: {done.stderr.strip()[:200]}" for name in wanted]
+
+
+def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        batch.append(entry)
+        size += entry.size
+        if len(batch) == AT_ONCE or size > PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _listed(run: Run, source: str) -> tuple[bool, list[Entry]]:
+    """Return whether it is a directory, and what the guest says that there is."""
+    path = shlex.quote(source)
+    done = run(
+        f"if [ -d {path} ]; then cd {path} && echo d && find . -print0 | xargs -0 stat -c '{STAT}'\n"
+        f"else echo f; stat -L -c '{STAT}' {path}; fi",
+        None,
+    )
+    kind, *records = done.stdout_bytes.split(b"//") if done.stdout_bytes.startswith(b"d") else done.stdout_bytes.split(b"//", 1)
+    if not records:
+        raise VmIOError(f"{source!r} could not be got from the guest: {done.stderr.strip()[:500]}")
+    entries = []
+    for record in records:
+        found = ENTRY.fullmatch(record)
+        if found is None:
+            raise VmIOError(f"what the guest sent for {source!r} cannot be unpacked: its stat said {record[:100]!r}")
+        entries.append(Entry(os.fsdecode(found[5]), int(found[1], 16), int(found[2]), int(found[3]), max(0, int(found[4]))))
+    return kind == b"d\n", entries
+
+
+def get(run: Run, source: str, destination: Path) -> Path:
+    """Copy a file or a directory tree of the guest's to `destination`, or into it where it is a directory.
+
+    Returns the path it has then. A link that is itself the source is followed; modes, times and holes are kept, and the links in a
+    tree that stay in it. What the guest sends is not trusted: nothing is written outside the destination, and of special files,
+    owners and set-uid bits nothing is taken over. Raises VmIOError where it is not there or cannot be read; and after the rest of a
+    tree was got, naming what could not be: links that lead out of it, special files, what the guest cannot read.
+    """
+    path = PurePosixPath(source)
+    target = destination / path.name if destination.is_dir() else destination
+    is_tree, entries = _listed(run, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unpacked = Path(tempfile.mkdtemp(prefix=".chvm.", dir=target.parent))
+    try:
+        if is_tree:
+            fetch = Fetch(run, source, f"cd {shlex.quote(source)}", unpacked / "got")
+        else:
+            fetch = Fetch(run, source, f"cd {shlex.quote(str(path.parent))}", unpacked)
+            # A link is followed by the copy of its target, which is read like one that has no size.
+            entries = [Entry(path.name, *_facts(entries[0]))]
+        fetch.take(entries)
+        if not is_tree and fetch.left:
+            raise VmIOError(f"{source!r} could not be got from the guest: {'; '.join(fetch.left)}")
+        (unpacked / ("got" if is_tree else path.name)).replace(target)
+    except (tarfile.TarError, OSError) as error:
+        if isinstance(error, VmIOError):
+            raise
+        raise VmIOError(f"what the guest sent for {source!r} cannot be unpacked to {str(target)!r}: {error}") from error
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    if fetch.left:
+        raise VmIOError(f"{source!r} was got to {str(target)!r}, but not all of it: {'; '.join(fetch.left)[:2000]}")
+    return target
+
+
+def _facts(entry: Entry) -> tuple[int, int, int, int]:
+    # With no blocks it is read by its contents: an archive would have the link.
+    blocks = 0 if entry.size <= PIECE else entry.blocks
+    return entry.mode, entry.size, blocks, entry.mtime_s
