@@ -129,6 +129,8 @@ class Fetch:
                 for member in tar:
                     if member.isreg() and (content := tar.extractfile(member)):
                         found[member.name.removeprefix("./")] = content.read()
+                    elif member.name.strip("./"):
+                        raise tarfile.TarError(f"it has {member.name[:100]!r}, which was not asked for")
             for number, entry in enumerate(batch):
                 data = found.get(str(number))
                 if data is None:

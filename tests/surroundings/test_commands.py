@@ -113,7 +113,7 @@ def test_a_vm_that_is_ended_says_so_to_the_commands_of_other_threads(chvm_vm):
                 one.result(timeout=20)
 
 
-SHELLS = [["dash"], ["bash"], ["busybox", "sh"]]
+SHELLS = [["dash"], ["busybox", "sh"]]
 
 
 @pytest.fixture(params=SHELLS, ids=" ".join)
