@@ -138,7 +138,7 @@ class VmFactory:
                 end(vm)
         finally:
             for name, thread in threads:
-                thread.join(deadline.wait_s)
+                thread.join(deadline.remaining_s)
                 if thread.is_alive():
                     failures.append(f"VM {name!r} is still being ended after {deadline.total_s:g} s")
             for snapshot in self._snapshots:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 
 from pytest_chvm.deadline import Deadline
 from pytest_chvm.guest.ready import LogReader
 from pytest_chvm.host.watch import FileWatch
+from pytest_chvm.untouched import random_hex
 
 
 def question() -> tuple[str, str]:
     """Return a shell line that writes to the serial console, and the token that is in what it writes."""
-    token = secrets.token_hex(8)
+    token = random_hex(8)
     # Not as the shell's own echo of the line would have it.
     said = f"chvm: alive {token[:8]}''{token[8:]}"
     return f"for c in /dev/ttyS0 /dev/ttyAMA0 /dev/console; do [ -c $c ] && echo {said} >$c && break; done", token

@@ -37,13 +37,13 @@ def wait_for_lock(fd: int, what: str, tell: Callable[[str], None], *, shared: bo
     """
     if try_lock(fd, shared=shared):
         return False
-    begun = running_at = time.monotonic()
+    begun = running_at = time.clock_gettime(time.CLOCK_MONOTONIC)
     told = False
     pause = select.poll()
     while not try_lock(fd, shared=shared):
         # Of its being given back nothing tells but waiting without an end.
         pause.poll(LOOK_AGAIN_S * 1000)
-        now = time.monotonic()
+        now = time.clock_gettime(time.CLOCK_MONOTONIC)
         if now - begun < PATIENCE_BEFORE_MESSAGE_S:
             continue
         pid = holder(fd)

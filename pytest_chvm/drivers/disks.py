@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from pytest_chvm.drivers.base import ROOT_FILE, Plan
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, UnsupportedError, VmIOError
+from pytest_chvm.untouched import random_hex
 
 QCOW2_MAGIC = b"QFI\xfb"
 # Incompatible features of an image (QEMU's docs/interop/qcow2.txt): its refcounts may be wrong; its data is not in it.
@@ -95,7 +95,7 @@ def _overlay_dir(plan: Plan) -> Path:
     own = plan.lease.directory
     if plan.snapshots is None or _free(plan.snapshots) < min(ROOM, _free(own)):
         return own
-    directory = plan.snapshots / secrets.token_hex(8)
+    directory = plan.snapshots / random_hex(8)
     plan.lease.add_path(directory)
     directory.mkdir(mode=0o700)
     (own / ROOT_FILE).symlink_to(directory / ROOT_FILE)

@@ -41,6 +41,9 @@ LONGEST_CHAIN = 64
 # Backing files that are no files: "nbd://", "json:{...}".
 PROTOCOL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*:")
 
+# In no text, and in the first sectors of any disk.
+CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+
 
 def check_disk(key: str, image: Path) -> None:
     """Raise InvalidConfigError where a file is no disk that a VM can have as `key`: root_disk, data_disk or seed_iso.
@@ -119,12 +122,13 @@ def _is_seed(image: Path, head: bytes) -> bool:
         file.seek(ISO_MAGIC_AT)
         if file.read(len(ISO_MAGIC)) == ISO_MAGIC:
             return True
-    return any(head[at : at + len(magic)] == magic for at, magic in FAT_MAGIC) or not head.strip(b"\0")
+    # What else it may be, the guest knows.
+    return any(head[at : at + len(magic)] == magic for at, magic in FAT_MAGIC) or CONTROL.search(head) is not None
 
 
 def _is_text(head: bytes) -> bool:
     """Tell whether the beginning of a file is lines of text; a disk has a NUL somewhere in its first sectors."""
-    return b"\n" in head and not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]", head)
+    return b"\n" in head and not CONTROL.search(head)
 
 
 def _in_words(head: bytes) -> str:

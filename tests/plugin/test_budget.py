@@ -70,7 +70,7 @@ def test_a_vm_that_can_never_fit_is_refused_at_once_with_the_numbers(pytester: p
     pytester.makepyfile("def test_large(chvm_vm): chvm_vm(memory_mb=513, networks=[], boot='cold')")
     result = run_pytest("--chvm-memory-budget-mb=512")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["E *InvalidConfigError: VM 'test-large' wants 513 MiB, and * may have 512 MiB: *"])
+    result.stdout.fnmatch_lines(["E *MissingRequirementError: VM 'test-large' wants 513 MiB, and * may have 512 MiB: *"])
     assert not any(line.startswith("chvm: 1 VM") for line in result.outlines)
 
 

@@ -110,7 +110,7 @@ assert ssl.SSLSocket.__mro__[1] is socket.socket, ssl.SSLSocket.__mro__
 def test_no_directory_is_left_where_the_keeper_cannot_start(monkeypatch):
     from pytest_chvm.host import processes
     from pytest_chvm.host.directories import runtime_dir
-    from pytest_chvm.host.runs import current_run
+    from pytest_chvm.host.runs import current_level
 
     def refuse(*_arguments):
         raise OSError(24, "Too many open files")
@@ -123,7 +123,7 @@ def test_no_directory_is_left_where_the_keeper_cannot_start(monkeypatch):
     before = mine()
     monkeypatch.setattr(processes, "socket_pair", refuse)
     with pytest.raises(OSError, match="Too many"):
-        processes.Keeper(current_run())
+        processes.Keeper(current_level())
     assert mine() == before
 
 
