@@ -67,7 +67,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.system
 
 # Built here so that it is not the first test that waits for it.
 $(VENV)/.guest: pytest_chvm/guest/initramfs.py pytest_chvm/guest/init.sh $(VENV)/.installed
-	@python -c 'from pytest_chvm import Settings, VmConfig; from pytest_chvm.guest_choice import choose_guest; choose_guest(VmConfig(), Settings.resolve())'
+	@python -c 'from pytest_chvm import Settings, VmConfig; from pytest_chvm.machine.guest_choice import choose_guest; choose_guest(VmConfig(), Settings.resolve())'
 	@touch $@
 
 clean:

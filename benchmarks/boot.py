@@ -107,8 +107,8 @@ def _fixture(chvm_vm: Any, measured: Measurements, directory: Path) -> None:
 
 
 def _bare(command: list[str], log: Path) -> float:
-    from pytest_chvm.deadline import Deadline
-    from pytest_chvm.host.watch import FileWatch
+    from pytest_chvm.base.deadline import Deadline
+    from pytest_chvm.base.watch import FileWatch
 
     words = [f"file,id=serial,path={log}" if word.startswith("file,id=serial,path=") else word for word in command]
     log.write_bytes(b"")
@@ -172,7 +172,7 @@ def _marker(chvm_vm: Any, built_in: Any, measured: Measurements, directory: Path
 def _tree_with_index(directory: Path) -> Path:
     """Copy the built-in guest's kernel and modules and index them, as virtme-ng wants them; returns the kernel's path there."""
     from pytest_chvm import Settings
-    from pytest_chvm.guest_choice import built_in_kernel
+    from pytest_chvm.machine.guest_choice import built_in_kernel
 
     kernel = built_in_kernel(Settings.resolve())
     assert kernel.modules is not None

@@ -41,11 +41,11 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import boot
 
-from pytest_chvm import Settings, Vm, launch, renewal
-from pytest_chvm.deadline import Deadline
-from pytest_chvm.guest import renew
-from pytest_chvm.guest_choice import built_in_kernel
-from pytest_chvm.host.watch import FileWatch
+from pytest_chvm import Settings, Vm, launch
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.watch import FileWatch
+from pytest_chvm.guest import renew, renewal
+from pytest_chvm.machine.guest_choice import built_in_kernel
 
 # What the project promises: the name of a figure and its limit, a ratio unless the unit says otherwise.
 LIMITS = {

@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 
 from pytest_chvm import launch
-from pytest_chvm.deadline import Deadline
-from pytest_chvm.drivers import ch_api
-from pytest_chvm.host.watch import FileWatch
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.watch import FileWatch
+from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
 
 TIMEOUT_S = 120.0
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"

@@ -28,7 +28,8 @@ def main() -> int:
         "--rounds", type=int, default=20, metavar="N", help="keepers started, with five programs each (default: 20)"
     )
     rounds = parser.parse_args().rounds
-    from pytest_chvm.host import processes, records
+    from pytest_chvm.host import processes
+    from pytest_chvm.host.keeper import records
 
     milliseconds: dict[str, list[float]] = {"start": [], "program by the keeper": [], "program directly": [], "end": []}
     memory: list[tuple[int, int]] = []

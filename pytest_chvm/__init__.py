@@ -7,21 +7,21 @@ pytest run of everyone who has it installed.
 from __future__ import annotations
 
 # While nobody has replaced anything yet.
-from pytest_chvm import untouched as untouched
+from pytest_chvm.base import untouched as untouched
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "launch": "launcher",
-    "Vm": "vm",
-    "VmFactory": "factory",
-    "Snapshot": "snapshots",
-    "Device": "hotplug",
-    **dict.fromkeys(("ConfigArguments", "VmArguments"), "arguments"),
+    "launch": "machine.launcher",
+    "Vm": "machine.vm",
+    "VmFactory": "plugin.factory",
+    "Snapshot": "clones.store",
+    "Device": "machine.hotplug",
+    **dict.fromkeys(("ConfigArguments", "VmArguments"), "model.arguments"),
     "Settings": "settings",
     "VmDriver": "drivers.base",
-    "CloudHypervisorDriver": "drivers.cloud_hypervisor",
-    "QemuDriver": "drivers.qemu",
+    "CloudHypervisorDriver": "drivers.cloud_hypervisor.driver",
+    "QemuDriver": "drivers.qemu.driver",
     **dict.fromkeys(
         (
             "CommandResult",

@@ -1,10 +1,9 @@
 """The public names, for type checkers: at run time each is imported at its first use."""
 
-from pytest_chvm.arguments import ConfigArguments as ConfigArguments
-from pytest_chvm.arguments import VmArguments as VmArguments
+from pytest_chvm.clones.store import Snapshot as Snapshot
 from pytest_chvm.drivers.base import VmDriver as VmDriver
-from pytest_chvm.drivers.cloud_hypervisor import CloudHypervisorDriver as CloudHypervisorDriver
-from pytest_chvm.drivers.qemu import QemuDriver as QemuDriver
+from pytest_chvm.drivers.cloud_hypervisor.driver import CloudHypervisorDriver as CloudHypervisorDriver
+from pytest_chvm.drivers.qemu.driver import QemuDriver as QemuDriver
 from pytest_chvm.errors import BootFailedError as BootFailedError
 from pytest_chvm.errors import CommandTimeoutError as CommandTimeoutError
 from pytest_chvm.errors import GuestCommandError as GuestCommandError
@@ -21,9 +20,9 @@ from pytest_chvm.errors import UnsupportedError as UnsupportedError
 from pytest_chvm.errors import VmError as VmError
 from pytest_chvm.errors import VmIOError as VmIOError
 from pytest_chvm.errors import VmNotFoundError as VmNotFoundError
-from pytest_chvm.factory import VmFactory as VmFactory
-from pytest_chvm.hotplug import Device as Device
-from pytest_chvm.launcher import launch as launch
+from pytest_chvm.machine.hotplug import Device as Device
+from pytest_chvm.machine.launcher import launch as launch
+from pytest_chvm.machine.vm import Vm as Vm
 from pytest_chvm.model import CommandResult as CommandResult
 from pytest_chvm.model import Network as Network
 from pytest_chvm.model import ProcessIdentity as ProcessIdentity
@@ -35,8 +34,9 @@ from pytest_chvm.model import VmConfig as VmConfig
 from pytest_chvm.model import VmHandle as VmHandle
 from pytest_chvm.model import VmState as VmState
 from pytest_chvm.model import VmStatus as VmStatus
+from pytest_chvm.model.arguments import ConfigArguments as ConfigArguments
+from pytest_chvm.model.arguments import VmArguments as VmArguments
+from pytest_chvm.plugin.factory import VmFactory as VmFactory
 from pytest_chvm.settings import Settings as Settings
-from pytest_chvm.snapshots import Snapshot as Snapshot
-from pytest_chvm.vm import Vm as Vm
 
 __version__: str

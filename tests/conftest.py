@@ -17,12 +17,12 @@ import uuid
 import hypothesis
 import pytest
 
-from pytest_chvm.deadline import Deadline
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.watch import FileWatch
+from pytest_chvm.host.keeper.records import read_pairs
+from pytest_chvm.host.keeper.remains import start_time_ticks
 from pytest_chvm.host.networks import interface_exists, why_no_taps
 from pytest_chvm.host.processes import keeper
-from pytest_chvm.host.records import read_pairs
-from pytest_chvm.host.remains import start_time_ticks
-from pytest_chvm.host.watch import FileWatch
 
 # How long an example takes says how busy the machine is, not how good the code.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -196,7 +196,7 @@ def fake_kernel(tmp_path_factory):
 def guest():
     """The built-in guest: its config with kernel and initramfs, for tests that talk to a driver."""
     from pytest_chvm import Settings, VmConfig
-    from pytest_chvm.guest_choice import choose_guest
+    from pytest_chvm.machine.guest_choice import choose_guest
 
     return choose_guest(VmConfig(), Settings.resolve()).config
 
@@ -306,7 +306,7 @@ def wait_ended():
     """Wait for the end of a process, for at most some seconds; tells whether it came."""
 
     def wait(pid, timeout_s=5.0):
-        from pytest_chvm.host.remains import pidfd_ended
+        from pytest_chvm.host.keeper.remains import pidfd_ended
 
         try:
             fd = os.pidfd_open(pid)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pytest_chvm.deadline import Deadline, wait_readable
+from pytest_chvm.base.deadline import Deadline, wait_readable
 
 GONE_WITHIN_S = 2.0
 # On the host as a whole other processes come and go: there, these are looked for.

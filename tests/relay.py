@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from pytest_chvm import InvalidConfigError
-from pytest_chvm.drivers.cloud_hypervisor import CloudHypervisorDriver
+from pytest_chvm.drivers.cloud_hypervisor.driver import CloudHypervisorDriver
 from pytest_chvm.host.kvm import why_no_kvm
 
 CLOUD_HYPERVISOR = "cloud-hypervisor"

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm.deadline import Deadline, wait_readable
+from pytest_chvm.base.deadline import Deadline, wait_readable
 from tests.leaks import Sandbox
 
 
 @pytest.fixture(scope="session")
 def guest_cache() -> Path:
     """The cache with the built-in guest in it, so that no inner run has to build one."""
-    from pytest_chvm.guest_choice import cache_dir, choose_guest
+    from pytest_chvm.machine.guest_choice import cache_dir, choose_guest
     from pytest_chvm.model import VmConfig
     from pytest_chvm.settings import Settings
 

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_chvm import Settings, Vm, VmFactory
 from pytest_chvm.guest.kernel import inspect_kernel, modules_in_order
-from pytest_chvm.guest_choice import built_in_kernel
+from pytest_chvm.machine.guest_choice import built_in_kernel
 
 PORT = 5140
 GUEST_PROGRAMS = Path(__file__).parents[1] / "logbox" / "guest"

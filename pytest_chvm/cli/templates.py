@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_chvm.snapshots import TemplateStore
+    from pytest_chvm.clones.store import TemplateStore
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,15 +31,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _store() -> TemplateStore:
-    from pytest_chvm.guest_choice import cache_dir
+    from pytest_chvm.clones.store import TemplateStore
+    from pytest_chvm.machine.guest_choice import cache_dir
     from pytest_chvm.settings import Settings
-    from pytest_chvm.snapshots import TemplateStore
 
     return TemplateStore(cache_dir(Settings.resolve()))
 
 
 def _list(options: argparse.Namespace) -> int:
-    from pytest_chvm.snapshots import describe
+    from pytest_chvm.clones.store import describe
 
     templates = []
     for template in _store().all():

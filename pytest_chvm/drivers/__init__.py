@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 # In the order in which "auto" tries them: module and class, imported when used.
 DRIVERS = {
-    "cloud-hypervisor": ("pytest_chvm.drivers.cloud_hypervisor", "CloudHypervisorDriver"),
-    "qemu": ("pytest_chvm.drivers.qemu", "QemuDriver"),
+    "cloud-hypervisor": ("pytest_chvm.drivers.cloud_hypervisor.driver", "CloudHypervisorDriver"),
+    "qemu": ("pytest_chvm.drivers.qemu.driver", "QemuDriver"),
 }
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from pytest_chvm.base.untouched import Socket, random_bytes
 from pytest_chvm.drivers.memory import Memory
 from pytest_chvm.errors import InvalidConfigError, VmError
 from pytest_chvm.guest.ready import DEFAULT_MARKER
@@ -23,7 +24,6 @@ from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap
 from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import SharedDir, SocketPairFd, Tap, VmConfig, VmHandle, VmStatus, mac_for
-from pytest_chvm.untouched import Socket, random_bytes
 
 logger = logging.getLogger("pytest_chvm")
 

@@ -7,10 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.drivers.base import ROOT_FILE, Plan
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, UnsupportedError, VmIOError
-from pytest_chvm.untouched import random_hex
 
 QCOW2_MAGIC = b"QFI\xfb"
 # Incompatible features of an image (QEMU's docs/interop/qcow2.txt): its refcounts may be wrong; its data is not in it.

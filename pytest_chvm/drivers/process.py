@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pytest_chvm.base.text import last_lines
 from pytest_chvm.drivers.base import CONSOLE_FILE, MEMORY_FILE, BootOptions, Plan, VmmCommand, logger
 from pytest_chvm.drivers.memory import Memory, copied_to_memory
 from pytest_chvm.drivers.preflight import preflight
@@ -23,7 +24,7 @@ from pytest_chvm.errors import (
     VmNotFoundError,
 )
 from pytest_chvm.guest.ready import ReadyScanner
-from pytest_chvm.host import records, remains
+from pytest_chvm.host.keeper import records, remains
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import remove_taps
 from pytest_chvm.host.processes import end_all, end_process, is_running, keeper
@@ -31,7 +32,6 @@ from pytest_chvm.host.runs import count_started
 from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
 from pytest_chvm.host.virtiofsd import ServedShare, find_virtiofsd, lease_lock_file, start_virtiofsd
 from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle, VmState, VmStatus
-from pytest_chvm.text import last_lines
 
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 2.0

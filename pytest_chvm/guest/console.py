@@ -15,9 +15,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from pytest_chvm.deadline import Deadline, poll_until
+from pytest_chvm.base.deadline import Deadline, poll_until
+from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import VmIOError
-from pytest_chvm.untouched import random_hex
 
 # An answer larger than this is not the guest's memory any more, but somebody's trick.
 LARGEST_ANSWER = 256 << 20

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from pytest_chvm.base.cache import built_once
 from pytest_chvm.errors import MissingRequirementError
 from pytest_chvm.guest import renew
-from pytest_chvm.guest.cache import built_once
 from pytest_chvm.guest.kernel import Kernel, Module, PackageError, Progress, fetch_package, modules_in_order
 
 # Each for a device or file system the built-in guest is promised with; what they depend on is read from the tree.

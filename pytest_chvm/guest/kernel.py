@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_chvm.base.cache import built_once, locked
+from pytest_chvm.base.trees import remove_tree
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmError
-from pytest_chvm.guest.cache import built_once, locked
 from pytest_chvm.guest.kernel_image import check_kernel_image
-from pytest_chvm.trees import remove_tree
 
 Progress = Callable[[str], None]
 

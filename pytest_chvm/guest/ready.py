@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pytest_chvm.text import ESCAPE, clean
+from pytest_chvm.base.text import ESCAPE, clean
 
 DEFAULT_MARKER = "CHVM_READY"
 # A marker line is the marker and at most this many bytes: an address, a nonce, a word or two, a terminal's escape sequences and

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import resources
 
-from pytest_chvm.deadline import Deadline, checked_timeout
+from pytest_chvm.base.deadline import Deadline, checked_timeout
+from pytest_chvm.base.untouched import monotonic_s, random_hex
 from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.guest import renew
 from pytest_chvm.guest.console import MORE, Answer, Console, Message
 from pytest_chvm.guest.console import OUTPUT_PIECE as OUTPUT_PIECE
 from pytest_chvm.model import CommandResult
-from pytest_chvm.untouched import monotonic_s, random_hex
 
 CONNECT_TIMEOUT_S = 10.0
 # Sent at once; others' commands wait while the guest reads it.
@@ -365,7 +365,7 @@ def _escaped(script: bytes) -> bytes:
 
 def shown_outputs(stdout: str, stderr: str, limit: int = 4000) -> str:
     """Return both outputs of a command for a message, the last `limit` characters of each, cleaned."""
-    from pytest_chvm.text import clean
+    from pytest_chvm.base.text import clean
 
     parts = []
     for name, text in (("stdout", stdout), ("stderr", stderr)):

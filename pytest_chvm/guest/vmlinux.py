@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from pytest_chvm.guest.cache import built_once
+from pytest_chvm.base.cache import built_once
 
 # Documentation/arch/x86/boot.rst
 SETUP_SECTORS, PAYLOAD_OFFSET = 0x1F1, 0x248

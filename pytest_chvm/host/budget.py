@@ -19,15 +19,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_chvm.deadline import Deadline, wait_readable
+from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.base.lockfiles import is_locked, is_stopped, remove_free_lock
+from pytest_chvm.base.untouched import monotonic_ns
+from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.errors import MissingRequirementError
 from pytest_chvm.host import limits
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import HeldLock
-from pytest_chvm.host.watch import FileWatch
-from pytest_chvm.lockfiles import is_locked, is_stopped, remove_free_lock
-from pytest_chvm.untouched import monotonic_ns
 
 # Of the memory that this process may have at all: the rest is for the host, and for what a VMM needs beside its guest.
 DEFAULT_PART = 0.9

@@ -11,11 +11,11 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from pytest_chvm.base.trees import remove_tree
+from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.host import records, remains
+from pytest_chvm.host.keeper import records, remains
 from pytest_chvm.host.runs import Run
-from pytest_chvm.trees import remove_tree
-from pytest_chvm.untouched import random_hex
 
 # sun_path is 108 bytes with its NUL (unix(7)); the longest name below a VM's directory is well below 40.
 LONGEST_RUNTIME_DIR = 60

@@ -8,7 +8,7 @@ import os
 import threading
 from pathlib import Path
 
-from pytest_chvm.host import records, remains
+from pytest_chvm.host.keeper import records, remains
 from pytest_chvm.host.processes import keeper
 
 _numbers = itertools.count(1)

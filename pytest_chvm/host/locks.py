@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pytest_chvm.deadline import Deadline
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.lockfiles import holder, holder_in_words, remove_free_lock
+from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.errors import VmIOError
 from pytest_chvm.host import processes
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.watch import FileWatch
-from pytest_chvm.lockfiles import holder, holder_in_words, remove_free_lock
 
 # All but those that may be tried for nothing are this process's own, by their names.
 LOCK_TIMEOUT_S = 30.0

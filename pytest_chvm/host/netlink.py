@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pytest_chvm.base.untouched import sockets_for_libraries
 from pytest_chvm.host.namespaces import inside
-from pytest_chvm.untouched import sockets_for_libraries
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute

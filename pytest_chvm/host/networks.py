@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from pytest_chvm.base.untouched import random_below, random_hex
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIOError
-from pytest_chvm.host import remains
 from pytest_chvm.host.capabilities import missing
+from pytest_chvm.host.keeper import remains
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import HeldLock
 from pytest_chvm.host.namespaces import inside
 from pytest_chvm.host.netlink import Routes, route_socket
 from pytest_chvm.host.runs import count_started
 from pytest_chvm.model import Network, NicAddress, Tap, UserNetwork
-from pytest_chvm.untouched import random_below, random_hex
 
 IPv4Net = ipaddress.IPv4Network
 

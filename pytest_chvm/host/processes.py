@@ -16,14 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pytest_chvm.deadline import Deadline, wait_readable
+from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.base.untouched import socket_pair
 from pytest_chvm.errors import BootFailedError, StateFailedError, VmIOError
-from pytest_chvm.host import keeper as keeper_script
-from pytest_chvm.host import records, remains
 from pytest_chvm.host.directories import make_owner_dir, runtime_dirs
+from pytest_chvm.host.keeper import keeper as keeper_script
+from pytest_chvm.host.keeper import records, remains
 from pytest_chvm.host.runs import Level, current_level
 from pytest_chvm.model import ProcessIdentity
-from pytest_chvm.untouched import socket_pair
 
 logger = logging.getLogger("pytest_chvm")
 

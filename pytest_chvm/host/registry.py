@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_chvm.deadline import Deadline
-from pytest_chvm.host import records, remains
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.text import clean
 from pytest_chvm.host.directories import runtime_dirs
-from pytest_chvm.text import clean
+from pytest_chvm.host.keeper import records, remains
 
 # As Linux allows for a path; everything else is shorter.
 LONGEST_TEXT = 4096

@@ -7,9 +7,9 @@ import socket
 import threading
 from collections.abc import Iterator
 
+from pytest_chvm.base.untouched import Socket
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.host.namespaces import inside
-from pytest_chvm.untouched import Socket
 
 CONNECT_TIMEOUT_S = 10.0
 

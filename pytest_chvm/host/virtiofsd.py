@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from pytest_chvm.deadline import Deadline
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.errors import BootFailedError, InvalidConfigError, MissingRequirementError, VmIOError
 from pytest_chvm.host.binaries import find_binary
 from pytest_chvm.host.capabilities import missing
@@ -21,7 +22,6 @@ from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.processes import keeper
 from pytest_chvm.host.runs import count_started
 from pytest_chvm.host.versions import Feature, lacks, program_of
-from pytest_chvm.host.watch import FileWatch
 from pytest_chvm.model import ProcessIdentity, SharedDir
 
 PROGRAMS = ("virtiofsd",)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_chvm.text import last_lines
+from pytest_chvm.base.text import last_lines
 
 CONSOLE_LINES = 60
 VMM_LINES = 20

@@ -19,8 +19,8 @@ from pytest_chvm import (
     VmConfig,
     VmIOError,
 )
-from pytest_chvm.deadline import Deadline
-from pytest_chvm.guest_choice import choose_guest
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.machine.guest_choice import choose_guest
 from pytest_chvm.model import mac_for
 from tests.conftest import AT_ONCE_S
 

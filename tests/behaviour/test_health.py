@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pytest_chvm import GuestPanicError, GuestRebootError, HypervisorError, VmIOError
-from pytest_chvm.deadline import Deadline, wait_readable
+from pytest_chvm.base.deadline import Deadline, wait_readable
 
 PANIC_TEXT = "[   12.345678] Kernel panic - not syncing: of an old log"
 CRASH = "echo c >/proc/sysrq-trigger; sleep 60"

@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from pytest_chvm import BootFailedError, GuestPanicError, GuestShutdownError, HypervisorError, InvalidConfigError, VmHandle, VmState
-from pytest_chvm.deadline import Deadline, wait_readable
-from pytest_chvm.host.remains import start_time_ticks
+from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.host.keeper.remains import start_time_ticks
 
 
 def test_a_vm_is_ready_with_the_ip_that_its_guest_has(vm):

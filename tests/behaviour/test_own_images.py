@@ -10,10 +10,10 @@ from importlib import resources
 import pytest
 
 from pytest_chvm import Settings, Tap, UnsupportedError, VmConfig, VmIOError, VmState
-from pytest_chvm.deadline import Deadline
+from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.guest.initramfs import Entry, write_cpio
 from pytest_chvm.guest.shell import CONNECT_TIMEOUT_S
-from pytest_chvm.guest_choice import choose_guest
+from pytest_chvm.machine.guest_choice import choose_guest
 from tests.relay import CLOUD_HYPERVISOR
 
 CLOCK_ERROR_S = 2.0

@@ -11,11 +11,11 @@ import psutil
 import pytest
 
 from pytest_chvm import HypervisorError, Settings, SharedDir, VmConfig
-from pytest_chvm.drivers.ch_landlock import NEEDED_ABI, landlock_abi
-from pytest_chvm.guest_choice import choose_guest
+from pytest_chvm.drivers.cloud_hypervisor.landlock import NEEDED_ABI, landlock_abi
 from pytest_chvm.host.directories import runtime_dir
+from pytest_chvm.host.keeper.remains import command_line
 from pytest_chvm.host.processes import PASSED_ENVIRONMENT, close_keeper
-from pytest_chvm.host.remains import command_line
+from pytest_chvm.machine.guest_choice import choose_guest
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root changes its root directory and makes device nodes")
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from pytest_chvm import UnsupportedError, VmIOError
-from pytest_chvm.drivers.qemu_vsock import why_no_vsock
+from pytest_chvm.drivers.qemu.vsock import why_no_vsock
 
 PEER = r"""
 #include <linux/vm_sockets.h>

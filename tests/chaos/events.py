@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
-from pytest_chvm.host.remains import boot_id
+from pytest_chvm.host.keeper.remains import boot_id
 from tests.chaos.scene import Scene, pause
 
 PLAIN, WORKERS = "plain", "n2"

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pytest_chvm.deadline import Deadline
-from pytest_chvm.host.remains import pidfd_ended, start_time_ticks
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.host.keeper.remains import pidfd_ended, start_time_ticks
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.model import SharedDir
 from tests.leaks import GONE_WITHIN_S, Sandbox, Snapshot

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm.host.remains import boot_id
+from pytest_chvm.host.keeper.remains import boot_id
 
 ROOT = Path(__file__).parents[2]
 LONGEST_RUN_S = 3600

@@ -26,8 +26,8 @@ from pytest_chvm import (
     VmState,
     launch,
 )
-from pytest_chvm.deadline import Deadline
-from pytest_chvm.drivers import cloud_hypervisor
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.drivers.cloud_hypervisor import driver as cloud_hypervisor
 from pytest_chvm.guest.ready import ReadyScanner
 from pytest_chvm.host import virtiofsd
 from tests.conftest import AT_ONCE_S
@@ -458,7 +458,7 @@ def test_full_disk_below_the_cache(small_disk, monkeypatch):
     (small_disk / "filler").write_bytes(bytes(900_000))
     from pytest_chvm import Settings
     from pytest_chvm.guest.initramfs import build_initramfs
-    from pytest_chvm.guest_choice import built_in_kernel
+    from pytest_chvm.machine.guest_choice import built_in_kernel
 
     with pytest.raises(InvalidConfigError, match=r"cannot be written: .*No space left.*free some space.*CHVM_CACHE_DIR"):
         build_initramfs(built_in_kernel(Settings.resolve()), small_disk / "cache", print)

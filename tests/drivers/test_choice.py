@@ -5,7 +5,9 @@ import os
 import pytest
 
 from pytest_chvm import CloudHypervisorDriver, InvalidConfigError, QemuDriver
-from pytest_chvm.drivers import choose_vmm, cloud_hypervisor, make_driver, qemu
+from pytest_chvm.drivers import choose_vmm, make_driver
+from pytest_chvm.drivers.cloud_hypervisor import driver as cloud_hypervisor
+from pytest_chvm.drivers.qemu import driver as qemu
 from pytest_chvm.host import kvm
 
 

@@ -19,7 +19,8 @@ from pytest_chvm import (
     SocketPairFd,
     Tap,
 )
-from pytest_chvm.drivers import ch_landlock, cloud_hypervisor
+from pytest_chvm.drivers.cloud_hypervisor import driver as cloud_hypervisor
+from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from pytest_chvm import (
     VmStatus,
 )
 from pytest_chvm.drivers import process as vmm_process
-from pytest_chvm.host import remains
+from pytest_chvm.host.keeper import remains
 from pytest_chvm.host.processes import identity_of
 
 

@@ -24,7 +24,7 @@ from pytest_chvm import (
     VmStatus,
     launch,
 )
-from pytest_chvm.deadline import Deadline
+from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.guest.shell import GuestShell
 from tests.conftest import AT_ONCE_S
 

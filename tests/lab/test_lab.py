@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from pytest_chvm import lab
-from pytest_chvm.deadline import Deadline, wait_readable
+from pytest_chvm.base.deadline import Deadline, wait_readable
 from pytest_chvm.host.kvm import why_no_kvm
 from tests.conftest import AT_ONCE_S
 from tests.relay import require_binary

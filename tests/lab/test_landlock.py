@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from pytest_chvm.guest.cache import default_cache_dir
+from pytest_chvm.base.cache import default_cache_dir
+from pytest_chvm.base.progress import show_progress
 from pytest_chvm.guest.kernel import PackageError, fetch_kernel_package
 from pytest_chvm.host.kvm import why_no_kvm
-from pytest_chvm.progress import show_progress
 from tests.relay import require_binary
 
 # Debian 12's newer kernel; elsewhere the built-in guest's own has it, and tests/behaviour shows it.

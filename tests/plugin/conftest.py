@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm.guest_choice import choose_guest
+from pytest_chvm.machine.guest_choice import choose_guest
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 

@@ -11,7 +11,7 @@ import pytest
 WORKERS = 8
 BUILDS_GUEST = """
 import sys
-from pytest_chvm.guest_choice import choose_guest
+from pytest_chvm.machine.guest_choice import choose_guest
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 

@@ -86,7 +86,7 @@ def test_a_boot_gives_up_before_pytest_timeout_does_and_says_what_the_console_sa
     pytester.makepyfile(
         """
         import pytest
-        from pytest_chvm.guest_choice import choose_guest
+        from pytest_chvm.machine.guest_choice import choose_guest
         from pytest_chvm.model import VmConfig
         from pytest_chvm.settings import Settings
 

@@ -8,8 +8,10 @@ import pytest
 
 from .conftest import RunPytest
 
+LIGHT = {"pytest_chvm", "pytest_chvm.plugin", "pytest_chvm.settings", "pytest_chvm.base", "pytest_chvm.base.untouched"}
 
-def test_the_plugin_s_three_light_modules_are_all_that_is_imported(
+
+def test_the_plugin_s_light_modules_are_all_that_is_imported(
     pytester: pytest.Pytester, run_pytest: RunPytest, user_environment: pytest.MonkeyPatch
 ) -> None:
     user_environment.delenv("CHVM_CACHE_DIR")
@@ -27,7 +29,7 @@ def test_the_plugin_s_three_light_modules_are_all_that_is_imported(
         run_pytest("-p", plugin).assert_outcomes(passed=1, failed=1)
         modules[plugin] = set(json.loads(pytester.path.joinpath("modules.json").read_text()))
     added = modules["chvm"] - modules["no:chvm"]
-    assert added == {"pytest_chvm", "pytest_chvm.plugin", "pytest_chvm.settings", "pytest_chvm.untouched"}
+    assert added == LIGHT
 
 
 @pytest.mark.parametrize("arguments", [(), ("-n", "1")], ids=["plain", "xdist"])

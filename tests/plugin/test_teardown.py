@@ -16,7 +16,7 @@ def test_stopped_vmms_and_hung_sidecars_of_a_test_and_of_the_session_go_within_4
     pytester.makeconftest(
         """
         import pytest
-        from pytest_chvm.deadline import Deadline
+        from pytest_chvm.base.deadline import Deadline
 
         @pytest.hookimpl(wrapper=True, tryfirst=True)
         def pytest_runtest_teardown(item):

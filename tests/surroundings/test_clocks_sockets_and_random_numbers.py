@@ -19,7 +19,8 @@ import pytest_socket
 import time_machine
 
 import pytest_chvm
-from pytest_chvm import CommandTimeoutError, launch, untouched
+from pytest_chvm import CommandTimeoutError, launch
+from pytest_chvm.base import untouched as untouched
 from pytest_chvm.host import netlink
 
 FREEZERS = {

@@ -20,8 +20,8 @@ from pytest_chvm import BootFailedError, InvalidConfigError, MissingRequirementE
 from pytest_chvm.drivers.images import check_disk
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.guest.kernel_image import DEFAULT_CMDLINE_BYTES, check_kernel_image, why_silent
-from pytest_chvm.guest_choice import built_in_kernel
 from pytest_chvm.host.limits import memory_limit, processors
+from pytest_chvm.machine.guest_choice import built_in_kernel
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels here are x86's")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pytest_chvm import launch
-from pytest_chvm.drivers import qmp
+from pytest_chvm.drivers.qemu import qmp
 from tests.leaks import Sandbox
 
 AT_ONCE_S = 5.0

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pytest_chvm.base.cache import built_once
+from pytest_chvm.base.trees import remove_tree
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest.cache import built_once
-from pytest_chvm.trees import remove_tree
 from tests.leaks import Sandbox
 from tests.runs import StartPytest
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm.deadline import Deadline
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import InvalidConfigError, VmIOError
 from pytest_chvm.host import networks
+from pytest_chvm.host.keeper.records import read_lease
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.namespaces import inside
 from pytest_chvm.host.networks import interface_exists, make_bridge, make_tap, open_tap, parse_pool, route_socket, take_subnet
-from pytest_chvm.host.records import read_lease
 from pytest_chvm.host.relay import NamespaceRelay
-from pytest_chvm.untouched import random_hex
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ import pytest
 
 from pytest_chvm import launch
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest_choice import cache_dir
+from pytest_chvm.machine.guest_choice import cache_dir
 from pytest_chvm.settings import Settings
 from tests.leaks import Sandbox
 
 WHERE = """
 import os, sys
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest.cache import default_cache_dir
+from pytest_chvm.base.cache import default_cache_dir
 from pytest_chvm.host.directories import common_lock_dir
 
 # Before the modules that are loaded late are needed, which this user may not read.

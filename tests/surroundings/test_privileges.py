@@ -13,8 +13,8 @@ from pytest_chvm.host.virtiofsd import NEEDED_AS_ROOT
 SAYS = """
 import sys
 from pytest_chvm import Settings, launch
-from pytest_chvm.launcher import driver_for
-from pytest_chvm.nics import network_mode
+from pytest_chvm.machine.launcher import driver_for
+from pytest_chvm.machine.nics import network_mode
 settings = Settings.resolve().with_arguments({"vmm": "qemu"})
 print(*network_mode(settings, driver_for(settings)), sep=": ")
 with launch(vmm="qemu") as vm:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm import lockfiles
+from pytest_chvm.base import cache, lockfiles
+from pytest_chvm.base.lockfiles import is_stopped
 from pytest_chvm.errors import VmIOError
-from pytest_chvm.guest import cache
-from pytest_chvm.lockfiles import is_stopped
 from tests.leaks import Sandbox
 
 TAKES = """
@@ -124,7 +123,7 @@ def test_a_run_that_is_stopped_while_it_takes_keeps_nobody_waiting_and_takes_not
 BUILDS = """
 import sys
 from pathlib import Path
-from pytest_chvm.guest import cache
+from pytest_chvm.base import cache
 
 cache.built_once(Path(sys.argv[1]), lambda directory: (print("builds", flush=True), input()))
 """

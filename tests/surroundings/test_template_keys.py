@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm import QemuDriver, UnsupportedError, VmConfig, VmIOError, templates
-from pytest_chvm.drivers import qemu_state, qemu_vsock
+from pytest_chvm import QemuDriver, UnsupportedError, VmConfig, VmIOError
+from pytest_chvm.clones import templates
+from pytest_chvm.clones.store import content_key, file_identity
+from pytest_chvm.clones.templates import made_of
 from pytest_chvm.drivers.base import binary_key
 from pytest_chvm.drivers.disks import plain_images
+from pytest_chvm.drivers.qemu import state as qemu_state
+from pytest_chvm.drivers.qemu import vsock as qemu_vsock
 from pytest_chvm.host.binaries import Binary
-from pytest_chvm.snapshots import content_key, file_identity
-from pytest_chvm.templates import made_of
-from pytest_chvm.vm import Vm
+from pytest_chvm.machine.vm import Vm
 
 
 @pytest.fixture

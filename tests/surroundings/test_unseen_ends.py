@@ -7,15 +7,15 @@ import subprocess
 import pytest
 
 from pytest_chvm import BootFailedError, HypervisorError, InvalidConfigError
-from pytest_chvm.guest_choice import built_in_kernel
+from pytest_chvm.machine.guest_choice import built_in_kernel
 from pytest_chvm.settings import Settings
 
 ENDS = """
 import os, signal
 import pytest
 
-from pytest_chvm.deadline import Deadline, wait_readable
-from pytest_chvm.host.watch import FileWatch
+from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.base.watch import FileWatch
 
 
 def test_panics(chvm_vm):

@@ -14,7 +14,7 @@ from pytest_chvm.host import virtiofsd
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.versions import Feature, lacks, program_of, version_of
 from pytest_chvm.host.virtiofsd import PLACES, Virtiofsd, find_virtiofsd
-from pytest_chvm.launcher import driver_for
+from pytest_chvm.machine.launcher import driver_for
 
 # The real one, as it was before it knew --readonly.
 OLD_VIRTIOFSD = """#!/bin/sh

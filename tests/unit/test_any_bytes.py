@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_chvm import HypervisorError, InvalidConfigError, Settings, VmError, VmIOError
-from pytest_chvm.drivers import ch_api, qmp
-from pytest_chvm.drivers.ch_events import EventMonitor
+from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
+from pytest_chvm.drivers.cloud_hypervisor.events import EventMonitor
+from pytest_chvm.drivers.qemu import qmp
 from pytest_chvm.guest.ready import PanicScanner
 from pytest_chvm.guest.shell import GuestShell
 from pytest_chvm.settings import OPTIONS

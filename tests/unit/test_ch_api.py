@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_chvm import GuestPanicError, GuestRebootError, GuestShutdownError, HypervisorError, VmIOError
-from pytest_chvm.drivers import ch_api
-from pytest_chvm.drivers.ch_events import LONGEST_EVENT, EventMonitor
+from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
+from pytest_chvm.drivers.cloud_hypervisor.events import LONGEST_EVENT, EventMonitor
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ import time
 
 import pytest
 
-from pytest_chvm import deadline
-from pytest_chvm.deadline import Deadline, wait_readable
-from pytest_chvm.host import remains
+from pytest_chvm.base import deadline
+from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.host.keeper import remains
 
 # Waits for its input within 1.5 s, by the one kind of wait or the other.
 WAITS = """
 import os, sys
-from pytest_chvm.deadline import Deadline, wait_readable
-from pytest_chvm.host import remains
+from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.host.keeper import remains
 if sys.argv[1] == "deadline":
     wait = lambda fd: bool(wait_readable([fd], Deadline.after(1.5)))
 else:

@@ -224,7 +224,7 @@ def test_processes_that_start_cold_build_once(tmp_path):
     script = """
 import sys, time
 from pathlib import Path
-from pytest_chvm.guest.cache import built_once
+from pytest_chvm.base.cache import built_once
 target = Path(sys.argv[1])
 def build(directory):
     (directory / "first").write_text("1")
@@ -248,7 +248,7 @@ print(sorted(path.name for path in place.iterdir()))
 
 
 def test_build_that_fails_leaves_nothing_and_can_be_tried_again(tmp_path):
-    from pytest_chvm.guest.cache import built_once
+    from pytest_chvm.base.cache import built_once
 
     target = tmp_path / "cache" / "thing"
 
@@ -264,7 +264,7 @@ def test_build_that_fails_leaves_nothing_and_can_be_tried_again(tmp_path):
 
 
 def test_cache_that_cannot_be_written_says_what_to_set(tmp_path):
-    from pytest_chvm.guest.cache import built_once
+    from pytest_chvm.base.cache import built_once
 
     (tmp_path / "file").touch()
     with pytest.raises(InvalidConfigError, match="set CHVM_CACHE_DIR"):

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pytest_chvm.errors import StateFailedError
+from pytest_chvm.host.keeper.records import read_pairs
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.processes import end_process, identity_of, keeper
-from pytest_chvm.host.records import read_pairs
 from pytest_chvm.model import ProcessIdentity
 
 # Fields 48 and 49 of stat, where the arguments are (proc(5)): what /proc/PID/cmdline shows of a process whose memory is gone.

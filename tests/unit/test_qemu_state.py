@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from pytest_chvm import HypervisorError
-from pytest_chvm.deadline import Deadline
-from pytest_chvm.drivers import qemu_state
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.drivers.qemu import state as qemu_state
 from tests.conftest import AT_ONCE_S
 
 GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}

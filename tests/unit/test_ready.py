@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pytest_chvm.base.text import clean, last_lines
 from pytest_chvm.guest import ready
 from pytest_chvm.guest.ready import LogReader, PanicScanner, ReadyScanner
-from pytest_chvm.text import clean, last_lines
 
 same_log = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
 IPS = st.ip_addresses().map(str)

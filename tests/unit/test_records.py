@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_chvm import trees
-from pytest_chvm.host import records, remains
+from pytest_chvm.base import trees
+from pytest_chvm.host.keeper import records, remains
 
 NAMES_IT = "import sys, time; print('ready', flush=True); time.sleep(600)"
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_chvm import CommandTimeoutError, VmIOError
-from pytest_chvm.deadline import Deadline
+from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.guest import shell
 from pytest_chvm.guest.renew import AWAY
 from pytest_chvm.guest.shell import GuestShell

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pytest_chvm import InvalidConfigError, UnsupportedError, VmConfig, renewal, snapshots
+from pytest_chvm import InvalidConfigError, UnsupportedError, VmConfig
+from pytest_chvm.clones import store as snapshots
+from pytest_chvm.clones.store import RECORD_FILE, Template, TemplateStore, _digest, content_key, describe
+from pytest_chvm.clones.templates import template_config, why_no_clone
 from pytest_chvm.drivers.disks import plain_images
-from pytest_chvm.guest import renew
+from pytest_chvm.guest import renew, renewal
 from pytest_chvm.model import SharedDir, Tap
-from pytest_chvm.snapshots import RECORD_FILE, Template, TemplateStore, _digest, content_key, describe
-from pytest_chvm.templates import template_config, why_no_clone
 
 MADE_OF = {"vmm": ["qemu", "7.2"], "memory_mb": [256, None], "processors": [1, None, None], "networks": ["tap"], "hotplug": False}
 
@@ -180,7 +181,7 @@ def test_a_builder_that_is_killed_holds_nobody_up_and_leaves_nothing(store):
     script = """
 import sys, os, signal
 from pathlib import Path
-from pytest_chvm.snapshots import TemplateStore
+from pytest_chvm.clones.store import TemplateStore
 from tests.unit.test_templates import MADE_OF, save
 def build(directory):
     save(directory)
@@ -221,7 +222,7 @@ def test_a_template_is_used_and_a_snapshot_refused_in_a_cache_that_is_read_only(
     script = """
 import sys
 from pathlib import Path
-from pytest_chvm.snapshots import TemplateStore, snapshots_dir
+from pytest_chvm.clones.store import TemplateStore, snapshots_dir
 from tests.unit.test_templates import MADE_OF
 print(TemplateStore(Path(sys.argv[1])).get(MADE_OF, 1, None).directory.name, snapshots_dir(Path(sys.argv[1])).exists())
 """

@@ -9,8 +9,8 @@ from typing import get_type_hints
 import pytest
 
 import pytest_chvm
-from pytest_chvm.arguments import ConfigArguments, VmArguments
 from pytest_chvm.model import CONFIG_FIELDS, LAUNCH_FIELDS, VmConfig
+from pytest_chvm.model.arguments import ConfigArguments, VmArguments
 from pytest_chvm.settings import OPTIONS_BY_NAME
 
 RIGHT = """\

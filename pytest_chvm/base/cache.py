@@ -1,0 +1,128 @@
+"""The cache of things built on the user's machine: each built once, under a file lock, written atomically."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pytest_chvm.base.lockfiles import try_lock, wait_for_lock
+from pytest_chvm.base.progress import show_progress
+from pytest_chvm.base.trees import remove_tree
+from pytest_chvm.errors import InvalidConfigError, VmError, VmIOError
+
+
+def default_cache_dir() -> Path:
+    """Return the user's cache directory (XDG Base Directory Specification).
+
+    Where there is no home that can be written, as in many containers, it is one among the temporary files. Raises
+    InvalidConfigError where somebody else has that.
+    """
+    homes = [home for home in (os.environ.get("HOME", ""), _home_of_user()) if home.strip("/")]
+    for place in [Path(os.environ.get("XDG_CACHE_HOME", "")), *(Path(home, ".cache") for home in homes)]:
+        # A relative one would be another in each directory, and is not to be used (the specification).
+        if place.is_absolute() and (os.access(place / "pytest-chvm", os.R_OK | os.X_OK) or _can_be_written(place)):
+            return place / "pytest-chvm"
+    directory = Path(tempfile.gettempdir(), f"pytest-chvm-cache-{os.geteuid()}")
+    with suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise InvalidConfigError(
+            f"the cache {str(directory)!r}, taken for want of a home directory, is not a directory of yours alone: "
+            "set CHVM_CACHE_DIR to one"
+        )
+    return directory
+
+
+def _home_of_user() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        return ""
+
+
+def _can_be_written(place: Path) -> bool:
+    """Tell whether a directory can be written, or made."""
+    there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def built_once(
+    target: Path,
+    build: Callable[[Path], None],
+    is_intact: Callable[[Path], bool] = Path.is_dir,
+    *,
+    mode: int = 0o755,
+    try_again: bool = True,
+) -> Path:
+    """Return the directory `target`, filled by `build` if it is not there yet, or is not intact any more.
+
+    `build` gets an empty directory, which becomes `target` by one rename, so that nobody ever sees half of it;
+    others that want the same wait at a file lock. Raises InvalidConfigError where the cache cannot be written, and without
+    `try_again` where the one that was waited for has failed (not: was killed).
+    """
+    if is_intact(target):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target) as waited:
+            if is_intact(target):
+                return target
+            # Of a builder that was killed: the lock was its, and is ours now.
+            left = [path for path in (target, *target.parent.glob(f".{target.name}.*")) if path.exists()]
+            if waited and not left and not try_again:
+                raise InvalidConfigError(f"{str(target)!r} is not there: whoever was building it has just failed")
+            failures = [failure for path in left for failure in remove_tree(path)]
+            if target.exists():
+                raise InvalidConfigError(
+                    f"what is left of {str(target)!r} cannot be removed: {'; '.join(failures)}; or set CHVM_CACHE_DIR"
+                )
+            _build(target, build, mode)
+    except VmError:
+        # Some of them are OSErrors.
+        raise
+    except OSError as error:
+        raise InvalidConfigError(
+            f"the cache {str(target.parent)!r} cannot be written: {error}; free some space, "
+            "or set CHVM_CACHE_DIR to a directory of yours"
+        ) from error
+    return target
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[bool]:
+    """Hold the lock of what is built at `target`, the file `TARGET.lock`; tells whether somebody else had it.
+
+    Raises OSError, which a VmIOError is too: where who has it has been stopped for half a minute.
+    """
+    with open(f"{target}.lock", "ab") as lock:
+        try:
+            waited = wait_for_lock(lock.fileno(), str(target), show_progress)
+        except TimeoutError as error:
+            raise VmIOError(str(error)) from error
+        yield waited
+
+
+def _build(target: Path, build: Callable[[Path], None], mode: int) -> None:
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        build(unfinished)
+        unfinished.chmod(mode)
+        unfinished.rename(target)
+    except BaseException:
+        remove_tree(unfinished)
+        raise
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what builders of `built_once` left below `parent` that were killed: whose lock nobody holds."""
+    for left in parent.glob(".*.*"):
+        with suppress(OSError), (parent / f"{left.name.split('.')[1]}.lock").open("rb") as lock:
+            if try_lock(lock.fileno()):
+                remove_tree(left)

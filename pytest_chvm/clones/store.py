@@ -1,0 +1,411 @@
+"""Saved VMs: templates, which outlive a run, and a test's own snapshots. What is started from one is a clone.
+
+A saved VM is a directory: the VMM's own files, the guest's memory where it is a file (mapped copy-on-write by each clone) and the
+console's log up to then. Templates are kept in the cache directory, each under a key of all that it is made of; one that was
+changed since it was written is made anew, never used.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_chvm.base.cache import built_once, remove_unfinished
+from pytest_chvm.base.lockfiles import try_lock, wait_for_lock
+from pytest_chvm.base.progress import show_progress
+from pytest_chvm.base.text import clean
+from pytest_chvm.base.trees import remove_tree
+from pytest_chvm.base.untouched import random_hex, wall_clock_s
+from pytest_chvm.drivers.memory import data_extents
+from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmIOError
+from pytest_chvm.host.keeper.remains import boot_id
+from pytest_chvm.host.leases import Lease
+
+if TYPE_CHECKING:
+    from pytest_chvm.machine.vm import Vm
+
+RECORD_FILE = "template.json"
+CHECKED_FILE = "checked"
+DIGESTS_DIR = "digests"
+DIGEST = r"[0-9a-f]{64}"
+# What a record raises that is none.
+NO_RECORD = (ValueError, KeyError, TypeError, IndexError, AttributeError)
+# What all templates of a user may take of the disk; one is 100 MB or so.
+LIMIT_MB = 4096
+WANTED_FOR_S = 30 * 86400.0
+UNFIT_FOR_S = 3600.0
+BLOCK_SIZE = 1 << 16
+# How near a file's last change may be to the reading of it for another change to have left the file's times as they were: those of
+# some file systems are in whole seconds, two of them at most (FAT).
+RACY_S = 2.0
+
+
+class Snapshot:
+    """A VM that a test saved. `clone()` starts another from there, any number of times; `close` removes it."""
+
+    def __init__(
+        self, names: Iterator[str], directory: Path, start: Callable[[str, Path, bool], Vm], remove: Callable[[], list[str]]
+    ):
+        self.directory = directory
+        self._names = names
+        self._start = start
+        self._remove = remove
+        self._closed = False
+
+    def clone(self, name: str | None = None, *, wait: bool = True) -> Vm:
+        """Start a VM from the snapshot, a machine of its own, and return it when it is ready, or at once with `wait=False`.
+
+        It has the saved VM's memory and running programs, and a name, addresses, host name, clock and random pool of its own.
+        It ends with the fixture or test that made it, or with its `close`. Raises what `launch` does.
+        """
+        name = next(self._names) if name is None else name
+        if self._closed:
+            raise VmIOError(f"VM {name!r} cannot be cloned: its snapshot was closed; close it after its last clone()", vm_name=name)
+        return self._start(name, self.directory, wait)
+
+    def close(self) -> list[str]:
+        """Remove it; clones that run go on, but one with a root disk cannot be saved any more.
+
+        Returns what could not be removed, in words.
+        """
+        self._closed = True
+        return self._remove()
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A saved VM in the store; `key` names it, `made_of` says in words what it is."""
+
+    directory: Path
+
+    @property
+    def key(self) -> str:
+        """The name of it."""
+        return self.directory.name
+
+    @property
+    def size_mb(self) -> int:
+        """What it takes of the disk, in MiB: its memory file is sparse."""
+        return sum(file.stat().st_blocks * 512 for file in self.directory.iterdir()) >> 20
+
+    @property
+    def last_used_s(self) -> float:
+        """When it was last used, in seconds since the epoch."""
+        return (self.directory / RECORD_FILE).stat().st_mtime
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What it was made of, by name; see `templates.made_of`."""
+        made_of: dict[str, Any] = _record(self.directory)["made_of"]
+        return made_of
+
+    @property
+    def unfit(self) -> str | None:
+        """Why there can be no template of these, or None where this is one."""
+        with suppress(OSError, *NO_RECORD):
+            record = _record(self.directory)
+            return str(record["unfit"]) if record["unfit"] else None
+        return None
+
+    def is_intact(self, *, wholly: bool = False) -> bool:
+        """Tell whether its files are those that were written: by size, inode and time, or `wholly` by content."""
+        try:
+            record = _record(self.directory)
+            for name, (size, inode, mtime_ns, _digest_then) in record["files"].items():
+                found = (self.directory / name).stat()
+                if (found.st_size, found.st_ino, found.st_mtime_ns) != (size, inode, mtime_ns):
+                    return False
+            if record["unfit"]:
+                # It may have been the machine's fault, which had other things to do.
+                return wall_clock_s() - (self.directory / RECORD_FILE).stat().st_mtime < UNFIT_FOR_S
+            # What was still to be written to the disk when the host went down is lost, sizes and times or not.
+            if wholly or boot_id() not in (record["boot_id"], self._checked_in()):
+                if any(_digest(self.directory / name) != digest for name, (_, _, _, digest) in record["files"].items()):
+                    return False
+                # It is read once a boot only.
+                with suppress(OSError):
+                    (self.directory / CHECKED_FILE).write_text(boot_id())
+        except (OSError, *NO_RECORD):
+            return False
+        return True
+
+    def _checked_in(self) -> str | None:
+        """Return the boot of the host in which all of it was last read."""
+        with suppress(OSError):
+            return (self.directory / CHECKED_FILE).read_text()
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTemplate:
+    """A template that is not pruned until `release`, or the end of this process."""
+
+    directory: Path
+    _fd: int
+
+    def call_unfit(self, why: str) -> None:
+        """Have no more clones started from it for an hour, unless somebody insists; also when it was released."""
+        with suppress(OSError, *NO_RECORD):
+            record = _record(self.directory)
+            # In its place: those that hold it have a lock on this file.
+            (self.directory / RECORD_FILE).write_text(json.dumps({**record, "unfit": why}))
+
+    def release(self) -> None:
+        """Let go of it."""
+        os.close(self._fd)
+
+
+class TemplateStore:
+    """The templates of one cache directory."""
+
+    def __init__(self, cache: Path) -> None:
+        self.directory = cache / "templates"
+
+    def get(
+        self, made_of: Mapping[str, object], room_mb: int, build: Callable[[Path], None], *, try_again: bool = True
+    ) -> HeldTemplate:
+        """Return the template that is made of these, built at the first call; others that want it wait.
+
+        `build` has a VM saved in an empty directory, which takes `room_mb` at most. Raises InvalidConfigError where the store
+        cannot be written or has not so much room, and what `build` raises; without `try_again` also where it was waited for one
+        that failed, which would fail again for each that waits, one after the other. An UnsupportedError of `build` is kept, and
+        raised again for an hour, unless with `try_again`.
+        """
+        directory = self._place(made_of)
+
+        def build_and_record(unfinished: Path) -> None:
+            self.prune()
+            free_mb = shutil.disk_usage(unfinished).free >> 20
+            if free_mb < room_mb:
+                raise InvalidConfigError(
+                    f"a template may take {room_mb} MiB and {str(self.directory)!r} has {free_mb} MiB free: free some, or set "
+                    "CHVM_CACHE_DIR to a directory with more"
+                )
+            unfit = None
+            try:
+                build(unfinished)
+            except UnsupportedError as error:
+                unfit = str(error)
+                for file in unfinished.iterdir():
+                    file.unlink()
+            files = {file.name: _identity(file) for file in sorted(unfinished.iterdir())}
+            record = {"boot_id": boot_id(), "made_of": dict(made_of), "files": files, "unfit": unfit}
+            (unfinished / RECORD_FILE).write_text(json.dumps(record))
+
+        def will_do(found: Path) -> bool:
+            template = Template(found)
+            return template.is_intact() and not (template.unfit and try_again)
+
+        while True:
+            built_once(directory, build_and_record, will_do, mode=0o700, try_again=try_again)
+            if (unfit := Template(directory).unfit) is not None:
+                raise UnsupportedError(unfit)
+            if (fd := _hold(directory)) is not None:
+                return HeldTemplate(directory, fd)
+
+    def wanted_before(self, made_of: Mapping[str, object]) -> bool:
+        """Tell whether `want` was called before for the same, within a month; never, where the store cannot be written."""
+        wanted = self._place(made_of).with_suffix(".wanted").exists()
+        if wanted:
+            self.want(made_of)
+        return wanted
+
+    def want(self, made_of: Mapping[str, object]) -> None:
+        """Remember that a template of these would have been of use."""
+        with suppress(OSError):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._place(made_of).with_suffix(".wanted").touch()
+
+    def _place(self, made_of: Mapping[str, object]) -> Path:
+        text = json.dumps(made_of, sort_keys=True)
+        return self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def all(self) -> list[Template]:
+        """Return all templates, the one used last first; a directory that is none is passed over."""
+        found = []
+        for record in self.directory.glob(f"[0-9a-f]*/{RECORD_FILE}"):
+            # Another process may be removing it.
+            with suppress(FileNotFoundError):
+                found.append((record.stat().st_mtime, Template(record.parent)))
+        return [template for _, template in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+    def prune(self, limit_mb: int = LIMIT_MB) -> list[Template]:
+        """Remove the templates that were used longest ago until the rest takes `limit_mb` or less, never one in use.
+
+        Returns those that were removed.
+        """
+        remove_unfinished(self.directory)
+        for directory in self.directory.glob("[0-9a-f]*/"):
+            if directory.is_dir() and not (directory / RECORD_FILE).exists():
+                remove_tree(directory)
+        for note in (*self.directory.glob("*.wanted"), *self.directory.parent.glob(f"{DIGESTS_DIR}/*.blake2b")):
+            with suppress(FileNotFoundError):
+                if wall_clock_s() - note.stat().st_mtime > WANTED_FOR_S:
+                    note.unlink()
+        removed = []
+        kept_mb = 0
+        for template in self.all():
+            try:
+                size_mb = template.size_mb
+            except FileNotFoundError:
+                # Another process removes it just now.
+                continue
+            kept_mb += size_mb
+            if kept_mb > limit_mb and _remove_unused(template):
+                removed.append(template)
+        return removed
+
+
+def _hold(directory: Path) -> int | None:
+    """Return a descriptor that keeps a template from being pruned while it is open; None where it was just pruned."""
+    record = directory / RECORD_FILE
+    try:
+        fd = os.open(record, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        wait_for_lock(fd, str(directory), show_progress, shared=True)
+        # It may have been removed while the lock was waited for.
+        if os.fstat(fd).st_nlink:
+            # It may be on a file system that is read-only.
+            with suppress(OSError):
+                os.utime(fd)
+            return fd
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, TimeoutError):
+            raise VmIOError(str(error)) from error
+        raise
+    os.close(fd)
+    return None
+
+
+def describe(template: Template, *, wholly: bool) -> dict[str, Any]:
+    """Return what a person may want to know of a template, as JSON has it; `wholly`: check all of its content."""
+    used = datetime.datetime.fromtimestamp(template.last_used_s, datetime.UTC)
+    try:
+        made_of = template.made_of
+        words = [str(made_of["vmm"][0]), f"{made_of['memory_mb'][0]} MiB", f"{made_of['processors'][0]} CPUs"]
+        words += [*made_of["networks"], *(["hotplug"] if made_of["hotplug"] else [])]
+        words += [f"no template: {clean(template.unfit.encode(errors='replace'))}"] if template.unfit else []
+    except NO_RECORD:
+        made_of, words = {}, ["its record cannot be read"]
+    return {
+        "key": template.key,
+        "size_mb": template.size_mb,
+        "last_used": used.isoformat(timespec="seconds"),
+        "what": ", ".join(words),
+        "intact": template.is_intact(wholly=wholly),
+        "made_of": made_of,
+    }
+
+
+def _remove_unused(template: Template) -> bool:
+    try:
+        fd = os.open(template.directory / RECORD_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        if not try_lock(fd) or not os.fstat(fd).st_nlink:
+            # It is in use; or it was removed meanwhile, and what is there now is another, which may be in use.
+            return False
+        # From here on it is no template; what is left when this process is killed goes with the next pruning.
+        (template.directory / RECORD_FILE).unlink()
+        remove_tree(template.directory)
+        return True
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def snapshots_dir(cache: Path) -> Path:
+    """Return the directory in which tests' own snapshots are, each in one of its own; it is made where it can be."""
+    directory = cache / "snapshots"
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def new_directory(parent: Path, lease: Lease) -> Path:
+    """Return a new empty directory for a test's own snapshot, in the lease first."""
+    directory = parent / random_hex(8)
+    lease.add_path(directory)
+    directory.mkdir(mode=0o700)
+    return directory
+
+
+def content_key(file: Path, cache: Path) -> str:
+    """Return the hash of a file's content and length; computed once for each inode, size and time, and kept in the cache.
+
+    Raises OSError where the file cannot be read or the cache not be written.
+    """
+    found = file.stat()
+    identity = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+    kept = cache / DIGESTS_DIR / f"{identity}-sized.blake2b"
+    with suppress(OSError):
+        # Without a lock, and where nothing can be written.
+        if kept.stat().st_mtime - found.st_ctime > RACY_S and re.fullmatch(DIGEST, digest := kept.read_text(errors="replace")):
+            with suppress(OSError):
+                os.utime(kept)
+            return digest
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.open("a+", errors="replace") as known:
+        # Others that want the same wait for it.
+        wait_for_lock(known.fileno(), f"what {str(file)!r} holds", show_progress)
+        known.seek(0)
+        digest = known.read()
+        if os.fstat(known.fileno()).st_mtime - found.st_ctime <= RACY_S or not re.fullmatch(DIGEST, digest):
+            # Of the moment before the reading: what is changed during it must not be taken for what was read.
+            os.utime(known.fileno())
+            begun_ns = os.fstat(known.fileno()).st_mtime_ns
+            digest = _digest(file)
+            known.truncate(0)
+            known.write(digest)
+            known.flush()
+            os.utime(known.fileno(), ns=(begun_ns, begun_ns))
+    return digest
+
+
+def file_identity(file: Path) -> str:
+    """Return what tells a file from another without reading it."""
+    found = file.stat()
+    return f"{file}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((directory / RECORD_FILE).read_text())
+    return record
+
+
+def _identity(file: Path) -> tuple[int, int, int, str]:
+    digest = _digest(file)
+    found = file.stat()
+    return found.st_size, found.st_ino, found.st_mtime_ns, digest
+
+
+def _digest(file: Path) -> str:
+    """Return the BLAKE2 hash of a file's length and of what it holds where: of its blocks that are not zeros, without its holes."""
+    digest = hashlib.blake2b(digest_size=32)
+    next_block = 0
+    with file.open("rb") as source:
+        digest.update(b"%d bytes " % os.fstat(source.fileno()).st_size)
+        for start, end in data_extents(source.fileno()):
+            # What a file system calls data may differ from one day to the next, but not what a block holds.
+            for block in range(max(next_block, start // BLOCK_SIZE), -(-end // BLOCK_SIZE)):
+                source.seek(block * BLOCK_SIZE)
+                content = source.read(BLOCK_SIZE)
+                if content.strip(b"\0"):
+                    digest.update(b"%d " % block)
+                    digest.update(content)
+                next_block = block + 1
+    return digest.hexdigest()

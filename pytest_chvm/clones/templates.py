@@ -1,0 +1,153 @@
+"""Which VMs can be clones of a template, and what the template is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from pytest_chvm import __version__
+from pytest_chvm.drivers.base import VmDriver
+from pytest_chvm.drivers.disks import plain_images
+from pytest_chvm.drivers.qemu.devices import SPARE_PORTS
+from pytest_chvm.errors import UnsupportedError
+from pytest_chvm.model import Network, Tap, VmConfig
+
+# Of /proc/cpuinfo, of x86 and of arm64.
+PROCESSOR_FACTS = ("model name", "flags", "microcode", "Features", "CPU implementer", "CPU variant", "CPU part", "CPU revision")
+KVM_MODULES = Path("/sys/module")
+
+
+def why_no_clone(config: VmConfig, *, built_in_guest: bool, network_mode: str) -> str | None:
+    """Return why a VM has to be booted, or None where it can be a clone of one that was.
+
+    `network_mode` is that of a VM whose config names no networks.
+    """
+    why = None if built_in_guest else _why_no_clone_of_an_image(config, network_mode)
+    if why is not None:
+        return f"it has an initramfs or root disk of its own, and {why}"
+    if config.seed_iso is not None:
+        return "it has a seed_iso"
+    if config.channels:
+        return "it has channels"
+    if len(config.shared_dirs) + (config.data_disk is not None) > SPARE_PORTS:
+        return f"it has more shared dirs and disks than the {SPARE_PORTS} for which a clone has places"
+    if not all(isinstance(n, Tap) or (isinstance(n, Network) and n.bridge) for n in config.networks or ()):
+        return "it has a network that is not a TAP's"
+    return None
+
+
+def _why_no_clone_of_an_image(config: VmConfig, network_mode: str) -> str | None:
+    # What the built-in guest's set-up does in a clone too, an image has done when it was booted.
+    if config.seed_iso is not None or config.data_disk is not None or config.shared_dirs:
+        return "what it does with a seed_iso, a data_disk or shared dirs it does when it boots"
+    if config.root_disk is not None:
+        try:
+            plain_images(config.root_disk)
+        except (OSError, UnsupportedError) as error:
+            return str(error)
+    if config.netns is not None:
+        return "it is in a network namespace, which its template would not be in"
+    has_network = bool(config.networks) if config.networks is not None else network_mode != "none"
+    if has_network and config.cmdline is None:
+        return "it is not told its addresses: give it a cmdline"
+    if not all(isinstance(network, Tap) and network.name is None for network in config.networks or ()) or (
+        config.networks is None and network_mode == "user"
+    ):
+        return "it is on a network whose addresses are not given by a TAP of ours"
+    return None
+
+
+def why_no_snapshot(config: VmConfig, plugged: Iterable[str], *, is_clone: bool, vmm: str) -> str | None:
+    """Return why a running VM, of a kind that can be a clone, cannot be saved for clones to start from, or None where it can."""
+    if config.root_disk is not None and vmm != "qemu":
+        return "Cloud Hypervisor has all of a root disk in its file only when it has ended"
+    if config.data_disk is not None:
+        return "it has a data_disk, which would be its clones' too"
+    if config.shared_dirs and not is_clone:
+        return "its shared dirs cannot be unplugged: start it with boot='clone' or 'auto'"
+    if names := ", ".join(plugged):
+        return f"{names} was plugged in: remove it first"
+    return None
+
+
+def template_config(config: VmConfig) -> VmConfig:
+    """Return what is booted for the template of a VM: the VM without what comes fresh to each clone."""
+    networks = None if config.networks is None else [Tap() for _ in config.networks]
+    return clone_config(config).replace(networks=networks, data_disk=None, shared_dirs=(), netns=None)
+
+
+def clone_config(config: VmConfig) -> VmConfig:
+    """Return what a clone is made of: disks and shared dirs are plugged in, and the template needs places for them too."""
+    return config.replace(hotplug=config.hotplug or config.data_disk is not None or bool(config.shared_dirs))
+
+
+def made_of(
+    config: VmConfig,
+    driver: VmDriver,
+    identify: Callable[[Path], str],
+    *,
+    built_in_guest: bool,
+    network_mode: str,
+    ready_marker: str,
+) -> dict[str, object]:
+    """Return all that a template depends on, by name, for its key; `config` is a template's, `identify` says which file one is.
+
+    Raises OSError where a file cannot be read.
+    """
+    return {
+        # How a VM is started, saved and renewed: what one version has saved, another may not know how to go on with.
+        "code": _code(),
+        "vmm": driver.snapshot_key(),
+        "host": [platform.machine(), platform.release(), platform.version(), _processor(), _kvm_parameters()],
+        # Which of the two is renewed how. An image says itself that it is ready, with a word that its clones have to say too.
+        "guest": ["built-in"] if built_in_guest else ["image", ready_marker],
+        "kernel": identify(config.kernel) if config.kernel else None,
+        "initramfs": identify(config.initramfs) if config.initramfs else None,
+        # With its name: a template's own overlay of it has that in it.
+        "root_disk": [[os.fspath(image), identify(image)] for image in plain_images(config.root_disk)]
+        if config.root_disk
+        else None,
+        "cmdline": config.cmdline,
+        "processors": [config.cpus, config.max_cpus, config.cpu_model],
+        "memory_mb": [config.memory_mb, config.max_memory_mb],
+        "networks": [network_mode] if config.networks is None else ["tap"] * len(config.networks),
+        "hotplug": config.hotplug,
+    }
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """Return the hash of this package, scripts for guests included."""
+    digest = hashlib.sha256(__version__.encode())
+    for name, content in _package_files():
+        digest.update(f"{name} {len(content)} ".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _package_files() -> Iterator[tuple[str, bytes]]:
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            yield file.relative_to(package).as_posix(), file.read_bytes()
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    # A guest sees the host's processor with KVM, and a microcode update may take features away.
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    return "\n".join(line for line in lines if line.startswith(PROCESSOR_FACTS))
+
+
+def _kvm_parameters() -> list[str]:
+    # Whether a guest may have guests, for instance, is a flag of its processor.
+    found = []
+    for parameter in sorted(KVM_MODULES.glob("kvm*/parameters/*")):
+        with suppress(OSError):
+            found.append(f"{parameter.parent.parent.name}.{parameter.name}={parameter.read_text(errors='replace').strip()}")
+    return found

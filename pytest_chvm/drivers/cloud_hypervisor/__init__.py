@@ -1,0 +1,1 @@
+"""Cloud Hypervisor: its command line, its API and its events."""

@@ -1,0 +1,1 @@
+"""QEMU: its command line, its devices and its control protocol."""

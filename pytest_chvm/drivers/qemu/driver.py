@@ -1,0 +1,395 @@
+"""QEMU: with KVM where it runs guests, in software elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pytest_chvm.base.untouched import Socket
+from pytest_chvm.drivers.base import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, BootOptions, Plan, VmmCommand, binary_key, taps_of
+from pytest_chvm.drivers.disks import base_format, copy_overlay, data_format, root_overlay
+from pytest_chvm.drivers.process import VmmProcess
+from pytest_chvm.drivers.qemu import devices, qmp
+from pytest_chvm.drivers.qemu import events as qemu_events
+from pytest_chvm.drivers.qemu import state as qemu_state
+from pytest_chvm.drivers.qemu import vsock as qemu_vsock
+from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError
+from pytest_chvm.host import versions
+from pytest_chvm.host.binaries import Binary, find_binary
+from pytest_chvm.host.kvm import why_no_kvm
+from pytest_chvm.host.virtiofsd import ServedShare
+from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus, mac_for
+
+PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
+INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
+SYSTEM_CALLS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+# Asked when something else has taken too long already.
+RUN_STATE_TIMEOUT_S = 2.0
+# What all VMs have, as far as it has changed: a saved one cannot go on in a machine with other devices.
+MACHINE = qemu_events.PANIC_DEVICE
+
+
+class QemuDriver:
+    """Runs VMs with QEMU. `accel` is "auto", "kvm" or "tcg" (software)."""
+
+    vmm = "qemu"
+
+    def __init__(self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None) -> None:
+        if accel not in ("auto", "kvm", "tcg"):
+            raise InvalidConfigError(f"accel={accel!r}: expected auto, kvm or tcg")
+        self.accel = accel
+        self._binary = binary
+        self._process = VmmProcess(self.vmm, ("qemu-system", "qemu-kvm"), virtiofsd)
+        self._events: dict[str, qemu_events.QemuEvents] = {}
+
+    def binary(self) -> Binary:
+        """Return the QEMU of this machine's architecture; raises InvalidConfigError where there is none, or one that is too old."""
+        found = find_binary(f"qemu-system-{platform.machine()}", PLACES, INSTALL, self._binary)
+        versions.check_program(found, "qemu", "leave out --chvm-vmm=qemu, or name another --chvm-binary")
+        versions.require(found, versions.Feature.QEMU_OPTIONS, INSTALL)
+        return found
+
+    def why_not(self) -> str | None:
+        """Return why QEMU cannot be used here."""
+        try:
+            self.binary()
+        except InvalidConfigError as error:
+            return str(error)
+        return None
+
+    def snapshot_key(self) -> list[str]:
+        """Return what of QEMU a snapshot depends on."""
+        binary = self.binary()
+        accel = "kvm" if self._uses_kvm() else "tcg"
+        return [
+            self.vmm,
+            *binary_key(binary),
+            accel,
+            str(qemu_vsock.why_no_vsock()),
+            *qemu_state.firmware_key(binary.path),
+            *MACHINE,
+        ]
+
+    def _uses_kvm(self) -> bool:
+        return self.accel == "kvm" or (self.accel == "auto" and why_no_kvm() is None)
+
+    def failure_hint(self) -> str | None:
+        """Return why KVM does not work here, where it was asked for."""
+        reason = why_no_kvm()
+        return f"KVM was asked for, and does not work here: {reason}" if self.accel == "kvm" and reason else None
+
+    def boot(self, config: VmConfig, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
+        """Start a VM and return at once, STARTING."""
+        return self._process.boot(config, self._command, options)
+
+    def _command(self, plan: Plan) -> VmmCommand:
+        config = plan.config
+        shown: dict[str, str] = {}
+        binary = os.fspath(self.binary().path)
+        machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), binary]
+        machine += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        machine += ["-name", config.name, "-uuid", plan.machine_id, "-sandbox", SYSTEM_CALLS]
+        kvm = self._uses_kvm()
+        machine += ["-machine", "q35,memory-backend=ram"]
+        machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", config.cpu_model or ("host" if kvm else "max")]
+        machine += ["-smp", f"{config.cpus}{f',maxcpus={config.max_cpus}' if config.max_cpus else ''}"]
+        machine += ["-m", f"{config.memory_mb}M{f',slots=8,maxmem={config.max_memory_mb}M' if config.max_memory_mb else ''}"]
+        machine += devices.port_arguments() if config.hotplug else []
+        machine += self._memory(plan)
+        machine += self._boot_source(config)
+        machine += ["-chardev", f"file,id=serial,path={_quoted(plan.serial_log)},append=on", "-serial", "chardev:serial"]
+        machine += ["-device", "virtio-rng-pci"]
+        machine += self._nics(plan, shown)
+        if vsock := qemu_vsock.open_device(config.name):
+            fd, cid = vsock
+            number = plan.add_fd(fd)
+            machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
+            shown[f",vhostfd={number}"] = ""
+        machine += self._root_disk(plan)
+        # A clone's are plugged in before it goes on.
+        machine += [*self._other_disks(config), *self._shares(plan)] if plan.restoring is None else []
+        control = ["-incoming", "defer", "-S"] if plan.restoring is not None else []
+        control += ["-chardev", f"socket,id=qmp,fd={plan.add_listener('qmp.sock')},server=on,wait=off"]
+        control += ["-mon", "chardev=qmp,mode=control", *qemu_events.event_arguments(plan)]
+        control += qemu_events.PANIC_DEVICE if plan.console else ()
+        return VmmCommand(machine, control + self._serial_ports(plan), shown)
+
+    @staticmethod
+    def _memory(plan: Plan) -> list[str]:
+        size = f"id=ram,size={plan.config.memory_mb}M"
+        if plan.memory is not None:
+            path = _quoted(Path(plan.memory.path))
+            return ["-object", f"memory-backend-file,{size},mem-path={path},share={'on' if plan.memory.shared else 'off'}"]
+        # For vhost-user: a shared dir, now or plugged in later.
+        if plan.config.shared_dirs or plan.config.hotplug:
+            return ["-object", f"memory-backend-memfd,{size},share=on"]
+        return ["-object", f"memory-backend-ram,{size}"]
+
+    @staticmethod
+    def _shares(plan: Plan) -> list[str]:
+        words = []
+        for index, (share, path) in enumerate(zip(plan.config.shared_dirs, plan.share_sockets, strict=True)):
+            words += ["-chardev", f"socket,id=fs{index},path={_quoted(path)}"]
+            words += ["-device", f"vhost-user-fs-pci,chardev=fs{index},tag={share.tag},queue-size=512"]
+        return words
+
+    @staticmethod
+    def _serial_ports(plan: Plan) -> list[str]:
+        words = ["-device", "virtio-serial-pci"] if plan.console or plan.config.channels else []
+        if plan.console:
+            words += ["-device", "virtconsole,chardev=console"]
+            words += ["-chardev", f"socket,id=console,fd={plan.add_listener('console.sock')},server=on,wait=off"]
+        for index, name in enumerate(plan.config.channels):
+            words += ["-device", f"virtserialport,chardev=channel{index},name={name}"]
+            listener = plan.add_listener(_channel_socket(name))
+            words += ["-chardev", f"socket,id=channel{index},fd={listener},server=on,wait=off"]
+        return words
+
+    @staticmethod
+    def _boot_source(config: VmConfig) -> list[str]:
+        cmdline = config.cmdline
+        if cmdline is None:
+            cmdline = "console=ttyS0 root=/dev/vda1 rw ds=nocloud" if config.root_disk else "console=ttyS0"
+        words = ["-kernel", os.fspath(config.kernel or ""), "-append", cmdline]
+        return words + (["-initrd", os.fspath(config.initramfs)] if config.initramfs else [])
+
+    @staticmethod
+    def _root_disk(plan: Plan) -> list[str]:
+        overlay = root_overlay(plan)
+        return _disk("root", "qcow2", overlay, read_only=False) if overlay is not None else []
+
+    @staticmethod
+    def _other_disks(config: VmConfig) -> list[str]:
+        words = _disk("seed", "raw", config.seed_iso, read_only=True) if config.seed_iso is not None else []
+        if config.data_disk is not None:
+            words += _disk("data", data_format(config.data_disk), config.data_disk, read_only=False)
+        return words
+
+    @staticmethod
+    def _nics(plan: Plan, shown: dict[str, str]) -> list[str]:
+        from pytest_chvm.host.networks import open_tap
+
+        config = plan.config
+        words = []
+        taps = {tap.index: tap for tap in taps_of(plan)}
+        for index, network in enumerate(config.networks or ()):
+            mac = mac_for(config.name, index)
+            if tap := taps.get(index):
+                mac = tap.mac
+                number = plan.add_fd(open_tap(tap.name, config.netns, ours=tap.ours))
+                words += ["-netdev", f"tap,id=net{index},fd={number}"]
+                shown[f"fd={number}"] = f"ifname={tap.name},script=no,downscript=no"
+            elif isinstance(network, UserNetwork):
+                mac = network.mac or mac
+                words += [
+                    "-netdev",
+                    f"user,id=net{index},net={network.subnet},host={network.host},dns={network.subnet[3]},dhcpstart={network.guest}"
+                    + ("" if network.outbound else ",restrict=on"),
+                ]
+            elif isinstance(network, Network):
+                words += ["-netdev", f"socket,id=net{index},mcast={network.multicast},localaddr=127.0.0.1"]
+            words += ["-device", f"virtio-net-pci,netdev=net{index},mac={mac},romfile="]
+        return words
+
+    def stop(self, handle: VmHandle) -> None:
+        """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
+        self._events.pop(handle.machine_id, None)
+        self._process.stop(handle)
+
+    def kill(self, handle: VmHandle) -> None:
+        """End the VMM with SIGKILL and remove all that the VM had."""
+        self._events.pop(handle.machine_id, None)
+        self._process.kill(handle)
+
+    def state(self, handle: VmHandle) -> VmStatus:
+        """Return what has become of a VM."""
+        return self._process.state(handle)
+
+    def open_console(self, handle: VmHandle) -> int:
+        """Return a connection to the socket behind the guest's virtio console."""
+        return self._connect(handle, "console.sock", "console")
+
+    def open_channel(self, handle: VmHandle, name: str) -> int:
+        """Return a connection to the socket behind a virtio-serial port; QEMU serves one at a time."""
+        return self._connect(handle, _channel_socket(name), f"channel {name!r}")
+
+    def _connect(self, handle: VmHandle, socket_name: str, what: str) -> int:
+        peer = Socket(socket.AF_UNIX)
+        try:
+            peer.connect(os.fspath(self._socket(handle, socket_name)))
+        except OSError as error:
+            peer.close()
+            raise VmIOError(f"VM {handle.name!r}: its {what} cannot be reached: {error.strerror}", vm_name=handle.name) from error
+        return peer.detach()
+
+    def info(self, handle: VmHandle) -> dict[str, object]:
+        """Return QEMU's version and the VM's state, as QMP has them."""
+        return {"version": self._qmp(handle, ("query-version", {})), "status": self._qmp(handle, ("query-status", {}))}
+
+    def counters(self, handle: VmHandle) -> dict[str, object]:
+        """Return what was read and written of each disk."""
+        return {"blockstats": self._qmp(handle, ("query-blockstats", {}))}
+
+    def event_log(self, handle: VmHandle) -> Path | None:
+        """Return the file that the second monitor writes."""
+        return None if handle.run_dir is None else qemu_events.event_log(handle.run_dir)
+
+    def trouble(self, handle: VmHandle) -> VmError | None:
+        """Return a disk of the host's that is full, or the first reboot, shutdown or panic that nobody asked for."""
+        events = self._events_of(handle)
+        trouble = events.read()
+        if trouble is None and events.stopped_by is not None:
+            return self._full_disk(handle, events.stopped_by)
+        return trouble
+
+    def _events_of(self, handle: VmHandle) -> qemu_events.QemuEvents:
+        fresh = qemu_events.QemuEvents(handle.name, self.event_log(handle) or Path(os.devnull))
+        return self._events.setdefault(handle.machine_id, fresh)
+
+    def _full_disk(self, handle: VmHandle, event: dict[str, Any]) -> VmError:
+        node = str(event.get("node-name"))
+        try:
+            nodes: Any = self._qmp(handle, ("query-named-block-nodes", {"flat": True}))
+            file = next((str(each["file"]) for each in nodes if each.get("node-name") == node), node)
+        except VmError as error:
+            file = f"{node!r} ({error})"
+        return HypervisorError(
+            f"VM {handle.name!r}: its disk {file} could not take what the guest wrote: {event.get('reason')}. QEMU has paused the "
+            "guest until there is space: free some on that file system and resume() the VM, or put the image, or CHVM_CACHE_DIR "
+            "for the overlay of a root_disk, where there is more.",
+            vm_name=handle.name,
+        )
+
+    def add_disk(self, handle: VmHandle, image: Path, *, read_only: bool) -> str:
+        """Plug a disk in; returns its id."""
+        form = base_format(image) if read_only else data_format(image)
+        return devices.add_disk(handle, self._socket(handle, "qmp.sock"), image, form, read_only=read_only)
+
+    def add_tap(self, handle: VmHandle, tap: str, mac: str) -> str:
+        """Plug a NIC in that is attached to a TAP; returns its id."""
+        return devices.add_tap(handle, self._socket(handle, "qmp.sock"), tap, mac)
+
+    def add_share(self, handle: VmHandle, share: SharedDir, socket_path: Path) -> str:
+        """Plug a shared dir in whose virtiofsd listens at `socket_path`; returns its id."""
+        return devices.add_share(handle, self._socket(handle, "qmp.sock"), share, socket_path)
+
+    def remove_device(self, handle: VmHandle, device: str) -> None:
+        """Unplug a device and wait until the guest has let go of it."""
+        devices.remove_device(handle, self._socket(handle, "qmp.sock"), device)
+
+    def resize(self, handle: VmHandle, *, cpus: int | None, memory_mb: int | None) -> None:
+        """Add processors and memory, up to `max_cpus` and `max_memory_mb`."""
+        devices.resize(handle, self._socket(handle, "qmp.sock"), cpus=cpus, memory_mb=memory_mb)
+
+    def open_vsock(self, handle: VmHandle, port: int) -> socket.socket:
+        """Return a stream connected to a vsock port of the guest's, through the host's kernel."""
+        return qemu_vsock.connect(handle.name, self._cid(handle), port)
+
+    def listen_vsock(self, handle: VmHandle, port: int) -> socket.socket:
+        """Return a listener at a vsock port of the host's, which all VMs of the machine share."""
+        return qemu_vsock.listen(handle.name, self._cid(handle), port)
+
+    def _cid(self, handle: VmHandle) -> int:
+        place = f"/machine/peripheral/{qemu_vsock.DEVICE}"
+        try:
+            cid = self._qmp(handle, ("qom-get", {"path": place, "property": "guest-cid"}))
+        except HypervisorError as error:
+            raise qemu_vsock.refuse(handle.name) from error
+        assert isinstance(cid, int)
+        return cid
+
+    def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
+        """Return a port on the host's loopback, chosen by the kernel, that leads to a port of the guest."""
+        answer = self._qmp(handle, ("human-monitor-command", {"command-line": f"hostfwd_add net0 tcp:127.0.0.1:0-:{port}"}))
+        listing = str(self._qmp(handle, ("human-monitor-command", {"command-line": "info usernet"})))
+        return qmp.forwarded_port(handle.name, str(answer), listing, port)
+
+    def pause(self, handle: VmHandle) -> None:
+        """Stop the guest's processors."""
+        self._qmp(handle, ("stop", {}))
+        self._process.set_paused(handle, True)
+
+    def resume(self, handle: VmHandle) -> None:
+        """Let a paused guest go on."""
+        self._qmp(handle, ("cont", {}))
+        self._process.set_paused(handle, False)
+
+    def power_button(self, handle: VmHandle) -> None:
+        """Press the ACPI power button."""
+        self._qmp(handle, ("system_powerdown", {}))
+
+    def allow_reboot(self, handle: VmHandle, shares: Sequence[ServedShare]) -> tuple[VmHandle, list[ServedShare]]:
+        """Let the guest's next reboot be one; without it `-no-reboot` ends QEMU."""
+        self._events_of(handle).expected_reboots += 1
+        self._qmp(handle, ("set-action", {"reboot": "reset"}))
+        return handle, list(shares)
+
+    def settle(self, handle: VmHandle) -> None:
+        """Take what befell the guest so far for dealt with; its next reboot ends QEMU again."""
+        self._qmp(handle, ("set-action", {"reboot": "shutdown"}))
+        self._events_of(handle).settle()
+
+    def run_state(self, handle: VmHandle) -> str | None:
+        """Return QEMU's run state where it is another than `running`."""
+        ask = lambda client: client.execute("query-status")  # noqa: E731
+        answer = qmp.session(handle.name, self._socket(handle, "qmp.sock"), ask, timeout_s=RUN_STATE_TIMEOUT_S)
+        state = str(answer.get("status")) if isinstance(answer, dict) else str(answer)
+        return None if state == "running" else state
+
+    def snapshot(self, handle: VmHandle, directory: Path) -> None:
+        """Save a paused VM's state, and its memory and what it has written to its root disk, unless these are files here already.
+
+        What QEMU knows of a disk is in its file while the VM is paused (`vm_stop` of its cpus.c flushes all).
+        """
+        shared = (directory / MEMORY_FILE).exists()
+        assert handle.run_dir is not None
+        if (written := handle.run_dir / ROOT_FILE).exists():
+            copy_overlay(written, directory / ROOT_FILE)
+        qemu_state.save(handle.name, self._socket(handle, "qmp.sock"), directory / "state", memory_is_shared=shared)
+
+    def restore(self, config: VmConfig, directory: Path, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
+        """Start a VM from a snapshot's directory and return it running; it writes nothing there."""
+        handle = self._process.boot(config, self._command, options, directory)
+
+        async def go_on(client: Any) -> None:
+            if disk := config.data_disk:
+                await devices.plug_disk(client, handle, disk, data_format(disk), read_only=False)
+            for index, share in enumerate(config.shared_dirs):
+                await devices.plug_share(client, handle, share, self._socket(handle, f"fs{index}.sock"))
+            await client.execute("cont")
+
+        with self._process.restoring(handle, self.kill):
+            shared = (directory / MEMORY_FILE).exists()
+            qmp_socket, state = self._socket(handle, "qmp.sock"), directory / "state"
+            qemu_state.load(handle.name, qmp_socket, state, options.restore_timeout_s, memory_is_shared=shared, then=go_on)
+        return handle
+
+    def _qmp(self, handle: VmHandle, command: tuple[str, dict[str, object]]) -> object:
+        return qmp.execute(handle.name, self._socket(handle, "qmp.sock"), *command)
+
+    @staticmethod
+    def _socket(handle: VmHandle, name: str) -> Path:
+        if handle.run_dir is None:
+            raise VmIOError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
+        return handle.run_dir / name
+
+
+def _disk(name: str, form: str, image: Path, *, read_only: bool) -> list[str]:
+    mode = "on" if read_only else "off"
+    node = f"node-name={name},driver={form},read-only={mode},file.driver=file,file.filename={_quoted(image)}"
+    return ["-blockdev", node, "-device", f"virtio-blk-pci,drive={name}"]
+
+
+def _channel_socket(name: str) -> str:
+    # Of one length whatever the name, so that the path fits into a socket's address.
+    return f"channel-{hashlib.sha256(name.encode()).hexdigest()[:8]}.sock"
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as an option's value: QEMU's option parser takes a doubled comma as one."""
+    return os.fspath(path).replace(",", ",,")

@@ -1,0 +1,134 @@
+"""Which guest a VM boots: the built-in one, where its config names none."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from pytest_chvm.base.cache import default_cache_dir
+from pytest_chvm.base.progress import show_progress
+from pytest_chvm.base.untouched import random_hex
+from pytest_chvm.drivers.preflight import preflight
+from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.guest.initramfs import add_words, build_initramfs
+from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
+from pytest_chvm.guest.kernel_image import check_kernel_image
+from pytest_chvm.guest.ready import DEFAULT_MARKER
+from pytest_chvm.guest.vmlinux import unpacked_kernel
+from pytest_chvm.model import VmConfig
+from pytest_chvm.settings import Settings
+
+# For a kernel of the user's without a command line of theirs.
+PLAIN_CMDLINE = "console=ttyS0"
+# What a throwaway VM can do without, for the built-in kernel: console messages (the serial port is slow), guards against attacks
+# from its own programs, looking for a timer that is known, tests of the crypto code, waiting long for grace periods, page tables of
+# five levels (which software walks for each guest address it has not seen lately).
+BUILT_IN_CMDLINE = (
+    "console=ttyS0 quiet mitigations=off nokaslr no5lvl no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 "
+    "random.trust_cpu=on"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """What is booted: a complete config, whether it is the built-in guest, and the nonce that its ready line must have, if any.
+
+    `lacks` says in words why the built-in guest may lack drivers.
+    """
+
+    config: VmConfig
+    built_in: bool
+    nonce: str | None
+    lacks: str | None = None
+
+    def words(self, marker: str) -> list[str]:
+        """Return what the guest is told beside its networks, on its kernel command line or as a clone.
+
+        A host name is the built-in guest's only: an image has its own.
+        """
+        words = [f"chvm.nonce={self.nonce}"] if self.nonce is not None else []
+        if self.built_in:
+            words.append(f"chvm.hostname={self.config.name.replace('_', '-').replace('.', '-')}")
+        if marker != DEFAULT_MARKER:
+            words.append(f"chvm.marker={marker}")
+        if self.config.data_disk is not None:
+            words.append("chvm.disk=/dev/vda")
+        return words + [f"chvm.share={share.guest_word}" for share in self.config.shared_dirs]
+
+
+def choose_guest(config: VmConfig, settings: Settings) -> Guest:
+    """Fill in the built-in guest where the config names none: its kernel, and its initramfs for a kernel without a root.
+
+    Raises InvalidConfigError where it cannot be built.
+    """
+    kernel = built_in_kernel(settings) if config.kernel is None else None
+    if kernel is not None:
+        config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
+    if config.initramfs is not None or config.root_disk is not None:
+        return Guest(config, False, None)
+    preflight(config)
+    assert config.kernel is not None
+    known = kernel or inspect_kernel(config.kernel)
+    initramfs = _built_in_initramfs(known, cache_dir(settings))
+    cmdline = config.cmdline
+    if cmdline is None:
+        cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
+    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), True, random_hex(8), _lacks(known))
+
+
+def _lacks(kernel: Kernel) -> str | None:
+    if kernel.modules is not None:
+        return None
+    if kernel.release is None:
+        return f"no modules, since the release of the kernel {str(kernel.image)!r} cannot be told"
+    return (
+        f"no modules for {kernel.release} beside this kernel ({kernel.image}): expected in lib/modules/{kernel.release} beside its "
+        "directory, or of the host. Name the kernel where its package has it, or one that has these drivers built in"
+    )
+
+
+def told_config(guest: Guest, words: Sequence[str], directory: Path) -> VmConfig:
+    """Return the config of a guest that is told these words, on its kernel command line behind the user's own.
+
+    The built-in guest is told them by a file of its initramfs, made in `directory`, where the kernel would cut them off. Raises
+    InvalidConfigError where there is no other way.
+    """
+    config = guest.config
+    own = config.cmdline
+    cmdline = " ".join([*([own] if own else []), *words]) or own
+    assert config.kernel is not None
+    room = check_kernel_image(config.kernel).cmdline_bytes
+    size, own_size = len(os.fsencode(cmdline or "")), len(os.fsencode(own or ""))
+    if size <= room:
+        return config.replace(cmdline=cmdline)
+    if guest.built_in and config.initramfs is not None and own_size <= room:
+        return config.replace(initramfs=add_words(config.initramfs, words, directory / "initramfs"))
+    raise InvalidConfigError(
+        f"VM {config.name!r}: the kernel command line has {size} bytes, {own_size} of yours and {size - own_size} that its "
+        f"networks need, and this kernel takes {room} and cuts off the rest: shorten it by {size - room}",
+        vm_name=config.name,
+    )
+
+
+def cache_dir(settings: Settings) -> Path:
+    """Return where built guests and fetched kernels are kept."""
+    return settings.cache_dir or default_cache_dir()
+
+
+def built_in_kernel(settings: Settings) -> Kernel:
+    """Return the built-in guest's kernel, fetched at the first call; raises InvalidConfigError where there is none."""
+    return _built_in_kernel(cache_dir(settings))
+
+
+@lru_cache(maxsize=4)
+def _built_in_kernel(cache: Path) -> Kernel:
+    return default_kernel(cache, platform.machine(), show_progress)
+
+
+@lru_cache(maxsize=16)
+def _built_in_initramfs(kernel: Kernel, cache: Path) -> Path:
+    return build_initramfs(kernel, cache, show_progress)

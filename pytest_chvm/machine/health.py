@@ -1,0 +1,370 @@
+"""What has become of a VM: watching its console, its VMM and its sidecars, and saying in words what happened."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.base.text import last_lines
+from pytest_chvm.base.watch import FileWatch
+from pytest_chvm.drivers.base import VmDriver
+from pytest_chvm.errors import BootFailedError, GuestOopsError, GuestPanicError, HypervisorError, VmError, VmIOError
+from pytest_chvm.guest.kernel_image import why_silent
+from pytest_chvm.guest.ready import OOPS, PanicScanner, ReadyScanner
+from pytest_chvm.host.keeper.remains import start_time_ticks
+from pytest_chvm.host.processes import keeper
+from pytest_chvm.host.virtiofsd import ServedShare
+from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle, VmState
+
+Found = TypeVar("Found")
+EMPTY = "is empty."
+VMM_END_S = 0.5
+VMM_OUT_S = 2.0
+# Of the kernel's Documentation/admin-guide/tainted-kernels: it had an oops.
+TAINT_DIE = 1 << 7
+
+
+class Health:
+    """Of one VM, until `close`; `handle` returns its handle as it is now.
+
+    `lacks` says why the guest may lack drivers. `answers` tells whether the guest's shell still does something (None: it cannot be
+    asked now). `console_start`: how much of the console's log is of a VM that was saved.
+    """
+
+    def __init__(
+        self,
+        config: VmConfig,
+        handle: Callable[[], VmHandle],
+        driver: VmDriver,
+        *,
+        lacks: str | None,
+        answers: Callable[[], bool | None],
+        console_start: int,
+    ) -> None:
+        first = handle()
+        assert first.process is not None
+        self.process = first.process
+        self.ready = ReadyScanner(first.serial_log, first.ready_marker, first.nonce, first.nonce is not None)
+        # Who serves each shared dir now.
+        self.shares = _served(config, first)
+        # Whether the test has been told of what befell the guest.
+        self.told = False
+        self.lacks = lacks
+        self._config = config
+        self._handle = handle
+        self._driver = driver
+        self._answers = answers
+        self._panic = PanicScanner(first.serial_log, start=console_start)
+        self._oops = PanicScanner(first.serial_log, OOPS, console_start)
+        # The text of a panic is one where it is expected: a crash kernel that takes over leaves the panic device no time to tell.
+        self.expects_panic = False
+        self._expected: GuestPanicError | None = None
+        self._asking = False
+        events = driver.event_log(first)
+        self._watch = FileWatch(first.serial_log, *([events] if events else []))
+        self._pidfds: dict[int, int] = {}
+
+    def close(self) -> None:
+        """Let go of what is watched."""
+        self._watch.__exit__(None, None, None)
+        while self._pidfds:
+            os.close(self._pidfds.popitem()[1])
+
+    def has_ended(self) -> bool:
+        """Tell whether the VMM is gone."""
+        return has_ended(self.process)
+
+    def check(self) -> None:
+        """Raise what has become of the guest if it is not well: a panic, an event, the end of the VMM or of a sidecar."""
+        self._watch.clear()
+        self._raise_trouble()
+
+    def check_up(self, tainted: Callable[[], int | None]) -> VmError | None:
+        """Return what has befallen the guest that the test has not been told of, an oops too; None where it is well.
+
+        `tainted` asks the guest for `/proc/sys/kernel/tainted`; None where it does not say.
+        """
+        if self.told:
+            return None
+        try:
+            self.check()
+        except VmError as error:
+            return error
+        if (text := self._oops.scan()) is None:
+            return None
+        # Once, also of a VM that many tests use; what else is there by now is of the same one.
+        self._oops.forget()
+        taint = tainted()
+        if taint is not None and not taint & TAINT_DIE:
+            return None
+        log = self._handle().serial_log
+        return GuestOopsError(
+            f"VM {self._config.name!r}: the guest's kernel had an oops and went on: {text}. Its console {log} {ends_with(log)}",
+            vm_name=self._config.name,
+        )
+
+    def explain(self, error: VmError) -> None:
+        """Raise what lies behind an error of a guest that did not answer in time; else add to it what the VMM says of the guest."""
+        try:
+            self.check()
+            if (text := self._panic.panic) and self._is_dead():
+                raise self._panicked(text)
+        except VmError as cause:
+            self.told = True
+            raise cause from error
+        try:
+            state = self._driver.run_state(self._handle())
+            said = state and f"The VMM says that the guest does not run: it is {state!r}."
+        except VmError as silent:
+            said = f"The VMM does not say whether the guest runs: {silent}"
+        if said:
+            error.args = (f"{error}\n{said}",)
+
+    def not_set_up(self) -> VmError | None:
+        """Return what the guest, which is ready, could not set up of what it was to have; None where it has all."""
+        names = [name for word in self.ready.failed if (name := self._name_of(word))]
+        if not names:
+            return None
+        log = self._handle().serial_log
+        return BootFailedError(
+            f"VM {self._config.name!r} is up, but without {', '.join(names)}: its guest could not set that up. "
+            f"{f'Its kernel has {self.lacks}. ' if self.lacks else ''}Its console {log} {ends_with(log)}",
+            vm_name=self._config.name,
+        )
+
+    def _name_of(self, word: str) -> str | None:
+        """Return what a guest's word for something stands for; None where a guest is ready without it."""
+        kind, number = word.rstrip("0123456789"), word.lstrip("abcdefghijklmnopqrstuvwxyz")
+        if kind == "share" and int(number) < len(self._config.shared_dirs):
+            share = self._config.shared_dirs[int(number)]
+            return f"shared dir {share.tag!r} ({share.host_path})"
+        if kind == "disk":
+            return f"its data disk ({self._config.data_disk})"
+        return {"share": f"shared dir number {number}", "nic": f"the network of its NIC number {number} (eth{number})"}.get(kind)
+
+    def no_shell(self) -> VmError | None:
+        """Return why no shell can answer, in a guest that has said so itself, or that has panicked as expected."""
+        if self._expected is not None and not self.ready.scan():
+            return GuestPanicError(
+                f"VM {self._config.name!r}: the guest panicked, as expected; wait_ready() blocks until it has started again: "
+                f"{self._expected}",
+                vm_name=self._config.name,
+            )
+        if "console" not in self.ready.failed:
+            return None
+        why = f": its kernel has {self.lacks}" if self.lacks else ""
+        return VmIOError(
+            f"VM {self._config.name!r}: no shell answers, since the guest has no virtio console (hvc0){why}",
+            vm_name=self._config.name,
+        )
+
+    def start_anew(self, nonce: str | None) -> None:
+        """Forget what the guest said: it is about to start again, and then has to say this nonce, if any."""
+        self.ready.expect_again(nonce)
+        for scanner in (self._panic, self._oops):
+            scanner.forget()
+
+    def started_anew(self) -> None:
+        """Take what befell the guest before it started again for dealt with."""
+        self._driver.settle(self._handle())
+        self._expected, self.told = None, False
+
+    @property
+    def panicked(self) -> bool:
+        """Whether the guest has panicked as expected, and has not been seen to start again."""
+        return self._expected is not None
+
+    def panic_was_expected(self, error: GuestPanicError) -> None:
+        """Take a panic for what the test meant to happen, until the guest has started anew."""
+        self._expected, self.told = error, True
+
+    def _raise_trouble(self) -> None:
+        if self._asking:
+            return
+        if self._expected is not None and not self.ready.scan():
+            self._raise_after_panic()
+            return
+        try:
+            self._look_for_trouble()
+        except VmError:
+            self.told = True
+            raise
+
+    def _raise_after_panic(self) -> None:
+        """Raise the end of the VMM: of a guest that panicked as expected, and may start again, all else is known."""
+        if self.has_ended():
+            raise HypervisorError(self._why_ended(), vm_name=self._config.name)
+
+    def _look_for_trouble(self) -> None:
+        name = self._config.name
+        trouble = self._driver.trouble(self._handle())
+        text = self._panic.scan()
+        if isinstance(trouble, GuestPanicError):
+            raise self._panicked(text or str(trouble))
+        if text and (
+            self.expects_panic
+            or trouble
+            or self.has_ended()
+            or not self.ready.scan()
+            or (not self._tells_panic() and self._is_dead())
+        ):
+            raise self._panicked(text)
+        if trouble is not None:
+            if self.ready.scan():
+                raise trouble
+            # A VMM that ends for it says more with its end.
+            if not self.wait_ended(Deadline.after(VMM_END_S)):
+                log = self._handle().serial_log
+                raise BootFailedError(f"{trouble}, before it was ready. Its console {log} {ends_with(log)}", vm_name=name)
+        if self.has_ended():
+            kind = HypervisorError if self.ready.scan() else BootFailedError
+            raise kind(self._why_ended(), vm_name=name)
+        self._check_sidecars()
+
+    def _tells_panic(self) -> bool:
+        """Whether the panic device tells of a panic, so that the text of one on the console is no sign of it."""
+        return self.ready.nonce is not None and "panic" not in self.ready.failed
+
+    def _is_dead(self) -> bool:
+        """Tell whether a guest, on whose console the text of a panic is, does not answer; that of one that does is forgotten."""
+        if self._driver.state(self._handle()).state is VmState.PAUSED:
+            return False
+        self._asking = True
+        try:
+            answers = self._answers()
+        finally:
+            self._asking = False
+        if answers:
+            self._panic.panic = None
+        return answers is False
+
+    def _panicked(self, what: str) -> GuestPanicError:
+        name, log = self._config.name, self._handle().serial_log
+        return GuestPanicError(
+            f"VM {name!r}: the guest's kernel gave up: {what.removeprefix(f'VM {name!r}: ')}. Its console {log} {ends_with(log)}",
+            vm_name=name,
+        )
+
+    def check_ending(self) -> None:
+        """Raise what has become of a VMM that is on its way out, after at most two seconds of it."""
+        self.wait_ended(Deadline.after(VMM_OUT_S))
+        self.check()
+
+    def _check_sidecars(self) -> None:
+        for served in list(self.shares):
+            if has_ended(served.process):
+                # It ends with its VMM too, and sees that end a moment before we can.
+                if self.wait_ended(Deadline.after(VMM_END_S)):
+                    self._look_for_trouble()
+                share = served.share
+                raise HypervisorError(
+                    f"VM {self._config.name!r}: virtiofsd (pid {served.process.pid}) for shared dir {share.tag!r} "
+                    f"({share.host_path}) {_how(served.process)} while the VM runs; its log {ends_with(served.log)}",
+                    vm_name=self._config.name,
+                )
+
+    def _why_ended(self) -> str:
+        handle = self._handle()
+        when = "after it was ready" if self.ready.ip else "before it was ready"
+        hint = self._driver.failure_hint()
+        return (
+            f"VM {handle.name!r}: its VMM (pid {self.process.pid}) {_how(self.process)}, {when}. "
+            f"Its log {handle.vmm_log} {ends_with(handle.vmm_log)}\n"
+            f"The guest's console {console_ends_with(handle.serial_log, self._config)}\n"
+            f"To repeat it: {shlex.join(handle.command)}{f'{chr(10)}{hint}' if hint else ''}"
+        )
+
+    def wake_fds(self) -> list[int]:
+        """Return the descriptors of which one is readable when `check` has something new to look at."""
+        for process in (self.process, *self._handle().sidecars):
+            if process.pid not in self._pidfds:
+                try:
+                    self._pidfds[process.pid] = os.pidfd_open(process.pid)
+                except ProcessLookupError:
+                    self._raise_trouble()
+        gone = [pid for pid, fd in self._pidfds.items() if pid != self.process.pid and wait_readable([fd], Deadline.after(0))]
+        if gone:
+            # A sidecar that was let go of, or this would have raised: it must not wake again.
+            self._raise_trouble()
+        return [self._watch.fileno(), *(fd for pid, fd in self._pidfds.items() if pid not in gone)]
+
+    def wait_for(self, look: Callable[[], Found | None], deadline: Deadline, gave_up: Callable[[], VmError]) -> Found:
+        """Block until `look` finds something on the console; raises what `check` does, and `gave_up()` at the deadline."""
+        while True:
+            # Before the look, and never between it and the wait: what is written in between must wake.
+            self._watch.clear()
+            if (found := look()) is not None or (self.has_ended() and (found := look()) is not None):
+                return found
+            self._raise_trouble()
+            if deadline.expired:
+                error = gave_up()
+                self.explain(error)
+                raise error
+            wait_readable(self.wake_fds(), deadline)
+
+    def wait_ended(self, deadline: Deadline) -> bool:
+        """Block until the VMM is gone; tells whether it is."""
+        while not self.has_ended():
+            if deadline.expired:
+                return False
+            self._watch.wait(deadline, self.process.pid)
+        return True
+
+
+class Telling:
+    """A VM's driver, whose errors tell the test of a VMM that has ended, as `Health` does."""
+
+    def __init__(self, driver: VmDriver, health: Health) -> None:
+        self._of = driver, health
+
+    def __getattr__(self, name: str) -> Any:
+        driver, health = self._of
+        found = getattr(driver, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            try:
+                return found(*arguments, **named)
+            except VmError:
+                if health.has_ended():
+                    health.told = True
+                raise
+
+        return call
+
+
+def _served(config: VmConfig, handle: VmHandle) -> list[ServedShare]:
+    """Return who serves the shared dirs of a VM that was just started, as its driver has named the sockets."""
+    assert handle.run_dir is not None
+    pairs = zip(config.shared_dirs, handle.sidecars, strict=True)
+    return [ServedShare(share, process, handle.run_dir / f"fs{index}.sock") for index, (share, process) in enumerate(pairs)]
+
+
+def has_ended(process: ProcessIdentity) -> bool:
+    """Tell whether a process is gone."""
+    return start_time_ticks(process.pid) != process.start_time_ticks
+
+
+def _how(process: ProcessIdentity) -> str:
+    try:
+        code = keeper().returncode(process)
+    except VmIOError as error:
+        return f"ended ({error})"
+    return f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+
+
+def console_ends_with(log: Path, config: VmConfig) -> str:
+    """Return a guest's last words for a message, or what may be the matter where there are none."""
+    words = ends_with(log)
+    return f"{words} {why_silent(config.cmdline)}" if words == EMPTY else words
+
+
+def ends_with(log: Path) -> str:
+    """Return a log's last lines for a message, cleaned and bounded."""
+    lines = last_lines(log)
+    return f"ends with:\n{lines}" if lines else EMPTY

@@ -1,0 +1,408 @@
+"""The one place that turns a `VmConfig` into a ready `Vm` and back; usable without pytest."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, Unpack
+
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.progress import show_progress
+from pytest_chvm.base.untouched import random_hex
+from pytest_chvm.clones.store import (
+    HeldTemplate,
+    Snapshot,
+    TemplateStore,
+    content_key,
+    file_identity,
+    new_directory,
+    snapshots_dir,
+)
+from pytest_chvm.clones.templates import clone_config, made_of, template_config, why_no_clone, why_no_snapshot
+from pytest_chvm.drivers import choose_vmm, make_driver
+from pytest_chvm.drivers.base import MEMORY_FILE, ROOT_FILE, BootOptions, VmDriver, logger
+from pytest_chvm.drivers.disks import check_was_closed
+from pytest_chvm.drivers.memory import copy_sparse
+from pytest_chvm.drivers.preflight import preflight
+from pytest_chvm.drivers.process import require_free_name
+from pytest_chvm.errors import BootFailedError, StopFailedError, UnsupportedError, VmError, VmIOError
+from pytest_chvm.host.budget import Share, budget_of, take_share
+from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.limits import processors
+from pytest_chvm.host.virtiofsd import find_virtiofsd
+from pytest_chvm.machine.guest_choice import Guest, cache_dir, choose_guest, told_config
+from pytest_chvm.machine.nics import Nics, lease_nics, network_mode
+from pytest_chvm.machine.vm import Origin, Vm
+from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
+from pytest_chvm.model.arguments import VmArguments
+from pytest_chvm.settings import Settings
+
+FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
+
+# More processors than this for each of the host's, and a VM does little but wait for its own.
+OVERCOMMIT = 4
+
+_numbers = itertools.count(1)
+
+
+class Held(Protocol):
+    """Something that a VM has until it ends."""
+
+    def release(self) -> list[str] | None:
+        """Give it back; returns what could not be, in words, where it can tell."""
+
+
+def launch(
+    config: VmConfig | None = None,
+    *,
+    settings: Settings | None = None,
+    wait: bool = True,
+    owner: Owner | None = None,
+    **arguments: Unpack[VmArguments],
+) -> Vm:
+    """Boot a VM and return it when it is ready, or at once with `wait=False`; `with launch(...) as vm:` ends it.
+
+    `arguments` are the fields of `VmConfig` (in place of those that `config` gives; see `VmConfig.given`) and of the launch: `vmm`,
+    `accel`, `network`, `boot`, `boot_timeout` (seconds from the start of the VMM), `ready_marker`. What neither says is from
+    `settings` (default: the environment). `owner` is told of the VM before it is waited for. Raises InvalidConfigError before
+    anything is started, BootFailedError after; then nothing is left.
+    """
+    check_argument_names(arguments)
+    given: dict[str, Any] = {**arguments}
+    settings = (settings or Settings.resolve()).with_arguments({key: given.pop(key, None) for key in LAUNCH_FIELDS})
+    # A value of None is one not given, but for a field that has a meaning for it.
+    fields = {**(config.given() if config else {}), **{key: value for key, value in given.items() if value is not None}}
+    if "name" not in fields:
+        fields["name"] = f"vm{next(_numbers)}"
+    config = VmConfig(**_defaults(settings, fields), **fields)
+    driver = driver_for(settings)
+    guest = choose_guest(config, settings)
+    preflight(guest.config)
+    driver.binary()
+    if config.shared_dirs:
+        find_virtiofsd(settings.virtiofsd).check(config.shared_dirs)
+    if config.cpus > OVERCOMMIT * processors():
+        logger.warning("VM %r has %d processors, and the host %d: it will be slow", config.name, config.cpus, processors())
+    launcher = Launcher(driver, settings, owner)
+    why = launcher.why_cold(guest, wait=wait)
+    template = None
+    if why is None:
+        try:
+            template = launcher.template(guest)
+            return launcher.clone(guest, template.directory, wait=wait, held=[template])
+        except VmError as error:
+            # A template that does not boot is a VM that does not.
+            if settings.boot == "clone" or (template is None and isinstance(error, BootFailedError)):
+                raise
+            why = str(error)
+            logger.warning("VM %r is booted, not cloned: %s", config.name, why)
+    elif settings.boot == "clone":
+        raise UnsupportedError(f"VM {config.name!r} cannot be a clone: {why}; use boot='auto' or 'cold'", vm_name=config.name)
+    vm = launcher.cold(guest, why, wait=wait)
+    if why == FIRST_OF_IMAGE:
+        # Not of an image that does not get ready: its template would take as long to fail.
+        launcher.want_template(guest)
+    elif template is not None and not guest.built_in:
+        # Each of its clones would be waited for as long as this one.
+        template.call_unfit(f"a clone of it failed, and then it booted: {why[:500]}")
+    return vm
+
+
+def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that the settings give; a root disk or initramfs is no default for a kernel named by the test."""
+    defaults: dict[str, Any] = {"cpus": settings.cpus, "memory_mb": settings.memory_mb, "cmdline": settings.cmdline}
+    if settings.kernel:
+        defaults["kernel"] = settings.kernel[0]
+    if "initramfs" not in fields and "root_disk" not in fields:
+        defaults |= {"initramfs": settings.initramfs, "root_disk": settings.root_disk}
+    return {key: value for key, value in defaults.items() if key not in fields}
+
+
+def driver_for(settings: Settings) -> VmDriver:
+    """Return the driver that the settings choose; made once for each choice."""
+    return _driver(settings.vmm, settings.accel, settings.binary, settings.virtiofsd, os.environ.get("PATH", ""))
+
+
+@lru_cache(maxsize=16)
+def _driver(vmm: str, accel: str, binary: Path | None, virtiofsd: Path | None, _path: str) -> VmDriver:
+    if vmm == "auto":
+        vmm, _why = choose_vmm(accel=accel, binary=binary)
+    return make_driver(vmm, accel=accel, binary=binary, virtiofsd=virtiofsd)
+
+
+class Owner(Protocol):
+    """Who is told of each VM and snapshot before it is waited for, and ends them; `end_with_caller` is for clones of snapshots."""
+
+    def add_lease(self, lease: Lease) -> None:
+        """Remember the record of what a VM, which is not there yet, has on the host."""
+
+    def add_vm(self, vm: Vm) -> None:
+        """End this VM with the others."""
+
+    def add_snapshot(self, snapshot: Snapshot) -> None:
+        """Remove this snapshot after the VMs."""
+
+    def end_with_caller(self, vm: Vm) -> None:
+        """End this VM at the end of the fixture that is being made, or of the test that runs."""
+
+    def new_log(self, name: str) -> Path:
+        """Return where the serial log of a VM goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """What the host lends a VM until it ends."""
+
+    lease: Lease
+    share: Share
+    nics: Nics
+    others: Sequence[Held]
+
+    def release(self) -> list[str]:
+        """Give all of it back; returns what could not be, in words."""
+        failures = []
+        held: Sequence[Held] = (self.share, *self.nics.held, *self.others, self.lease)
+        for part in held:
+            try:
+                failures += part.release() or []
+            except Exception as error:  # one that fails must not keep the others
+                failures.append(f"{part}: {error}")
+        return failures
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Starts VMs with one driver and one set of settings, for an owner (None: the caller ends them)."""
+
+    driver: VmDriver
+    settings: Settings
+    owner: Owner | None = None
+
+    def why_cold(self, guest: Guest, *, wait: bool) -> str | None:
+        """Return why a VM is to be booted, or None where it is to be a clone."""
+        if self.settings.boot == "cold":
+            return "asked for"
+        why = self._why_no_clone(guest)
+        if why is not None or guest.built_in:
+            return why
+        if not wait:
+            return "it is an image of its own, whose boot is not waited for"
+        try:
+            # Not by content: most images are wanted once only.
+            made_of = self._made_of(guest, file_identity)
+            if self.settings.boot == "clone":
+                self._store.want(made_of)
+            elif not self._store.wanted_before(made_of):
+                return FIRST_OF_IMAGE
+        except VmError as error:
+            return str(error)
+        return None
+
+    def _why_no_clone(self, guest: Guest) -> str | None:
+        mode, _why = network_mode(self.settings, self.driver, outbound=guest.config.outbound)
+        return why_no_clone(guest.config, built_in_guest=guest.built_in, network_mode=mode)
+
+    def want_template(self, guest: Guest) -> None:
+        """Have the next VM of an image of one's own be a clone."""
+        self._store.want(self._made_of(guest, file_identity))
+
+    @property
+    def _store(self) -> TemplateStore:
+        return TemplateStore(cache_dir(self.settings))
+
+    def _made_of(self, guest: Guest, identify: Callable[[Path], str]) -> dict[str, object]:
+        mode, _why = network_mode(self.settings, self.driver, outbound=guest.config.outbound)
+        try:
+            return made_of(
+                template_config(guest.config),
+                self.driver,
+                identify,
+                built_in_guest=guest.built_in,
+                network_mode=mode,
+                ready_marker=self.settings.ready_marker,
+            )
+        except OSError as error:
+            raise VmIOError(f"VM {guest.config.name!r} cannot be a clone: {error}", vm_name=guest.config.name) from error
+
+    def cold(self, guest: Guest, why: str, *, wait: bool = True, template_dir: Path | None = None) -> Vm:
+        """Boot a VM; `why` says why it is no clone."""
+        return self._started(guest, Origin("cold", why), wait=wait, template_dir=template_dir)
+
+    def clone(self, guest: Guest, saved: Path, *, wait: bool = True, held: Sequence[Held] = (), stale_nics: int = 0) -> Vm:
+        """Start a VM from a saved one, and have it made a machine of its own; `stale_nics` have the saved one's addresses."""
+        guest = replace(guest, config=clone_config(guest.config), nonce=random_hex(8))
+        return self._started(guest, Origin("clone", "", saved, stale_nics), wait=wait, held=held)
+
+    def template(self, guest: Guest) -> HeldTemplate:
+        """Return the template for a VM, from the store; the first call boots and saves it."""
+        plain = replace(guest, config=template_config(guest.config), nonce=random_hex(8) if guest.built_in else None)
+
+        def build(directory: Path) -> None:
+            try:
+                with self.cold(plain, "it is to be a template", template_dir=directory) as vm:
+                    vm.save(directory, go_on=False)
+                    if plain.config.root_disk is not None:
+                        _end_of_disk(vm, directory)
+                if self._made_of(guest, identify) != parts:
+                    raise VmIOError(f"VM {guest.config.name!r}: what its template is made of was changed while it was made")
+            except BootFailedError as error:
+                if guest.built_in or insists:
+                    raise
+                # It may have booted where it was meant to be.
+                raise UnsupportedError(f"its template did not boot: {str(error)[:500]}") from error
+
+        def identify(file: Path) -> str:
+            return content_key(file, cache)
+
+        insists = self.settings.boot == "clone"
+        cache = cache_dir(self.settings)
+        parts = self._made_of(guest, identify)
+        return self._store.get(parts, plain.config.memory_mb, build, try_again=insists)
+
+    def _started(
+        self, guest: Guest, origin: Origin, *, wait: bool, template_dir: Path | None = None, held: Sequence[Held] = ()
+    ) -> Vm:
+        with ExitStack() as undo:
+            lent = self._borrow(guest.config, origin, held, undo)
+            vm = self._start(guest, origin, lent, template_dir, undo)
+            undo.pop_all()
+        try:
+            if self.owner is not None:
+                self.owner.add_vm(vm)
+            if origin.saved is not None:
+                vm.renew(self._words(guest, lent))
+            if wait:
+                vm.wait_ready()
+        except BaseException:
+            _close_quietly(vm)
+            raise
+        # Of one that is not waited for, nobody sees when it is up.
+        lent.share.booted()
+        return vm
+
+    def _borrow(self, config: VmConfig, origin: Origin, held: Sequence[Held], undo: ExitStack) -> Lent:
+        """Take what a VM needs from the host; `undo` gives it back, and `held` too."""
+        for part in held:
+            undo.callback(part.release)
+        require_free_name(config)
+        lease = Lease()
+        undo.callback(_log_failures, lease.release)
+        if self.owner is not None:
+            self.owner.add_lease(lease)
+        lease.describe(name=config.name, vmm=self.driver.vmm, cpus=config.cpus, memory_mb=config.memory_mb)
+        budget = budget_of(self.settings.memory_budget_mb, self.settings.max_vms)
+        boots_with = config.cpus if origin.saved is None else 0
+        share = take_share(budget, config.memory_mb, boots_with, lease, config.name, show_progress)
+        undo.callback(share.release)
+        return Lent(lease, share, lease_nics(config, self.driver, self.settings, lease, undo), held)
+
+    def _words(self, guest: Guest, lent: Lent) -> list[str]:
+        return guest.words(self.settings.ready_marker) + lent.nics.words
+
+    def _start(self, guest: Guest, origin: Origin, lent: Lent, template_dir: Path | None, undo: ExitStack) -> Vm:
+        settings, driver = self.settings, self.driver
+        # An image of its own is told its addresses with a command line of its own.
+        told = self._words(guest, lent) if guest.built_in else lent.nics.words if guest.config.cmdline is not None else []
+        config = told_config(guest, told, lent.lease.directory).replace(networks=lent.nics.attachments)
+        snapshots = snapshots_dir(cache_dir(settings))
+        options = BootOptions(
+            lent.lease,
+            True,
+            settings.ready_marker,
+            guest.nonce,
+            template_dir,
+            snapshots if snapshots.is_dir() else None,
+            settings.boot_timeout,
+        )
+        boot_deadline = Deadline.after(settings.boot_timeout)
+        handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
+        undo.callback(driver.kill, handle)
+        assert handle.process is not None
+        pid, ticks = handle.process.pid, handle.process.start_time_ticks
+        lent.lease.describe(pid=pid, start_time_ticks=ticks, console=os.fspath(handle.serial_log))
+        return Vm(
+            config,
+            handle,
+            driver,
+            boot_deadline=boot_deadline,
+            built_in_guest=guest.built_in,
+            lease=lent.lease,
+            virtiofsd=settings.virtiofsd,
+            origin=origin,
+            snapshot=lambda vm: self._snapshot(vm, guest),
+            release=lent.release,
+            lacks=guest.lacks,
+        )
+
+    def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:
+        is_clone = vm.origin.boot == "clone"
+        why = self._why_no_clone(guest) or why_no_snapshot(guest.config, vm.plugged, is_clone=is_clone, vmm=self.driver.vmm)
+        if why is None and vm.status.state is VmState.PAUSED:
+            why = "it is paused: resume() it first"
+        elif why is None and vm.resized:
+            why = "it was resized, and a clone would have to be too"
+        if why is not None:
+            raise UnsupportedError(f"VM {vm.name!r} cannot be saved: {why}", vm_name=vm.name)
+        lease = Lease()
+        if self.owner is not None:
+            self.owner.add_lease(lease)
+        try:
+            directory = new_directory(snapshots_dir(cache_dir(self.settings)), lease)
+            vm.save(directory)
+        except BaseException as error:
+            _log_failures(lease.release)
+            if isinstance(error, OSError) and not isinstance(error, VmError):
+                raise VmIOError(
+                    f"VM {vm.name!r} cannot be saved: {error}; free some space, or set CHVM_CACHE_DIR to a directory of yours",
+                    vm_name=vm.name,
+                ) from error
+            raise
+        stale_nics = len(vm.config.networks or ())
+
+        def start(name: str, saved: Path, wait: bool) -> Vm:
+            config = guest.config.replace(name=name)
+            log = config.serial_log and config.serial_log.with_name(f"{name}.serial.log")
+            if self.owner is not None:
+                log = self.owner.new_log(name)
+            fresh = replace(guest, config=config.replace(serial_log=log))
+            clone = self.clone(fresh, saved, wait=wait, stale_nics=stale_nics)
+            if self.owner is not None:
+                self.owner.end_with_caller(clone)
+            return clone
+
+        snapshot = Snapshot(vm.clone_names, directory, start, lease.release)
+        if self.owner is not None:
+            self.owner.add_snapshot(snapshot)
+        return snapshot
+
+
+def _end_of_disk(vm: Vm, directory: Path) -> None:
+    """End a saved VM so that all of its root disk is in its file: Cloud Hypervisor writes the last of it when it ends.
+
+    Raises UnsupportedError where it did not.
+    """
+    memory, kept = directory / MEMORY_FILE, directory / f"{MEMORY_FILE}.kept"
+    # On its way out it lets its devices go on, which write to the guest's memory.
+    with kept.open("xb") as file:
+        copy_sparse(memory, file.fileno())
+    vm.stop()
+    kept.rename(memory)
+    check_was_closed(directory / ROOT_FILE)
+
+
+def _log_failures(release: Callable[[], list[str]]) -> None:
+    for failure in release():
+        logger.error("left behind by a failed launch: %s", failure)
+
+
+def _close_quietly(vm: Vm) -> None:
+    try:
+        vm.close()
+    except StopFailedError as error:
+        # The failed boot is what the test is to see.
+        logger.error("%s", error)

@@ -1,0 +1,160 @@
+"""What the fixtures `chvm_vm` and `chvm_vm_factory` give."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Unpack
+
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.clones.store import Snapshot
+from pytest_chvm.errors import StopFailedError
+from pytest_chvm.host import networks
+from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.locks import held_under
+from pytest_chvm.machine.launcher import launch
+from pytest_chvm.machine.vm import Vm
+from pytest_chvm.model import NAME_PATTERN, Network, VmConfig, check_argument_names
+from pytest_chvm.model.arguments import VmArguments
+from pytest_chvm.settings import Settings
+
+# Of all VMs and networks of one fixture, which end at once.
+TEARDOWN_S = 3.0
+
+
+class VmFactory:
+    """What the fixtures give: called like `launch`, it ends all its VMs and networks when it is closed.
+
+    `defaults` are arguments of every call (a marker's); logs go below `log_dir`. VMs without a name get `name` and a number. No
+    boot is waited for longer than `longest_boot_s`, whoever asks for more. `at_end_of_caller` has something done at the end of the
+    fixture or test that runs. Only the process that made it ends anything, not one that was forked from that.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        namespace: str,
+        log_dir: Callable[[], Path],
+        defaults: dict[str, Any] | None = None,
+        longest_boot_s: float | None = None,
+        at_end_of_caller: Callable[[Callable[[], None]], None] | None = None,
+        test: str | None = None,
+    ) -> None:
+        self.settings = settings
+        self._test = test or name
+        self._leases: list[Lease] = []
+        self.vms: list[Vm] = []
+        self._snapshots: list[Snapshot] = []
+        self._at_end_of_caller = at_end_of_caller
+        self._owner_pid = os.getpid()
+        self._logs: set[Path] = set()
+        self._networks: list[networks.LeasedNetwork] = []
+        self._name = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:50] or "vm"
+        self._namespace = namespace
+        self._log_dir = log_dir
+        self._defaults = defaults or {}
+        self._longest_boot_s = longest_boot_s
+        self._count = itertools.count(1)
+        self.closed = False
+
+    def __call__(self, config: VmConfig | None = None, *, wait: bool | None = None, **arguments: Unpack[VmArguments]) -> Vm:
+        """Boot a VM; see `launch`. With `wait=False` it is returned at once (default: what the marker says, else True)."""
+        check_argument_names(arguments)
+        number = next(self._count)
+        name = self._name if number == 1 else f"{self._name}-{number}"
+        given: dict[str, Any] = {"name": name, "namespace": self._namespace, **self._defaults}
+        given |= {**(config.given() if config else {}), **arguments}
+        if wait is not None:
+            given["wait"] = wait
+        # A name that is none is for VmConfig to refuse.
+        if given.get("serial_log") is None and isinstance(given["name"], str) and NAME_PATTERN.fullmatch(given["name"]):
+            given["serial_log"] = self.new_log(given["name"])
+        settings = self.settings.with_arguments({"boot_timeout": given.pop("boot_timeout", None)})
+        if self._longest_boot_s is not None and settings.boot_timeout > self._longest_boot_s:
+            settings = settings.with_arguments({"boot_timeout": self._longest_boot_s})
+        return launch(settings=settings, owner=self, **given)
+
+    def new_log(self, name: str) -> Path:
+        """Return where the serial log of a VM goes; an earlier one's of that name is left as it is."""
+        directory = self._log_dir()
+        paths = (directory / f"{name}{f'-{number}' if number > 1 else ''}.serial.log" for number in itertools.count(1))
+        log = next(path for path in paths if path not in self._logs)
+        self._logs.add(log)
+        return log
+
+    def add_vm(self, vm: Vm) -> None:
+        """End this VM with the others."""
+        self.vms.append(vm)
+
+    def add_snapshot(self, snapshot: Snapshot) -> None:
+        """Remove this snapshot after the VMs."""
+        self._snapshots.append(snapshot)
+
+    def end_with_caller(self, vm: Vm) -> None:
+        """End this VM at the end of the fixture that is being made, or of the test that runs, if that is sooner."""
+        if self._at_end_of_caller is not None:
+            self._at_end_of_caller(vm.close)
+
+    def forget_ended(self) -> None:
+        """Let go of the VMs that have ended."""
+        self.vms[:] = [vm for vm in self.vms if not vm.closed]
+
+    def network(self, name: str | None = None) -> Network:
+        """Make an isolated network for several VMs; see `host.networks.lease_network`."""
+        leased = networks.lease_network(networks.parse_pool(self.settings.subnet_pool), name, self.add_lease)
+        self._networks.append(leased)
+        return leased.network
+
+    def add_lease(self, lease: Lease) -> None:
+        """Remember the record of what a VM or network, which is not there yet, has on the host."""
+        self._leases.append(lease)
+        lease.describe(test=self._test, worker=self._namespace)
+
+    def close(self) -> None:
+        """End all VMs, at once, then the networks; raises StopFailedError with everything that is left."""
+        if os.getpid() != self._owner_pid:
+            return
+        failures: list[str] = []
+        self.closed = True
+
+        def end(what: Vm | Snapshot | networks.LeasedNetwork) -> None:
+            try:
+                failures.extend(what.close() or ())
+            except Exception as error:  # one that fails must not keep the others
+                failures.append(str(error))
+
+        deadline = Deadline.after(TEARDOWN_S)
+        threads = [(vm.name, threading.Thread(target=end, args=(vm,), daemon=True)) for vm in self.vms[1:]]
+        try:
+            for _name, thread in threads:
+                thread.start()
+            for vm in self.vms[:1]:
+                end(vm)
+        finally:
+            for name, thread in threads:
+                thread.join(deadline.remaining_s)
+                if thread.is_alive():
+                    failures.append(f"VM {name!r} is still being ended after {deadline.total_s:g} s")
+            for snapshot in self._snapshots:
+                end(snapshot)
+            for network in self._networks:
+                end(network)
+        if failures:
+            raise StopFailedError("; ".join(failures))
+
+    def end_what_is_left(self) -> list[str]:
+        """Return what should be gone with `close` and is not, in words, and end it: a teardown can be interrupted anywhere."""
+        left: list[str] = []
+        for lease in self._leases if os.getpid() == self._owner_pid else ():
+            locks = held_under(lease)
+            left += [*lease.left(), *(f"lock {lock.name}" for lock in locks)]
+            for lock in locks:
+                lock.release()
+            left += [f"it cannot be removed: {failure}" for failure in lease.release(search=True)]
+        return left
