@@ -1,0 +1,175 @@
+"""A VM's configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.model.networks import Attachment, Tap
+from pytest_chvm.model.shares import SharedDir
+from pytest_chvm.model.values import NAME_PATTERN, _short, as_path
+
+if TYPE_CHECKING:
+    from pytest_chvm.model.arguments import ConfigArguments
+
+CPU_MODEL_PATTERN = re.compile(r"[A-Za-z0-9._-]+(,[+-]?[A-Za-z0-9._=-]+)*")
+CHANNEL_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class VmConfig:
+    """All that a VM is made of. Every field has a default: `VmConfig()` is the built-in guest.
+
+    Paths are `str` or `os.PathLike` in, `Path` out. `memory_mb` is MiB. Raises InvalidConfigError for a
+    value that can never be right; files are looked at when the VM is started.
+
+    A field that is as by default is one that was not given: to `launch` and `chvm_vm` its value then comes from the marker, the
+    options or the test's name. What is to be as by default whatever those say is an argument beside it: `launch(config, cpus=1)`.
+
+    `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
+    `channels` are names of virtio-serial ports: `/dev/virtio-ports/<name>` in the guest where udev runs, `vm.open_channel(name)`
+    outside. `hotplug`: there is room for devices to be plugged in while it runs; `max_cpus` and `max_memory_mb`: up to how much
+    `vm.resize` can go (None: no further). `outbound=False`: by its user-mode network the guest reaches
+    neither the host nor what the host reaches; it can still be reached at `vm.address`.
+    """
+
+    name: str = "vm"
+    namespace: str = "default"
+    kernel: Path | None = None
+    initramfs: Path | None = None
+    cmdline: str | None = None
+    cpus: int = 1
+    memory_mb: int = 256
+    root_disk: Path | None = None
+    seed_iso: Path | None = None
+    data_disk: Path | None = None
+    networks: tuple[Attachment, ...] | None = None
+    netns: str | None = None
+    shared_dirs: tuple[SharedDir, ...] = ()
+    serial_log: Path | None = None
+    cpu_model: str | None = None
+    channels: tuple[str, ...] = ()
+    hotplug: bool = False
+    max_cpus: int | None = None
+    max_memory_mb: int | None = None
+    outbound: bool = True
+
+    if TYPE_CHECKING:
+        # What comes in is more than what comes out: a `str` is a path too.
+        def __init__(self, **arguments: Unpack[ConfigArguments]) -> None: ...
+
+    def __post_init__(self) -> None:
+        for key in ("name", "namespace"):
+            value = getattr(self, key)
+            if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value):
+                raise InvalidConfigError(
+                    f"{key}={_short(value)} cannot be a VM's {key}: expected 1 to 63 letters, digits, "
+                    "'-', '_' or '.', beginning with a letter or digit",
+                    vm_name=value if key == "name" and isinstance(value, str) else None,
+                )
+        for key in ("kernel", "initramfs", "root_disk", "seed_iso", "data_disk", "serial_log"):
+            value = getattr(self, key)
+            if value is not None:
+                object.__setattr__(self, key, as_path(key, value))
+        for key in ("cpus", "memory_mb"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise self._invalid(f"{key}={value!r}, expected a whole number of 1 or more")
+        for key, least in (("max_cpus", self.cpus), ("max_memory_mb", self.memory_mb)):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise self._invalid(f"{key}={value!r}, expected a whole number, {least} or more")
+        if not isinstance(self.outbound, bool):
+            raise self._invalid(f"outbound={self.outbound!r}, expected True or False")
+        if self.cmdline is not None:
+            if not isinstance(self.cmdline, str):
+                raise self._invalid(f"cmdline={self.cmdline!r}, expected a string")
+            if "\n" in self.cmdline or "\0" in self.cmdline:
+                raise self._invalid("cmdline has a newline or NUL, which no kernel command line can have")
+        if self.netns is not None and (
+            not isinstance(self.netns, str) or not re.fullmatch(r"[^/\s\0]{1,255}", self.netns) or self.netns in (".", "..")
+        ):
+            raise self._invalid(f"netns={self.netns!r} cannot be the name of a network namespace")
+        if self.cpu_model is not None and (not isinstance(self.cpu_model, str) or not CPU_MODEL_PATTERN.fullmatch(self.cpu_model)):
+            raise self._invalid(f"cpu_model={self.cpu_model!r}, expected a model and its flags: 'EPYC,+svm'")
+        object.__setattr__(self, "channels", self._checked_channels())
+        object.__setattr__(self, "networks", self._checked_networks())
+        object.__setattr__(self, "shared_dirs", self._checked_shared_dirs())
+
+    def _invalid(self, what: str) -> InvalidConfigError:
+        return InvalidConfigError(f"VM {self.name!r}: {what}", vm_name=self.name)
+
+    def _checked_channels(self) -> tuple[str, ...]:
+        channels: Any = self.channels
+        if isinstance(channels, str) or not isinstance(channels, Sequence):
+            raise self._invalid(f"channels={channels!r}, expected a list of names")
+        for name in channels:
+            if not isinstance(name, str) or not CHANNEL_PATTERN.fullmatch(name):
+                raise self._invalid(f"channel {name!r}: expected 1 to 64 letters, digits, '-', '_' or '.'")
+        if len(set(channels)) != len(channels):
+            raise self._invalid(f"channels has a name twice: {', '.join(channels)}")
+        return tuple(channels)
+
+    def _checked_networks(self) -> tuple[Attachment, ...] | None:
+        networks: Any = self.networks
+        if networks is None:
+            return None
+        if isinstance(networks, Attachment):
+            networks = (networks,)
+        if not isinstance(networks, Sequence) or isinstance(networks, str):
+            raise self._invalid(f"networks={networks!r}, expected a list of Tap, SocketPairFd or Network")
+        for network in networks:
+            if not isinstance(network, Attachment):
+                raise self._invalid(f"networks has {network!r}, expected a Tap, a SocketPairFd or a Network")
+        named = [n.name for n in networks if isinstance(n, Tap) and n.name is not None]
+        if len(set(named)) != len(named):
+            raise self._invalid(f"networks uses a TAP twice: {', '.join(named)}")
+        return tuple(networks)
+
+    def _checked_shared_dirs(self) -> tuple[SharedDir, ...]:
+        shared: Any = self.shared_dirs
+        if shared is None:
+            return ()
+        if isinstance(shared, SharedDir):
+            shared = (shared,)
+        if isinstance(shared, Mapping):
+            shared = [SharedDir(tag, host_path) for tag, host_path in shared.items()]
+        if not isinstance(shared, Sequence) or isinstance(shared, str | bytes):
+            raise self._invalid(f"shared_dirs={shared!r}, expected a mapping of tag to host path or a list of SharedDir")
+        for share in shared:
+            if not isinstance(share, SharedDir):
+                raise self._invalid(f"shared_dirs has {share!r}, expected a SharedDir")
+        tags = [share.tag for share in shared]
+        for tag in tags:
+            if tags.count(tag) > 1:
+                raise self._invalid(f"shared dir tag {tag!r} is used twice")
+        return tuple(shared)
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that say something, by name: those that are not as by default. The rest is for others to say."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
+
+    def replace(self, **changes: Unpack[ConfigArguments]) -> VmConfig:
+        """Return a copy with some fields changed, validated anew."""
+        values: dict[str, Any] = {**changes}
+        return replace(self, **values)
+
+
+CONFIG_FIELDS = tuple(f.name for f in fields(VmConfig))
+# Keyword arguments of a launch that are not part of what the VM is.
+LAUNCH_FIELDS = ("vmm", "accel", "network", "boot", "boot_timeout", "ready_marker", "wait")
+
+
+def check_argument_names(given: Mapping[str, object]) -> None:
+    """Raise InvalidConfigError for an argument that no VM has, listing the near ones."""
+    known = CONFIG_FIELDS + LAUNCH_FIELDS
+    for key in given:
+        if key not in known:
+            near = get_close_matches(key, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
+            raise InvalidConfigError(f"a VM has no argument {key!r}; {hint}")
