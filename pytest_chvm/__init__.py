@@ -15,7 +15,7 @@ _HOMES = {
     "launch": "machine.launcher",
     "Vm": "machine.vm",
     "VmFactory": "plugin.factory",
-    "Snapshot": "clones.store",
+    "Snapshot": "machine.snapshot",
     "Device": "machine.hotplug",
     **dict.fromkeys(("ConfigArguments", "VmArguments"), "model.arguments"),
     "Settings": "settings",

@@ -1,6 +1,5 @@
 """The public names, for type checkers: at run time each is imported at its first use."""
 
-from pytest_chvm.clones.store import Snapshot as Snapshot
 from pytest_chvm.drivers.base import VmDriver as VmDriver
 from pytest_chvm.drivers.cloud_hypervisor.driver import CloudHypervisorDriver as CloudHypervisorDriver
 from pytest_chvm.drivers.qemu.driver import QemuDriver as QemuDriver
@@ -22,6 +21,7 @@ from pytest_chvm.errors import VmIOError as VmIOError
 from pytest_chvm.errors import VmNotFoundError as VmNotFoundError
 from pytest_chvm.machine.hotplug import Device as Device
 from pytest_chvm.machine.launcher import launch as launch
+from pytest_chvm.machine.snapshot import Snapshot as Snapshot
 from pytest_chvm.machine.vm import Vm as Vm
 from pytest_chvm.model import CommandResult as CommandResult
 from pytest_chvm.model import Network as Network

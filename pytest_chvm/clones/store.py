@@ -1,9 +1,4 @@
-"""Saved VMs: templates, which outlive a run, and a test's own snapshots. What is started from one is a clone.
-
-A saved VM is a directory: the VMM's own files, the guest's memory where it is a file (mapped copy-on-write by each clone) and the
-console's log up to then. Templates are kept in the cache directory, each under a key of all that it is made of; one that was
-changed since it was written is made anew, never used.
-"""
+"""The store of templates: saved VMs that outlive a run, each under a key of all that it is made of."""
 
 from __future__ import annotations
 
@@ -11,74 +6,31 @@ import datetime
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pytest_chvm.base.cache import built_once, remove_unfinished
 from pytest_chvm.base.lockfiles import try_lock, wait_for_lock
 from pytest_chvm.base.progress import show_progress
 from pytest_chvm.base.text import clean
 from pytest_chvm.base.trees import remove_tree
-from pytest_chvm.base.untouched import random_hex, wall_clock_s
-from pytest_chvm.drivers.memory import data_extents
+from pytest_chvm.base.untouched import wall_clock_s
+from pytest_chvm.clones.digests import DIGESTS_DIR, digest_of, identity_of
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.host.keeper.remains import boot_id
-from pytest_chvm.host.leases import Lease
-
-if TYPE_CHECKING:
-    from pytest_chvm.machine.vm import Vm
 
 RECORD_FILE = "template.json"
 CHECKED_FILE = "checked"
-DIGESTS_DIR = "digests"
-DIGEST = r"[0-9a-f]{64}"
 # What a record raises that is none.
 NO_RECORD = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 # What all templates of a user may take of the disk; one is 100 MB or so.
 LIMIT_MB = 4096
 WANTED_FOR_S = 30 * 86400.0
 UNFIT_FOR_S = 3600.0
-BLOCK_SIZE = 1 << 16
-# How near a file's last change may be to the reading of it for another change to have left the file's times as they were: those of
-# some file systems are in whole seconds, two of them at most (FAT).
-RACY_S = 2.0
-
-
-class Snapshot:
-    """A VM that a test saved. `clone()` starts another from there, any number of times; `close` removes it."""
-
-    def __init__(
-        self, names: Iterator[str], directory: Path, start: Callable[[str, Path, bool], Vm], remove: Callable[[], list[str]]
-    ):
-        self.directory = directory
-        self._names = names
-        self._start = start
-        self._remove = remove
-        self._closed = False
-
-    def clone(self, name: str | None = None, *, wait: bool = True) -> Vm:
-        """Start a VM from the snapshot, a machine of its own, and return it when it is ready, or at once with `wait=False`.
-
-        It has the saved VM's memory and running programs, and a name, addresses, host name, clock and random pool of its own.
-        It ends with the fixture or test that made it, or with its `close`. Raises what `launch` does.
-        """
-        name = next(self._names) if name is None else name
-        if self._closed:
-            raise VmIOError(f"VM {name!r} cannot be cloned: its snapshot was closed; close it after its last clone()", vm_name=name)
-        return self._start(name, self.directory, wait)
-
-    def close(self) -> list[str]:
-        """Remove it; clones that run go on, but one with a root disk cannot be saved any more.
-
-        Returns what could not be removed, in words.
-        """
-        self._closed = True
-        return self._remove()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +81,7 @@ class Template:
                 return wall_clock_s() - (self.directory / RECORD_FILE).stat().st_mtime < UNFIT_FOR_S
             # What was still to be written to the disk when the host went down is lost, sizes and times or not.
             if wholly or boot_id() not in (record["boot_id"], self._checked_in()):
-                if any(_digest(self.directory / name) != digest for name, (_, _, _, digest) in record["files"].items()):
+                if any(digest_of(self.directory / name) != digest for name, (_, _, _, digest) in record["files"].items()):
                     return False
                 # It is read once a boot only.
                 with suppress(OSError):
@@ -197,7 +149,7 @@ class TemplateStore:
                 unfit = str(error)
                 for file in unfinished.iterdir():
                     file.unlink()
-            files = {file.name: _identity(file) for file in sorted(unfinished.iterdir())}
+            files = {file.name: identity_of(file) for file in sorted(unfinished.iterdir())}
             record = {"boot_id": boot_id(), "made_of": dict(made_of), "files": files, "unfit": unfit}
             (unfinished / RECORD_FILE).write_text(json.dumps(record))
 
@@ -328,84 +280,6 @@ def _remove_unused(template: Template) -> bool:
         os.close(fd)
 
 
-def snapshots_dir(cache: Path) -> Path:
-    """Return the directory in which tests' own snapshots are, each in one of its own; it is made where it can be."""
-    directory = cache / "snapshots"
-    with suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
-    return directory
-
-
-def new_directory(parent: Path, lease: Lease) -> Path:
-    """Return a new empty directory for a test's own snapshot, in the lease first."""
-    directory = parent / random_hex(8)
-    lease.add_path(directory)
-    directory.mkdir(mode=0o700)
-    return directory
-
-
-def content_key(file: Path, cache: Path) -> str:
-    """Return the hash of a file's content and length; computed once for each inode, size and time, and kept in the cache.
-
-    Raises OSError where the file cannot be read or the cache not be written.
-    """
-    found = file.stat()
-    identity = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
-    kept = cache / DIGESTS_DIR / f"{identity}-sized.blake2b"
-    with suppress(OSError):
-        # Without a lock, and where nothing can be written.
-        if kept.stat().st_mtime - found.st_ctime > RACY_S and re.fullmatch(DIGEST, digest := kept.read_text(errors="replace")):
-            with suppress(OSError):
-                os.utime(kept)
-            return digest
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.open("a+", errors="replace") as known:
-        # Others that want the same wait for it.
-        wait_for_lock(known.fileno(), f"what {str(file)!r} holds", show_progress)
-        known.seek(0)
-        digest = known.read()
-        if os.fstat(known.fileno()).st_mtime - found.st_ctime <= RACY_S or not re.fullmatch(DIGEST, digest):
-            # Of the moment before the reading: what is changed during it must not be taken for what was read.
-            os.utime(known.fileno())
-            begun_ns = os.fstat(known.fileno()).st_mtime_ns
-            digest = _digest(file)
-            known.truncate(0)
-            known.write(digest)
-            known.flush()
-            os.utime(known.fileno(), ns=(begun_ns, begun_ns))
-    return digest
-
-
-def file_identity(file: Path) -> str:
-    """Return what tells a file from another without reading it."""
-    found = file.stat()
-    return f"{file}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
-
-
 def _record(directory: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((directory / RECORD_FILE).read_text())
     return record
-
-
-def _identity(file: Path) -> tuple[int, int, int, str]:
-    digest = _digest(file)
-    found = file.stat()
-    return found.st_size, found.st_ino, found.st_mtime_ns, digest
-
-
-def _digest(file: Path) -> str:
-    """Return the BLAKE2 hash of a file's length and of what it holds where: of its blocks that are not zeros, without its holes."""
-    digest = hashlib.blake2b(digest_size=32)
-    next_block = 0
-    with file.open("rb") as source:
-        digest.update(b"%d bytes " % os.fstat(source.fileno()).st_size)
-        for start, end in data_extents(source.fileno()):
-            # What a file system calls data may differ from one day to the next, but not what a block holds.
-            for block in range(max(next_block, start // BLOCK_SIZE), -(-end // BLOCK_SIZE)):
-                source.seek(block * BLOCK_SIZE)
-                content = source.read(BLOCK_SIZE)
-                if content.strip(b"\0"):
-                    digest.update(b"%d " % block)
-                    digest.update(content)
-                next_block = block + 1
-    return digest.hexdigest()

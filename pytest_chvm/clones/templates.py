@@ -131,7 +131,7 @@ def _code() -> str:
 
 
 def _package_files() -> Iterator[tuple[str, bytes]]:
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*")):
         if file.is_file() and "__pycache__" not in file.parts:
             yield file.relative_to(package).as_posix(), file.read_bytes()

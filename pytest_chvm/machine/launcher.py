@@ -14,15 +14,8 @@ from typing import Any, Protocol, Unpack
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.progress import show_progress
 from pytest_chvm.base.untouched import random_hex
-from pytest_chvm.clones.store import (
-    HeldTemplate,
-    Snapshot,
-    TemplateStore,
-    content_key,
-    file_identity,
-    new_directory,
-    snapshots_dir,
-)
+from pytest_chvm.clones.digests import content_key, file_identity
+from pytest_chvm.clones.store import HeldTemplate, TemplateStore
 from pytest_chvm.clones.templates import clone_config, made_of, template_config, why_no_clone, why_no_snapshot
 from pytest_chvm.drivers import choose_vmm, make_driver
 from pytest_chvm.drivers.base import MEMORY_FILE, ROOT_FILE, BootOptions, VmDriver, logger
@@ -37,6 +30,7 @@ from pytest_chvm.host.limits import processors
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.machine.guest_choice import Guest, cache_dir, choose_guest, told_config
 from pytest_chvm.machine.nics import Nics, lease_nics, network_mode
+from pytest_chvm.machine.snapshot import Snapshot, new_directory, snapshots_dir
 from pytest_chvm.machine.vm import Origin, Vm
 from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
 from pytest_chvm.model.arguments import VmArguments

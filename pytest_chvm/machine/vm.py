@@ -16,7 +16,6 @@ from typing import Self, cast
 from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.text import read_tail
 from pytest_chvm.base.untouched import Socket
-from pytest_chvm.clones.store import Snapshot
 from pytest_chvm.drivers.base import CONSOLE_FILE, VmDriver, logger, share_id
 from pytest_chvm.errors import (
     BootFailedError,
@@ -36,6 +35,7 @@ from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.machine import hotplug, liveness
 from pytest_chvm.machine.health import Health, Telling, console_ends_with, ends_with
 from pytest_chvm.machine.hotplug import Device
+from pytest_chvm.machine.snapshot import Snapshot
 from pytest_chvm.model import CommandResult, SharedDir, Tap, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, as_path
 
 RUN_TIMEOUT_S = 60.0

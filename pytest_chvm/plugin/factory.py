@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from pytest_chvm.base.deadline import Deadline
-from pytest_chvm.clones.store import Snapshot
 from pytest_chvm.errors import StopFailedError
 from pytest_chvm.host import networks
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import held_under
 from pytest_chvm.machine.launcher import launch
+from pytest_chvm.machine.snapshot import Snapshot
 from pytest_chvm.machine.vm import Vm
 from pytest_chvm.model import NAME_PATTERN, Network, VmConfig, check_argument_names
 from pytest_chvm.model.arguments import VmArguments

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pytest_chvm import InvalidConfigError, MissingRequirementError
-from pytest_chvm.clones.store import Snapshot
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import NETWORK_PREFIX, Subnet, lease_network, lease_network_nic, parse_pool, take_subnet
+from pytest_chvm.machine.snapshot import Snapshot
 from pytest_chvm.plugin.factory import VmFactory
 from tests.conftest import kept
 

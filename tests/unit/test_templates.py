@@ -16,7 +16,8 @@ from filelock import FileLock
 
 from pytest_chvm import InvalidConfigError, UnsupportedError, VmConfig
 from pytest_chvm.clones import store as snapshots
-from pytest_chvm.clones.store import RECORD_FILE, Template, TemplateStore, _digest, content_key, describe
+from pytest_chvm.clones.digests import content_key, digest_of
+from pytest_chvm.clones.store import RECORD_FILE, Template, TemplateStore, describe
 from pytest_chvm.clones.templates import template_config, why_no_clone
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.guest import renew, renewal
@@ -123,7 +124,7 @@ def test_a_template_is_read_wholly_once_a_boot_of_the_host(store, monkeypatch):
     record = json.loads((template.directory / RECORD_FILE).read_text())
     (template.directory / RECORD_FILE).write_text(json.dumps({**record, "boot_id": "an earlier one"}))
     read = []
-    monkeypatch.setattr(snapshots, "_digest", lambda file: read.append(file.name) or _digest(file))
+    monkeypatch.setattr(snapshots, "digest_of", lambda file: read.append(file.name) or digest_of(file))
     assert template.is_intact()
     assert template.is_intact()
     assert sorted(read) == ["memory", "state"]
@@ -222,7 +223,8 @@ def test_a_template_is_used_and_a_snapshot_refused_in_a_cache_that_is_read_only(
     script = """
 import sys
 from pathlib import Path
-from pytest_chvm.clones.store import TemplateStore, snapshots_dir
+from pytest_chvm.clones.store import TemplateStore
+from pytest_chvm.machine.snapshot import snapshots_dir
 from tests.unit.test_templates import MADE_OF
 print(TemplateStore(Path(sys.argv[1])).get(MADE_OF, 1, None).directory.name, snapshots_dir(Path(sys.argv[1])).exists())
 """
