@@ -44,7 +44,7 @@ def test_links_lead_to_files_that_are_there(page):
 
 
 def test_readme_names_every_public_fixture():
-    from pytest_chvm import plugin
+    from pytest_chvm.plugin import fixtures as plugin
 
     fixtures = {name for name in re.findall(r"^def (chvm_\w+)", Path(plugin.__file__).read_text(), re.M) if name != "chvm_kernel"}
 

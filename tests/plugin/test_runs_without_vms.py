@@ -8,7 +8,11 @@ import pytest
 
 from .conftest import RunPytest
 
-LIGHT = {"pytest_chvm", "pytest_chvm.plugin", "pytest_chvm.settings", "pytest_chvm.base", "pytest_chvm.base.untouched"}
+ROOMS = ("collection", "end", "fixtures", "keys", "options", "protocol", "run")
+LIGHT = {
+    *("pytest_chvm", "pytest_chvm.settings", "pytest_chvm.base", "pytest_chvm.base.untouched", "pytest_chvm.plugin"),
+    *(f"pytest_chvm.plugin.{room}" for room in ROOMS),
+}
 
 
 def test_the_plugin_s_light_modules_are_all_that_is_imported(

@@ -114,7 +114,9 @@ def test_the_word_that_an_image_says_that_it_is_ready_with_is_in_the_key(key):
 def test_the_code_that_makes_templates_is_in_the_key(key, monkeypatch):
     before = key()
     files = list(templates._package_files())
-    assert {"clones/templates.py", "drivers/qemu/driver.py", "guest/configure_any.sh", "guest/init.sh"} <= {name for name, _ in files}
+    assert {"clones/templates.py", "drivers/qemu/driver.py", "guest/configure_any.sh", "guest/init.sh"} <= {
+        name for name, _ in files
+    }
     changed = [(name, content + b"#" if name == "drivers/qemu/driver.py" else content) for name, content in files]
     monkeypatch.setattr(templates, "_package_files", lambda: changed)
     templates._code.cache_clear()

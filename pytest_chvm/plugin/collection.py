@@ -1,0 +1,110 @@
+"""Which tests use VMs, how often each runs, and what is prepared where there are some."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_chvm.plugin.keys import DEFAULT_ARTIFACTS, VM_FIXTURES, controller_key, settings_key, sigterm_key
+from pytest_chvm.plugin.run import run_id, worker_input
+from pytest_chvm.settings import Settings
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test that uses a VM, before -m selects."""
+    for item in items:
+        if VM_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("chvm")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a VM test once per kernel, unless its marker names one."""
+    kernels = metafunc.config.stash[settings_key].kernel
+    marks = [*metafunc.definition.iter_markers("chvm")]
+    if len(kernels) > 1 and marks and "chvm_kernel" not in metafunc.fixturenames:
+        # It gets its VM while it runs (`getfixturevalue`), which its marker alone says.
+        metafunc.fixturenames.append("chvm_kernel")
+    if len(kernels) > 1 and "chvm_kernel" in metafunc.fixturenames and not any("kernel" in mark.kwargs for mark in marks):
+        ids = [kernel.name for kernel in kernels]
+        if len(set(ids)) < len(ids):
+            ids = [str(kernel).strip("/").replace("/", "-") for kernel in kernels]
+        metafunc.parametrize("chvm_kernel", kernels, ids=ids, indirect=True, scope="session")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Prepare for VMs where there are tests that use them."""
+    if any(item.get_closest_marker("chvm") for item in session.items):
+        # Under xdist the controller checks.
+        if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
+            _check_options(session.config)
+        expect_vms(session.config, session)
+
+
+def _check_options(config: pytest.Config) -> None:
+    """Refuse options that each VM test would fail with."""
+    from pytest_chvm.plugin.option_checks import check_options
+
+    try:
+        check_options(config.stash[settings_key], config.rootpath / DEFAULT_ARTIFACTS)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def expect_vms_of_workers(config: pytest.Config) -> None:
+    """Prepare for VMs of workers, of which the controller checks the options."""
+    _check_options(config)
+    expect_vms(config)
+
+
+def expect_vms(config: pytest.Config, session: pytest.Session | None = None) -> None:
+    """Have SIGTERM be an orderly end from now on; `session` is that of a worker."""
+    if sigterm_key not in config.stash:
+        from pytest_chvm.plugin import sigterm
+
+        controller = config.stash.get(controller_key, None)
+        is_worker = hasattr(config, "workerinput")
+        workers = controller.workers if controller else {}
+        config.stash[sigterm_key] = sigterm.OrderlyEnd(session if is_worker else None, workers)
+        if journal := worker_input(config).get("journal"):
+            # An xdist controller hears of nothing that a worker has collected but the names; this it sees.
+            Path(journal).write_text(f"{os.getpid()}\n")
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
+    """Say which VMM and network the VM tests get, and why; nothing in a run without them."""
+    if not any(item.get_closest_marker("chvm") for item in items):
+        return None
+    return choices(config.stash[settings_key])
+
+
+def choices(settings: Settings) -> str:
+    """Return which VMM and network VMs get, and why, in two lines; what is missing where there can be none."""
+    from pytest_chvm.drivers import choose_vmm
+    from pytest_chvm.errors import VmError
+    from pytest_chvm.machine.launcher import driver_for
+    from pytest_chvm.machine.nics import network_mode
+
+    try:
+        why_vmm = "asked for" if settings.vmm != "auto" else choose_vmm(accel=settings.accel, binary=settings.binary)[1]
+        driver = driver_for(settings)
+        mode, why_mode = network_mode(settings, driver)
+    except VmError as error:
+        return f"chvm: {error}"
+    return f"chvm: VMM {driver.vmm}: {why_vmm}\nchvm: network {mode}: {why_mode}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Look after the VMs of an xdist worker, from its controller."""
+    from pytest_chvm.plugin.xdist import Controller
+
+    controller = node.config.stash.get(controller_key, None)
+    if controller is None:
+        controller = node.config.stash[controller_key] = Controller(run_id(node.config), lambda: expect_vms_of_workers(node.config))
+        node.config.pluginmanager.register(controller, "chvm-controller")
+    controller.configure_node(node)

@@ -1,0 +1,98 @@
+"""The end of a run: its keepers, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_chvm.plugin.collection import choices
+from pytest_chvm.plugin.keys import (
+    configurations,
+    controller_key,
+    depth_key,
+    failures_key,
+    level_key,
+    pid_key,
+    settings_key,
+    sigterm_key,
+    summed_up_key,
+    undo_key,
+)
+from pytest_chvm.plugin.run import run_id
+
+if TYPE_CHECKING:
+    from pytest_chvm.plugin.xdist import Controller
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what was started and that it is gone; under xdist, where the controller collects nothing, also what the VM tests got."""
+    used = any(getattr(report, "chvm_used", False) for reports in terminalreporter.stats.values() for report in reports)
+    if used and config.pluginmanager.hasplugin("dsession"):
+        for line in choices(config.stash[settings_key]).splitlines():
+            terminalreporter.write_line(line)
+    _say_what_is_left(config)
+
+
+def _say_what_is_left(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    controller = config.stash.get(controller_key, None)
+    # A child that was forked in a test, and goes on as pytest, has nothing to say of its parent's.
+    if reporter is None or summed_up_key in config.stash or config.stash.get(pid_key, None) != os.getpid():
+        return
+    # VMs of `launch` alone belong to the outermost run.
+    launched = config.stash[depth_key] == 0 and "pytest_chvm.host.runs" in sys.modules
+    if launched or level_key in config.stash or (controller and controller.journals):
+        config.stash[summed_up_key] = True
+        lines = _summary(config, controller)
+        if lines and (reporter.stats.get("failed") or reporter.stats.get("error")):
+            # What is above may be a guest's.
+            reporter.write_sep("-", "virtual machines")
+        for line in lines:
+            reporter.write_line(line)
+
+
+def _summary(config: pytest.Config, controller: Controller | None) -> list[str]:
+    from pytest_chvm.host import registry, runs
+    from pytest_chvm.report.listing import run_summary
+
+    started = runs.started(controller.journals if controller else ())
+    failures = config.stash[failures_key] + (controller.failures if controller else [])
+    left = list(dict.fromkeys([*failures, *registry.left_by(run_id(config))]))
+    return run_summary({kind: started[kind] for kind in runs.KINDS}, left) if started or left else []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End the keeper process once the last fixture is gone, before the run's summary."""
+    failures = _close_keepers(session.config)
+    session.config.stash[failures_key] += failures
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["chvm_failures"] = failures
+
+
+def _close_keepers(config: pytest.Config) -> list[str]:
+    """End the keepers of this run; those of the run around it go on."""
+    processes = sys.modules.get("pytest_chvm.host.processes")
+    level = config.stash.get(level_key, None)
+    if processes is None or (level is None and config.stash[depth_key]):
+        return []
+    failures: list[str] = processes.close_keeper(level if config.stash[depth_key] else None)
+    return failures
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the keeper process, if one is left, so that nothing outlives the run."""
+    if config not in configurations:
+        # It never got as far as ours.
+        return
+    _close_keepers(config)
+    # Pytest has no summary after pytest.exit with a status of one's own, as SIGTERM has.
+    _say_what_is_left(config)
+    if (undo := config.stash.get(undo_key, None)) is not None:
+        undo.close()
+    configurations.remove(config)
+    if (sigterm := config.stash.get(sigterm_key, None)) is not None:
+        sigterm.let_go()

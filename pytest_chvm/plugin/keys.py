@@ -1,0 +1,37 @@
+"""What a configuration and an item remember, and names that several rooms of the plugin use."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_chvm.settings import Settings
+
+if TYPE_CHECKING:
+    from pytest_chvm.host.runs import Level
+    from pytest_chvm.plugin.sigterm import OrderlyEnd
+    from pytest_chvm.plugin.xdist import Controller
+
+VM_FIXTURES = {"chvm_vm", "chvm_vm_factory", "chvm_network"}
+DEFAULT_ARTIFACTS = "chvm-artifacts"
+
+settings_key = pytest.StashKey[Settings]()
+factories_key = pytest.StashKey[list[Any]]()
+failed_key = pytest.StashKey[bool]()
+item_key = pytest.StashKey[pytest.Item]()
+summed_up_key = pytest.StashKey[bool]()
+failures_key = pytest.StashKey[list[str]]()
+attempt_key = pytest.StashKey[int]()
+making_key = pytest.StashKey[list[pytest.FixtureRequest]]()
+teardown_key = pytest.StashKey[ExitStack]()
+pid_key = pytest.StashKey[int]()
+depth_key = pytest.StashKey[int]()
+level_key: pytest.StashKey[Level] = pytest.StashKey()
+undo_key = pytest.StashKey[ExitStack]()
+controller_key: pytest.StashKey[Controller] = pytest.StashKey()
+sigterm_key: pytest.StashKey[OrderlyEnd] = pytest.StashKey()
+
+# Of this process, those that are configured: a test can have a whole run within it (pytester's `runpytest_inprocess`).
+configurations: list[pytest.Config] = []

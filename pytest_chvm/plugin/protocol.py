@@ -1,0 +1,165 @@
+"""What happens with each test: whose VMs are whose, what befell them, and their part of its report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_chvm.plugin.keys import (
+    DEFAULT_ARTIFACTS,
+    attempt_key,
+    factories_key,
+    failed_key,
+    item_key,
+    making_key,
+    settings_key,
+    teardown_key,
+)
+from pytest_chvm.plugin.run import worker_of
+
+if TYPE_CHECKING:
+    from pytest_chvm.plugin.factory import VmFactory
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Have a test fail for what has befallen its VMs after its last call."""
+    __tracebackhide__ = True
+    factories: list[VmFactory] = item.config.stash[factories_key]
+    try:
+        result = yield
+    except Exception as error:
+        if factories:
+            from pytest_chvm.plugin.checkup import check_up
+
+            if (trouble := check_up(factories)) is not None:
+                error.add_note(f"{type(trouble).__name__}: {trouble}")
+        raise
+    if factories:
+        from pytest_chvm.plugin.checkup import check_up
+
+        if (trouble := check_up(factories)) is not None:
+            raise trouble
+    return result
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """End whatever a test's VMs have left, and have the test fail for it."""
+    factories: list[VmFactory] = item.config.stash[factories_key]
+    try:
+        with ExitStack() as ends:
+            item.config.stash[teardown_key] = ends
+            result = yield
+    except BaseException as error:
+        if left := _end_what_is_left(factories):
+            error.add_note(_left_behind(item, left))
+        raise
+    if left := _end_what_is_left(factories):
+        from pytest_chvm.errors import StopFailedError
+
+        raise StopFailedError(_left_behind(item, left))
+    return result
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, object, object]:
+    """Remember which fixture is being made: a clone of a snapshot that it starts ends with it."""
+    making = request.config.stash[making_key]
+    making.append(request)
+    try:
+        return (yield)
+    finally:
+        making.pop()
+
+
+def at_end_of_caller(config: pytest.Config, end: Callable[[], None]) -> None:
+    """Have something done at the end of what runs now: the fixture that is being made, the test, or a teardown."""
+    if making := config.stash[making_key]:
+        making[-1].addfinalizer(end)
+    elif teardown_key in config.stash:
+        config.stash[teardown_key].callback(end)
+    else:
+        config.stash[item_key].addfinalizer(end)
+
+
+def _end_what_is_left(factories: list[VmFactory]) -> list[str]:
+    return [what for factory in factories if factory.closed for what in factory.end_what_is_left()]
+
+
+def _left_behind(item: pytest.Item, left: list[str]) -> str:
+    return (
+        f"{item.nodeid} has left behind: {', '.join(left)}. It should have been gone with the test's fixtures, and was ended now."
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Remember the test that runs: a clone of a snapshot ends with it, whichever fixture the snapshot is from."""
+    item.config.stash[item_key] = item
+    if teardown_key in item.config.stash:
+        del item.config.stash[teardown_key]
+    # It may be run again, by pytest-rerunfailures for instance.
+    item.stash[attempt_key] = item.stash.get(attempt_key, 0) + 1
+    item.stash[failed_key] = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Put the consoles of a failed test's VMs into its report, and keep logs where that was asked for."""
+    report = yield
+    if report.failed and call.when != "teardown":
+        _skip_where_asked_for(item, call, report)
+    # Not its keywords: a directory's name is among them as well. Attributes reach xdist's controller.
+    report.chvm_used = item.get_closest_marker("chvm") is not None  # type: ignore[attr-defined]
+    factories = item.config.stash[factories_key]
+    if report.failed:
+        item.stash[failed_key] = True
+    if factories and (report.failed or report.when == "teardown"):
+        _report_vms(item, report, factories)
+    return report
+
+
+def _skip_where_asked_for(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+    """Turn what the machine lacks into a skip, where --chvm-missing=skip asks for that, wherever in the test it was found out."""
+    # Without an import of ours there is no error of ours.
+    if call.excinfo is None or item.config.stash[settings_key].missing != "skip" or "pytest_chvm.errors" not in sys.modules:
+        return
+    from pytest_chvm.errors import MissingRequirementError
+
+    error = call.excinfo.value
+    if isinstance(error, MissingRequirementError):
+        call.excinfo = pytest.CallInfo.from_call(lambda: pytest.skip(f"no VM here: {error}"), call.when).excinfo
+        path, line, _name = item.reportinfo()
+        report.outcome = "skipped"
+        report.longrepr = (os.fspath(path), (line or 0) + 1, f"Skipped: no VM here: {error}")
+
+
+def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[VmFactory]) -> None:
+    from pytest_chvm.report.sections import VmRecord, directory_of, keep_logs, sections_of
+
+    settings = item.config.stash[settings_key]
+    # A template and the VM it was booted for have one log.
+    vms = {vm.serial_log: vm for factory in factories for vm in factory.vms}
+    records = [VmRecord(vm.name, vm.serial_log, vm.vmm_log, vm.origin.in_words) for vm in vms.values()]
+    if report.failed:
+        report.sections.extend(sections_of(records))
+    if report.when == "teardown":
+        failed = item.stash.get(failed_key, False)
+        if settings.keep == "always" or (settings.keep == "failed" and failed):
+            place = directory_of(item.nodeid, worker_of(item.config), item.stash.get(attempt_key, 1))
+            try:
+                keep_logs(records, (settings.artifacts or item.config.rootpath / DEFAULT_ARTIFACTS) / place)
+            except OSError as error:
+                report.sections.append(("logs of VMs", f"they cannot be kept: {error}"))
+        # Those of the session's go on, but for the clones that ended with this test.
+        factories[:] = [factory for factory in factories if not factory.closed]
+        for factory in factories:
+            factory.forget_ended()
