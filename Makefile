@@ -15,7 +15,7 @@ export PATH := $(VENV)/bin:$(PATH)
 help:
 	@echo "make example   boot real virtual machines: run example_project"
 	@echo "make test      lint, and all tests (WORKERS=$(WORKERS), PYTEST_ARGS=...)"
-	@echo "make lint      ruff, mypy and pyright"
+	@echo "make lint      ruff, import-linter, mypy and pyright"
 	@echo "make bench     how long boots take, against bare QEMU"
 	@echo "make chaos     runs come to grief in every way: nothing may be left (long); then a campaign"
 	@echo "make campaign  N=200 random kills; SEED=... repeats them"
@@ -32,6 +32,7 @@ test: lint $(VENV)/.guest
 lint: $(VENV)/.installed
 	@ruff check --quiet .
 	@ruff format --check --quiet .
+	@lint-imports --no-cache --no-logo >/dev/null || lint-imports --no-cache --no-logo
 	@mypy --no-error-summary
 	@mypy --no-error-summary --config-file example_project/pyproject.toml example_project/logbox example_project/tests
 	@basedpyright --project example_project --level error
