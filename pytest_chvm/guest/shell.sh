@@ -105,9 +105,22 @@ chvm_kill() {
         read -r chvm_pid <$chvm_tmp/$chvm_of.pid && { kill -KILL -$chvm_pid || kill -KILL $chvm_pid; }
     fi
 } 2>/dev/null
+# Reads a line of the host's, and nothing behind it: what follows may be another program's.
+if [ "$BASH_VERSION" ]; then
+    # Its `read` takes from a terminal all that is there, and hands it out to later ones, also of files; `mapfile` does not.
+    chvm_next() {
+        mapfile -t -n 1 chvm_line
+        chvm_op=${chvm_line%% *} chvm_rest=${chvm_line#* }
+        chvm_token=${chvm_rest%% *} chvm_rest=${chvm_rest#* }
+        # There is none at the end.
+        [ "${chvm_line+is set}" ]
+    }
+else
+    chvm_next() { IFS=' ' read -r chvm_op chvm_token chvm_rest; }
+fi
 chvm_loop() {
     chvm_say $1 loop
-    while IFS=' ' read -r chvm_op chvm_token chvm_rest; do
+    while chvm_next; do
         case $chvm_op in
         run)
             case $chvm_rest in

@@ -113,7 +113,8 @@ def test_a_vm_that_is_ended_says_so_to_the_commands_of_other_threads(chvm_vm):
                 one.result(timeout=20)
 
 
-SHELLS = [["dash"], ["busybox", "sh"]]
+# The last is interactive, as bash is on a terminal without more arguments.
+SHELLS = [[*words, "/dev/stdin"] for words in (["dash"], ["busybox", "sh"], ["bash"], ["bash", "--posix"])] + [["bash", "--norc"]]
 
 
 @pytest.fixture(params=SHELLS, ids=" ".join)
@@ -122,7 +123,7 @@ def local_shell(request):
     if shutil.which(request.param[0]) is None:
         pytest.skip(f"there is no {request.param[0]}")
     ours, theirs = pty.openpty()
-    ready = 'mount -t tmpfs none /sys/fs/cgroup && mount -t tmpfs none /run && exec setsid "$@" /dev/stdin'
+    ready = 'mount -t tmpfs none /sys/fs/cgroup && mount -t tmpfs none /run && exec setsid -c "$@" <&0'
     process = subprocess.Popen(
         ["unshare", "-m", "sh", "-c", ready, "sh", *request.param],
         stdin=theirs,
