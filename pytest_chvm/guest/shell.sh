@@ -1,6 +1,8 @@
 # Typed into any sh on a guest's virtio console: a loop that runs commands for the host, any number at a time.
 # Commands run in the background, so that the loop can always be told of others; each in a cgroup of its own
 # (cgroup v2 with cgroup.kill, Linux 5.14), else in a session of its own. The files of one are called by its token.
+# Of an interactive shell with job control a job that sets its terminal is stopped for that.
+set +m
 chvm_tmp=$(mktemp -d /run/chvm.XXXXXX 2>/dev/null || mktemp -d)
 chvm_cgroup=/sys/fs/cgroup/chvm chvm_number=0 chvm_running=
 # The next command's is always there: making it takes milliseconds of an emulated guest.

@@ -113,8 +113,9 @@ def test_a_vm_that_is_ended_says_so_to_the_commands_of_other_threads(chvm_vm):
                 one.result(timeout=20)
 
 
-# The last is interactive, as bash is on a terminal without more arguments.
-SHELLS = [[*words, "/dev/stdin"] for words in (["dash"], ["busybox", "sh"], ["bash"], ["bash", "--posix"])] + [["bash", "--norc"]]
+SHELLS = [["dash"], ["busybox", "sh"], ["bash", "--norc"], ["bash", "--norc", "--posix"]]
+# On a terminal a shell is interactive where it is given nothing to run, and has job control where that is its own terminal.
+SHELLS = [[*words, *script] for words in SHELLS for script in ([], ["/dev/stdin"])]
 
 
 @pytest.fixture(params=SHELLS, ids=" ".join)
