@@ -67,8 +67,8 @@ class Message:
 class Console:
     """The console of one guest. `open_console` returns a descriptor of it, readable and writable.
 
-    `wake_fds` are watched while an answer is awaited; when one is readable, `check_alive` is called, which raises what
-    has become of the guest; `console_closed` does so when the VMM has closed the console, as it does on its way out.
+    `wake_fds` are watched while an answer is awaited; when one is readable, and twice a second, `check_alive` is called, which
+    raises what has become of the guest; `console_closed` does so when the VMM has closed the console, as it does on its way out.
     """
 
     vm_name: str
@@ -199,13 +199,14 @@ class Console:
         poll.register(self._wake, select.POLLIN)
         for wake in self.wake_fds():
             poll.register(wake, select.POLLIN)
-        events = dict(poll_until(poll, deadline))
+        # In pieces: another thread may have taken note of what would wake this one.
+        events = dict(poll_until(poll, Deadline.after(deadline.wait_s)))
         nudged = events.pop(self._wake, 0)
         if nudged:
             with suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
         ready = events.pop(self._fd, 0)
-        if events and not ready:
+        if not ready and (events or not nudged):
             self.check_alive()
         return ready
 

@@ -304,7 +304,8 @@ class Health:
                 error = gave_up()
                 self.explain(error)
                 raise error
-            wait_readable(self.wake_fds(), deadline)
+            # In pieces: another thread's check may have taken note of what this one is to wake for.
+            wait_readable(self.wake_fds(), Deadline.after(deadline.wait_s))
 
     def wait_ended(self, deadline: Deadline) -> bool:
         """Block until the VMM is gone; tells whether it is."""

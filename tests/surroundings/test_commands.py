@@ -29,6 +29,27 @@ def test_a_command_that_waits_for_another_threads_command_sees_it(vm):
         assert waits.result().stdout == "saw\n"
 
 
+def test_a_wait_sees_what_another_threads_check_has_taken_note_of(vm, monkeypatch):
+    watched = vm._health.wake_fds
+
+    def others_meanwhile():
+        monkeypatch.undo()
+        vm.check_output("echo sought >/dev/ttyS0")
+        vm.wait_for_console(r"sought\r\n", timeout=20)
+        vm.check_alive()
+
+    def wake_fds():
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(others_meanwhile).result()
+        return watched()
+
+    # The moment before it waits.
+    monkeypatch.setattr(vm._health, "wake_fds", wake_fds)
+    begun = time.monotonic()
+    vm.wait_for_console("sought", timeout=30)
+    assert time.monotonic() - begun < 20
+
+
 def test_each_command_has_its_own_timeout_and_output(vm):
     def late():
         with pytest.raises(
