@@ -120,7 +120,7 @@ class Fetch:
     def _take_unsized(self, entries: list[Entry]) -> None:
         for batch in _batches(entries):
             copies = "".join(
-                f"head -c {LARGEST_UNSIZED} {shlex.quote('./' + entry.path)} >$t/{number} || rm $t/{number}\n"
+                f"head -c {LARGEST_UNSIZED + 1} {shlex.quote('./' + entry.path)} >$t/{number} || rm $t/{number}\n"
                 for number, entry in enumerate(batch)
             )
             done = self.run(f"{self.enter} && t=$(mktemp -d) || exit\ntrap 'rm -rf $t' EXIT\n{copies}cd $t && tar -cf - .", None)
@@ -135,6 +135,12 @@ class Fetch:
                 data = found.get(str(number))
                 if data is None:
                     self.left.append(f"{entry.path}: {done.stderr.strip()[:200]}")
+                    continue
+                if len(data) > LARGEST_UNSIZED:
+                    self.left.append(
+                        f"{entry.path} does not say its size, and has more than {LARGEST_UNSIZED} bytes: have the guest copy it "
+                        "to a file, and get that"
+                    )
                     continue
                 place = self._place(entry)
                 with place.open("xb") as file:
@@ -201,7 +207,8 @@ def get(run: Run, source: str, destination: Path) -> Path:
     Returns the path it has then. A link that is itself the source is followed; modes, times and holes are kept, and the links in a
     tree that stay in it. What the guest sends is not trusted: nothing is written outside the destination, and of special files,
     owners and set-uid bits nothing is taken over. Raises VmIOError where it is not there or cannot be read; and after the rest of a
-    tree was got, naming what could not be: links that lead out of it, special files, what the guest cannot read.
+    tree was got, naming what could not be: links that lead out of it, special files, what the guest cannot read,
+    what does not say its size and has more than 32 MiB.
     """
     path = PurePosixPath(source)
     target = destination / path.name if destination.is_dir() else destination

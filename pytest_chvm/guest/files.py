@@ -28,12 +28,18 @@ def put(run: Run, source: Path, destination: str) -> None:
     """Copy a file or a directory tree of the host's to `destination` in the guest.
 
     A destination that ends with "/" or is a directory takes it under its own name. Owners (by number), modes, times to the second,
-    holes and links are kept; a link that is itself the source is followed. Sockets are left out. Raises InvalidConfigError where
-    there is no source, VmIOError where the guest cannot take it.
+    holes and links are kept; a link that is itself the source is followed. Raises InvalidConfigError where there is no source, or
+    it is a socket; VmIOError where the guest cannot take it, and after the rest of a tree was put, naming its sockets.
     """
     if not source.exists():
         why = f"is a link to {str(source.readlink())!r}, which is not there" if source.is_symlink() else "does not exist"
         raise InvalidConfigError(f"{str(source)!r} {why}: there is nothing to put into the guest")
+
+    if source.is_socket():
+        raise InvalidConfigError(
+            f"{str(source)!r} is a socket, which cannot be put into the guest: it is the process that listens there"
+        )
+    left: list[str] = []
 
     def must(script: str, data: bytes | None = None) -> str:
         done = run(script, data)
@@ -51,16 +57,18 @@ def put(run: Run, source: Path, destination: str) -> None:
     )
     directory, place = (shlex.quote(part) for part in places.split("\0", 1))
     try:
-        for script, data in _put_steps(Path(os.path.realpath(source)), directory):
+        for script, data in _put_steps(Path(os.path.realpath(source)), directory, left):
             must(script, data)
         must(f"mv -f {directory}/chvm-put {place}")
     finally:
         with suppress(VmError):
             run(f"rm -rf {directory}", None)
+    if left:
+        raise VmIOError(f"{str(source)!r} was put to {destination!r}, but not all of it: {'; '.join(left)[:2000]}")
 
 
-def _put_steps(source: Path, directory: str) -> Iterator[tuple[str, bytes]]:
-    """Yield the commands that make a tree in a directory of the guest's, each with its input."""
+def _put_steps(source: Path, directory: str, left: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield the commands that make a tree in a directory of the guest's, each with its input; `left` says what is left out."""
     unpack = f"tar -xpf - -C {directory}"
     archive = bytearray()
     touches = []
@@ -70,6 +78,7 @@ def _put_steps(source: Path, directory: str) -> Iterator[tuple[str, bytes]]:
         name = os.path.join("chvm-put", os.path.relpath(path, source)) if path != source else "chvm-put"
         member = tar.gettarinfo(path, name)
         if member is None:
+            left.append(f"{os.path.relpath(path, source)} is a socket")
             continue
         # By number: the guest's names are others.
         member.uname = member.gname = ""
