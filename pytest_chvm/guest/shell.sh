@@ -130,6 +130,10 @@ chvm_loop() {
             esac
             chvm_start $chvm_token "$chvm_rest"
             ;;
+        text)
+            chvm_directory
+            printf '%b' "$chvm_rest" >$chvm_tmp/$chvm_token.input
+            ;;
         input | script)
             chvm_directory
             head -c $chvm_rest >>$chvm_tmp/$chvm_token.$chvm_op

@@ -179,5 +179,7 @@ def test_any_sh_serves_commands_side_by_side(local_shell):
             done = answer.result()
             assert (done.stdout, done.stderr, done.returncode) == (f"in {number}\n" * number, f"{number}\n", number)
         assert killed.result() == "begun\n"
+    for data in (bytes(range(1, 129)), bytes(range(128, 256)), b" \\n%s\\c\\101 ", b"a\0b", bytes(range(256)) * 9):
+        assert local_shell("cat", data=data).stdout_bytes == data
     assert local_shell("head -c 100000 /dev/zero").stdout_bytes == bytes(100_000)
     assert local_shell("printf %s " + "x" * 200_000).returncode in (0, 126)
