@@ -22,6 +22,15 @@ def read_tail(path: Path, limit: int) -> bytes:
         return b""
 
 
+def data_from(fd: int, offset: int) -> int:
+    """Return where a file has data from `offset` on: there, or where the hole ends that it is in (see host/logbound.py)."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError:
+        # At its end; or what this is has no holes.
+        return offset
+
+
 def clean(raw: bytes) -> str:
     """Return guest output as text that can be shown: no escape sequences, no control characters."""
     text = ESCAPE.sub(b"", raw).replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode(errors="replace")

@@ -208,11 +208,12 @@ class AttachedTap:
 class VmmCommand:
     """A VMM's arguments: `machine` is what a person types to repeat it, `control` is for us to talk to it.
 
-    `prints_console`: the serial console is its standard output.
+    `prints_console`: the serial console is its standard output. `event_log` is what it writes its events to.
     """
 
     machine: list[str]
     control: list[str]
+    event_log: Path
     # What stands for a descriptor in a text for people: `fd={fd0}` -> `ifname=chvm1`.
     shown: dict[str, str] = field(default_factory=dict)
     prints_console: bool = False

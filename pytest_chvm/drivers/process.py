@@ -173,7 +173,8 @@ class VmmProcess:
         argv = [*command.machine, *command.control]
         logger.info("%s: %s", config.name, shlex.join(argv))
         output = serial_log if command.prints_console else None
-        process = keeper().spawn(argv, handle.vmm_log, lease.directory, plan.fds, output=output)
+        grow = (serial_log, command.event_log)
+        process = keeper().spawn(argv, handle.vmm_log, lease.directory, plan.fds, output=output, other_logs=grow)
         count_started("VM")
         _names.started(config, process)
         self._booted_here.add(plan.machine_id)

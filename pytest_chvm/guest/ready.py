@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pytest_chvm.base.text import ESCAPE, clean
+from pytest_chvm.base.text import ESCAPE, clean, data_from
 
 DEFAULT_MARKER = "CHVM_READY"
 # A marker line is the marker and at most this many bytes: an address, a nonce, a word or two, a terminal's escape sequences and
@@ -45,7 +45,8 @@ OOPS = re.compile(rb"%s((?:Internal error: )?Oops: [^\r\n]{0,60}\[#\d+\])" % STA
 class LogReader:
     """Yields what a growing file has new, in bounded pieces, each with the last `overlap` bytes before it.
 
-    A file that shrank is read from its start again: Cloud Hypervisor truncates it when a guest that it booted reboots.
+    A file that shrank is read from its start again: Cloud Hypervisor truncates it when a guest that it booted reboots. What was
+    dropped from the middle of a long one is passed over.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class LogReader:
             if os.fstat(fd).st_size < self.offset:
                 self.offset = self.floor = 0
             while True:
+                self.offset = data_from(fd, self.offset)
                 start = max(self.floor, self.offset - self.overlap)
                 piece = os.pread(fd, CHUNK + self.offset - start, start)
                 if start + len(piece) <= self.offset:

@@ -21,7 +21,7 @@ from pytest_chvm.base.untouched import socket_pair
 from pytest_chvm.errors import BootFailedError, StateFailedError, VmIOError
 from pytest_chvm.host.directories import make_owner_dir, runtime_dirs
 from pytest_chvm.host.keeper import keeper as keeper_script
-from pytest_chvm.host.keeper import records, remains
+from pytest_chvm.host.keeper import logbound, records, remains
 from pytest_chvm.host.runs import Level, current_level
 from pytest_chvm.model import ProcessIdentity
 
@@ -32,6 +32,8 @@ KEEPER_START_TIMEOUT_S = 30.0
 KEEPER_ANSWER_TIMEOUT_S = 30.0
 KEEPER_END_TIMEOUT_S = 2.5
 KILLED_TIMEOUT_S = 2.0
+# How long a log may be, and what is kept of the beginning and of the end of one that was longer.
+LOG_BOUND = (logbound.LIMIT, logbound.HEAD, logbound.TAIL)
 # All of the test's environment that a VMM or sidecar gets to see.
 PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL")
 
@@ -237,18 +239,28 @@ class Keeper:
             return self._receive(number, deadline, next(iter(request)))
 
     def spawn(
-        self, argv: Sequence[str], log: Path, lease: Path, fds: Sequence[int] = (), *, output: Path | None = None
+        self,
+        argv: Sequence[str],
+        log: Path,
+        lease: Path,
+        fds: Sequence[int] = (),
+        *,
+        output: Path | None = None,
+        other_logs: Sequence[Path] = (),
     ) -> ProcessIdentity:
         """Start a program below the keeper; it is written down in `lease`, the directory of one.
 
-        What it says is appended to `log`, of its standard output to `output` where that is given.
+        What it says is appended to `log`, of its standard output to `output` where that is given. These, and `other_logs` that it
+        writes itself, are kept from filling the disk: see logbound.py.
 
         `{fd0}` in an argument becomes the number that `fds[0]` has in the program. It gets no other descriptor
         and next to nothing of the environment. Raises BootFailedError where it cannot be started.
         """
         environment = {key: os.environ[key] for key in PASSED_ENVIRONMENT if key in os.environ}
-        request = {"spawn": list(argv), "environment": environment, "lease": os.fspath(lease)}
+        request: dict[str, object] = {"spawn": list(argv), "environment": environment, "lease": os.fspath(lease)}
         request |= {"log": os.fspath(log), "output": os.fspath(output or log)}
+        logs = {os.fspath(path) for path in (log, output or log, *other_logs)}
+        request |= {"logs": sorted(logs), "bound": LOG_BOUND}
         reply = self._ask(request, fds)
         pid, ticks = reply.get("pid"), reply.get("start_time_ticks")
         if not isinstance(pid, int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import re
@@ -471,8 +472,9 @@ class Vm:
     def _save_console(self, copy: Path) -> None:
         # Without the ready line: each clone prints its own, and a test that looks for one is to find that.
         marker = self.handle.ready_marker.encode()
-        with self.serial_log.open("rb") as log, copy.open("wb") as saved:
-            saved.writelines(line for line in log if marker not in line)
+        lines = io.BytesIO(read_tail(self.serial_log, CONSOLE_LIMIT))
+        with copy.open("wb") as saved:
+            saved.writelines(line for line in lines if marker not in line)
 
     @contextmanager
     def _without_shares(self) -> Iterator[None]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_chvm.base.text import last_lines
+from pytest_chvm.drivers.memory import copy_data
 
 CONSOLE_LINES = 60
 VMM_LINES = 20
@@ -64,5 +64,7 @@ def keep_logs(records: Iterable[VmRecord], place: Path) -> list[Path]:
         for log in (record.serial_log, record.vmm_log):
             if log.exists():
                 place.mkdir(parents=True, exist_ok=True)
-                copies.append(Path(shutil.copyfile(log, place / f"{f'{number}-' if number > 1 else ''}{log.name}")))
+                copy = place / f"{f'{number}-' if number > 1 else ''}{log.name}"
+                copy_data(log, copy)
+                copies.append(copy)
     return copies

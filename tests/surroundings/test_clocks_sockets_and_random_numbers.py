@@ -33,7 +33,7 @@ REPLACED = {
     "socket.create_server", "socket.create_connection", "uuid.uuid4", "os.urandom",
 }  # fmt: skip
 # In a process of its own, or not in a test's.
-ELSEWHERE = {"untouched.py", "host/keeper.py", "lab.py", "guest/lab_agent.py"}
+ELSEWHERE = {"untouched.py", "host/keeper.py", "host/logbound.py", "lab.py", "guest/lab_agent.py"}
 
 
 @pytest.fixture(params=FREEZERS.values(), ids=FREEZERS.keys())

@@ -121,7 +121,7 @@ class CloudHypervisorDriver:
         if ch_landlock.is_confined(plan):
             rules = [f"path={_quoted(path)},access={access}" for path, access in ch_landlock.rules(plan, taps)]
             control += ["--landlock", "--landlock-rules", *rules]
-        return VmmCommand(machine, control)
+        return VmmCommand(machine, control, event_log(plan.lease.directory))
 
     @staticmethod
     def _control(plan: Plan) -> list[str]:
@@ -369,7 +369,8 @@ class CloudHypervisorDriver:
         assert plan.restoring is not None
         state.make_source(plan, plan.restoring, plan.lease.directory / RESTORE_DIR, self._taps(plan))
         namespace = ["ip", "netns", "exec", plan.config.netns] if plan.config.netns else []
-        return VmmCommand([*namespace, os.fspath(self.binary().path)], self._control(plan), prints_console=True)
+        program, events = os.fspath(self.binary().path), event_log(plan.lease.directory)
+        return VmmCommand([*namespace, program], self._control(plan), events, prints_console=True)
 
     def _call(
         self, handle: VmHandle, endpoint: str, body: dict[str, object] | None = None, *, ask: bool = False

@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus, mac_for
+from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, mac_for
 
 PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
 INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
@@ -117,7 +118,7 @@ class QemuDriver:
         control += ["-chardev", f"socket,id=qmp,fd={plan.add_listener('qmp.sock')},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control", *qemu_events.event_arguments(plan)]
         control += qemu_events.PANIC_DEVICE if plan.console else ()
-        return VmmCommand(machine, control + self._serial_ports(plan), shown)
+        return VmmCommand(machine, control + self._serial_ports(plan), qemu_events.event_log(plan.lease.directory), shown)
 
     @staticmethod
     def _memory(plan: Plan) -> list[str]:
@@ -207,8 +208,14 @@ class QemuDriver:
         self._process.kill(handle)
 
     def state(self, handle: VmHandle) -> VmStatus:
-        """Return what has become of a VM."""
-        return self._process.state(handle)
+        """Return what has become of a VM; one that QEMU has paused for want of space is paused."""
+        status = self._process.state(handle)
+        if status.state in (VmState.RUNNING, VmState.READY):
+            events = self._events_of(handle)
+            events.read()
+            if events.stopped_by is not None:
+                return replace(status, state=VmState.PAUSED)
+        return status
 
     def open_console(self, handle: VmHandle) -> int:
         """Return a connection to the socket behind the guest's virtio console."""

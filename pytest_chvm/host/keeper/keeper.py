@@ -14,9 +14,10 @@ Standard library only, and of that what is small: it starts once per worker, wit
 dict per packet (importing json would take a third of the start-up), with file descriptors beside it; each has an "id" and
 gets one marshalled dict back that has it too:
 
-    {"spawn": [ARGV...], "environment": {...}, "output": PATH, "log": PATH, "lease": PATH}
+    {"spawn": [ARGV...], "environment": {...}, "output": PATH, "log": PATH, "lease": PATH, "logs": [PATH...], "bound": (N, N, N)}
                                                               -> {"pid": N, "start_time_ticks": N}
-        "{fd0}", "{fd1}" in an argument become the numbers of the descriptors sent along
+        "{fd0}", "{fd1}" in an argument become the numbers of the descriptors sent along; "logs" grow at most as "bound" says,
+        see logbound.py
     {"status": PID}                                           -> {"returncode": N or None}
     {"remember": PATH, "record": {...} or None}               -> {}
         what a lease names, in case somebody removes the file; None: it was released
@@ -46,11 +47,12 @@ if TYPE_CHECKING:
 if __name__ == "keeper":
     # Isolated (-I -S), without its package: see START.
     import lockfiles  # type: ignore[import-not-found]
+    import logbound  # type: ignore[import-not-found]
     import records  # type: ignore[import-not-found]
     import remains  # type: ignore[import-not-found]
 else:
     from pytest_chvm.base import lockfiles
-    from pytest_chvm.host.keeper import records, remains
+    from pytest_chvm.host.keeper import logbound, records, remains
 
 # For python -c: a module is compiled once and a script each time, which takes as long as all the rest. Beside the keeper are its
 # siblings, and in `base` what the rest of the package has from the same modules.
@@ -77,6 +79,7 @@ class Keeper:
         self.returncodes: dict[int, int] = {}
         self.spawned: set[int] = set()
         self.leases: dict[str, dict[str, Any]] = {}
+        self.logs = logbound.BoundedLogs()
 
     def serve(self, ends: list[int], child_ended: int) -> None:
         """Answer requests until the owner has closed its end, or one of the pidfds `ends` is readable."""
@@ -84,7 +87,8 @@ class Keeper:
         for fd in (self.control.fileno(), child_ended, *ends):
             poll.register(fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _events in poll.poll()}
+            ready = {fd for fd, _events in poll.poll(self.logs.wait_ms())}
+            self.logs.check()
             if child_ended in ready:
                 os.read(child_ended, 4096)
                 self.reap()
@@ -98,6 +102,7 @@ class Keeper:
         for pid, status in collect():
             if pid in self.spawned:
                 self.spawned.discard(pid)
+                self.logs.forget(pid)
                 self.returncodes[pid] = os.waitstatus_to_exitcode(status)
 
     def answer(self) -> bool:
@@ -161,6 +166,7 @@ class Keeper:
             os.waitpid(pid, 0)
             return {"error": reason.decode(errors="replace")}
         self.spawned.add(pid)
+        self.logs.add(pid, request["logs"], request["bound"])
         return {"pid": pid, "start_time_ticks": remains.start_time_ticks(pid)}
 
     def end_processes(self) -> list[str]:
