@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from pytest_chvm import BootFailedError, HypervisorError, InvalidConfigError
+from pytest_chvm import BootFailedError, HypervisorError, InvalidConfigError, VmState
 from pytest_chvm.machine.guest_choice import built_in_kernel
 from pytest_chvm.settings import Settings
 
@@ -78,9 +78,11 @@ def test_a_full_disk_of_the_host_is_told_at_once_and_can_be_got_over(chvm_vm, sm
     vm = chvm_vm(data_disk=disk, network="none", vmm="qemu")
     with pytest.raises(HypervisorError, match=r"(?s)data\.img.*No space left on device.*resume"):
         vm.run("dd if=/dev/zero bs=1M count=30 | tr '\\0' x | dd of=/dev/vda bs=1M conv=fsync", timeout=60)
+    assert vm.status.state is VmState.PAUSED
     subprocess.run(["mount", "-o", "remount,size=80M", small_file_system], check=True)
     vm.resume()
     assert vm.check_output("sync; echo alive", timeout=60) == "alive\n"
+    assert vm.status.state is VmState.READY
 
 
 def test_what_a_guest_writes_to_its_root_disk_is_not_in_run(chvm_vm, tmp_path):

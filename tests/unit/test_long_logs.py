@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -111,6 +112,22 @@ def test_a_log_that_began_anew_is_measured_anew(shortened):
         file.write(b"y" * MIB)
     assert logbound.shorten(str(shortened), BOUND, 0) > 0
     assert allocated(shortened) < MIB
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a file system without holes")
+def test_where_there_are_no_holes_a_log_says_so_once(tmp_path):
+    subprocess.run(["mount", "-t", "ramfs", "ramfs", tmp_path], check=True)
+    try:
+        log = tmp_path / "log"
+        log.write_bytes(b"x" * (2 * MIB) + b"\n")
+        logs = logbound.BoundedLogs()
+        logs.add(1, [str(log)], BOUND)
+        logs.check()
+        assert logs.wait_ms() is None
+        logs.check()
+        assert log.read_bytes() == b"x" * (2 * MIB) + b"\npytest-chvm: this log cannot be bounded: Operation not supported\n"
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 class Names(EventReader):
