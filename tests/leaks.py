@@ -74,7 +74,11 @@ def snapshot(pid: int, programs: Iterable[str] | None = PROGRAMS, places: Iterab
 
 def _processes_beside(pid: int) -> Iterator[int]:
     # Unlike the mount and network namespaces, `ip netns exec` and virtiofsd's sandbox do not leave this one.
-    home = os.readlink(f"/proc/{pid}/ns/uts")
+    try:
+        home = os.readlink(f"/proc/{pid}/ns/uts")
+    except OSError:
+        # It has just gone; nobody can tell who was beside it.
+        return
     for entry in os.listdir("/proc"):
         try:
             if entry.isdigit() and int(entry) != pid and os.readlink(f"/proc/{entry}/ns/uts") == home:

@@ -92,6 +92,8 @@ def _end_checked(
     try:
         # Checked while the pidfd is open: what it refers to cannot change any more.
         if not is_running(process, programs):
+            # Its first thread is a zombie before the others have ended.
+            remains.pidfd_ended(pidfd, kill_timeout_s)
             return False
         if term_timeout_s > 0:
             _signal(pidfd, signal.SIGTERM)

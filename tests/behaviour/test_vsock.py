@@ -1,5 +1,6 @@
 """Streams between host and guest without a network."""
 
+import os
 import shutil
 import subprocess
 
@@ -7,6 +8,9 @@ import pytest
 
 from pytest_chvm import UnsupportedError, VmIOError
 from pytest_chvm.drivers.qemu.vsock import why_no_vsock
+
+# With QEMU the ports of the host are all runs' together.
+HOST_PORT = (1 << 16) + os.getpid()
 
 PEER = r"""
 #include <linux/vm_sockets.h>
@@ -65,21 +69,21 @@ def test_streams_open_from_either_side_and_each_vm_has_its_own(boot, vmm, peer):
             stream.settimeout(20)
             stream.sendall(said)
             assert stream.recv(64) == said
-    with one.listen_vsock(5001) as listener:
+    with one.listen_vsock(HOST_PORT) as listener:
         listener.settimeout(20)
-        one.check_output("/tmp/peer connect 5001")
+        one.check_output(f"/tmp/peer connect {HOST_PORT}")
         stream, _ = listener.accept()
         with stream:
             stream.settimeout(20)
             assert stream.recv(64) == b"from the guest\n"
         # With QEMU the port is the machine's, and another guest gets no further than this.
-        two.run("/tmp/peer connect 5001")
+        two.run(f"/tmp/peer connect {HOST_PORT}")
         listener.settimeout(1)
         with pytest.raises(TimeoutError):
             listener.accept()
         if vmm == "qemu":
             with pytest.raises(VmIOError, match="take another"):
-                two.listen_vsock(5001)
+                two.listen_vsock(HOST_PORT)
 
 
 @pytest.mark.skipif(why_no_vsock() is None, reason="this machine has vsock for QEMU")

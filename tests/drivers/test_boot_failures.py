@@ -30,6 +30,7 @@ from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.drivers.cloud_hypervisor import driver as cloud_hypervisor
 from pytest_chvm.guest.ready import ReadyScanner
 from pytest_chvm.host import virtiofsd
+from pytest_chvm.host.watch import FileWatch
 from tests.conftest import AT_ONCE_S
 
 
@@ -332,15 +333,22 @@ def test_tap_in_use_by_another_process_is_an_error_that_says_so(qemu, tap_name):
 
 def test_interrupted_wait_leaves_nothing(launch_ch, stand_in_ch, wait_ended, ctrl_c_interrupts):
     """Ctrl-C and pytest-timeout raise in the middle of anything."""
+    started = threading.Event()
 
     def interrupt():
+        deadline = Deadline.after(AT_ONCE_S)
+        with FileWatch(stand_in_ch.directory) as watch:
+            started.set()
+            while not stand_in_ch.records() and not deadline.expired:
+                watch.wait(deadline)
         os.kill(os.getpid(), signal.SIGINT)
 
-    timer = threading.Timer(0.4, interrupt)
-    timer.start()
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    started.wait()
     with pytest.raises(KeyboardInterrupt):
         launch_ch()
-    timer.join()
+    interrupting.join()
     (record,) = stand_in_ch.records()
     assert wait_ended(record["pid"], 0)
 

@@ -42,6 +42,20 @@ def test_a_process_with_neither_command_line_nor_start_time_is_not_signalled(nam
     assert nameless.poll() is None
 
 
+# Its first thread ends, and another goes on until a FIFO does.
+ENDING = """
+import ctypes, os, platform, sys, threading
+def last():
+    while b") Z" not in open("/proc/self/stat", "rb").read():
+        pass
+    print("zombie", flush=True)
+    open(sys.argv[1]).read()
+    os._exit(0)
+threading.Thread(target=last).start()
+ctypes.CDLL(None).syscall(60 if platform.machine() == "x86_64" else 93, 0)
+"""
+
+
 @pytest.fixture
 def lease():
     lease = Lease()
@@ -76,3 +90,20 @@ def test_of_a_process_of_the_keeper_s_not_even_a_zombie_is_left(lease, freeze, w
             os.kill(its_parent, signal.SIGCONT)
         ending.result(10)
     assert not os.path.exists(f"/proc/{process.pid}")
+
+
+def test_a_process_that_is_on_its_way_out_is_waited_for(tmp_path, wait_ended):
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    with (
+        subprocess.Popen([sys.executable, "-c", ENDING, held], stdout=subprocess.PIPE) as process,
+        held.open("w"),
+        ThreadPoolExecutor(1) as executor,
+    ):
+        assert process.stdout.readline() == b"zombie\n"
+        ending = executor.submit(end_process, identity_of(process.pid), ("python",), term_timeout_s=0, kill_timeout_s=5)
+        with pytest.raises(TimeoutError):
+            ending.result(0.3)
+        process.kill()
+        ending.result(10)
+        assert wait_ended(process.pid, 0)
