@@ -27,10 +27,10 @@ from pytest_chvm import (
     launch,
 )
 from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.drivers.cloud_hypervisor import driver as cloud_hypervisor
 from pytest_chvm.guest.ready import ReadyScanner
 from pytest_chvm.host import virtiofsd
-from pytest_chvm.base.watch import FileWatch
 from tests.conftest import AT_ONCE_S
 
 
