@@ -226,7 +226,7 @@ def test_recycled_pid_is_never_signalled(vmm, settled, end, tap_name, link_exist
     said = in_another_process(mistaken, f"driver.{end}(handle)")
     assert said.startswith(f"StateFailedError pid {neighbour.process.pid} is another process now")
     assert "not signalled" in said
-    assert vmm.driver.state(neighbour).state is VmState.RUNNING
+    assert vmm.driver.state(neighbour).state in (VmState.RUNNING, VmState.READY)
     # What the VM left behind is removed all the same.
     assert not link_exists(tap_name)
     assert not handle.run_dir.exists()

@@ -33,7 +33,7 @@ REPLACED = {
     "socket.create_server", "socket.create_connection", "uuid.uuid4", "os.urandom",
 }  # fmt: skip
 # In a process of its own, or not in a test's.
-ELSEWHERE = {"untouched.py", "host/keeper.py", "host/logbound.py", "lab.py", "guest/lab_agent.py"}
+ELSEWHERE = {"base/untouched.py", "host/keeper/keeper.py", "host/keeper/logbound.py", "lab/__init__.py", "lab/agent.py"}
 
 
 @pytest.fixture(params=FREEZERS.values(), ids=FREEZERS.keys())

@@ -19,7 +19,7 @@ from tests.leaks import Sandbox
 AT_ONCE_S = 5.0
 
 
-def test_ctrl_c_does_not_wait_for_qemus_answer(tmp_path: Path) -> None:
+def test_ctrl_c_does_not_wait_for_qemus_answer(tmp_path: Path, ctrl_c_interrupts: None) -> None:
     with launch(vmm="qemu", boot="clone", network="none", serial_log=tmp_path / "serial.log") as vm:
         assert vm.handle.run_dir is not None
         os.kill(vm.pid, signal.SIGSTOP)

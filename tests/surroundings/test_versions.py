@@ -119,7 +119,7 @@ def settings(**more):
 
 def test_software_alone_means_qemu(stand_in_ch, monkeypatch):
     for module in ("cloud_hypervisor", "qemu"):
-        monkeypatch.setattr(f"pytest_chvm.drivers.{module}.why_no_kvm", lambda: None)
+        monkeypatch.setattr(f"pytest_chvm.drivers.{module}.driver.why_no_kvm", lambda: None)
     vmm, why = choose_vmm(accel="tcg")
     assert vmm == "qemu"
     assert "Cloud Hypervisor has KVM only" in why
@@ -128,12 +128,12 @@ def test_software_alone_means_qemu(stand_in_ch, monkeypatch):
 
 def test_a_vmm_that_is_named_by_its_path_is_that_one_whatever_its_name(stand_in_ch, tmp_path, monkeypatch):
     for module in ("cloud_hypervisor", "qemu"):
-        monkeypatch.setattr(f"pytest_chvm.drivers.{module}.why_no_kvm", lambda: None)
+        monkeypatch.setattr(f"pytest_chvm.drivers.{module}.driver.why_no_kvm", lambda: None)
     qemu = program(tmp_path / "vmm", "QEMU emulator version 9.1.0")
     assert choose_vmm(binary=qemu) == ("qemu", f"{qemu} is QEMU emulator version 9.1.0")
     assert driver_for(settings(binary=qemu)).vmm == "qemu"
     for module in ("cloud_hypervisor", "qemu"):
-        monkeypatch.setattr(f"pytest_chvm.drivers.{module}.why_no_kvm", lambda: "there is none")
+        monkeypatch.setattr(f"pytest_chvm.drivers.{module}.driver.why_no_kvm", lambda: "there is none")
     assert choose_vmm(binary=stand_in_ch.path)[0] == "cloud-hypervisor"
 
 

@@ -12,7 +12,8 @@ from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.drivers.events import EventReader
 from pytest_chvm.guest.ready import CHUNK, LogReader, ReadyScanner
 from pytest_chvm.guest.search import ConsoleSearch
-from pytest_chvm.host.keeper import logbound, processes
+from pytest_chvm.host import processes
+from pytest_chvm.host.keeper import logbound
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.report.sections import VmRecord, keep_logs
 
