@@ -181,7 +181,7 @@ class Console:
             self._changed.acquire()
         try:
             if ready & ~select.POLLOUT:
-                self._fill(deadline)
+                self._fill()
                 self._sort()
             if ready:
                 self._flush()
@@ -210,7 +210,7 @@ class Console:
             self.check_alive()
         return ready
 
-    def _fill(self, _deadline: Deadline) -> None:
+    def _fill(self) -> None:
         assert self._fd is not None
         try:
             data = os.read(self._fd, READ_SIZE)
