@@ -60,6 +60,8 @@ class VmDriver(Protocol):
     """A VMM. Thread-safe; an operation that it does not have raises UnsupportedError."""
 
     vmm: str
+    # How many bytes of a command's output may be on their way to us over the virtio console at once.
+    console_piece: int
 
     def why_not(self) -> str | None:
         """Return why this VMM is no good choice on this machine, or None where it is one."""

@@ -21,8 +21,6 @@ from pytest_chvm.errors import VmIOError
 
 # An answer larger than this is not the guest's memory any more, but somebody's trick.
 LARGEST_ANSWER = 256 << 20
-# As in shell.sh: what may be on its way from the guest at once. QEMU's virtio console drops what does not fit into the socket.
-OUTPUT_PIECE = 1 << 15
 READ_SIZE = 1 << 18
 LINE = re.compile(rb"\n([0-9a-f]{32}) ([^\n]{0,50})\n")
 LONGEST_LINE = 1 + 32 + 1 + 50 + 1
@@ -69,6 +67,7 @@ class Console:
 
     `wake_fds` are watched while an answer is awaited; when one is readable, and twice a second, `check_alive` is called, which
     raises what has become of the guest; `console_closed` does so when the VMM has closed the console, as it does on its way out.
+    `output_piece` is how many bytes of outputs may be on their way from the guest at once.
     """
 
     vm_name: str
@@ -76,6 +75,7 @@ class Console:
     wake_fds: Callable[[], list[int]]
     check_alive: Callable[[], None]
     console_closed: Callable[[], None]
+    output_piece: int
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
@@ -309,7 +309,7 @@ class Console:
                 )
                 answer.kept = False
             if size:
-                self._piece = (answer, output, min(size, OUTPUT_PIECE))
+                self._piece = (answer, output, min(size, self.output_piece))
             return
         if self._cooked:
             self._outbox.append(Message(memoryview(b"stty\n")))

@@ -19,7 +19,6 @@ from pytest_chvm.base.untouched import monotonic_s, random_hex
 from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.guest import renew
 from pytest_chvm.guest.console import MORE, Answer, Console, Message
-from pytest_chvm.guest.console import OUTPUT_PIECE as OUTPUT_PIECE
 from pytest_chvm.model import CommandResult
 
 CONNECT_TIMEOUT_S = 10.0
@@ -256,7 +255,7 @@ class GuestShell(Console):
             if self._expect(said, patience) == b"sh":
                 # One line starts the loop, so that the shell has read nothing beyond it when the loop answers.
                 loop = Answer(LOOP)
-                self._send(shell_script() + f"chvm_loop {loop.token}\n".encode())
+                self._send(shell_script(self.output_piece) + f"chvm_loop {loop.token}\n".encode())
                 self._lose_all()
                 self._expect(loop, patience)
             self._in_step = True
@@ -344,9 +343,9 @@ class GuestShell(Console):
         )
 
 
-def shell_script() -> bytes:
-    """Return what is typed into the guest's shell, to have it serve commands."""
-    return resources.files("pytest_chvm.guest").joinpath("shell.sh").read_bytes()
+def shell_script(output_piece: int) -> bytes:
+    """Return what is typed into the guest's shell, to have it serve commands and send outputs in pieces of so many bytes."""
+    return f"chvm_piece={output_piece}\n".encode() + resources.files("pytest_chvm.guest").joinpath("shell.sh").read_bytes()
 
 
 def _script(command: str | Sequence[str]) -> bytes:

@@ -27,7 +27,8 @@ chvm_say() {
         echo >&9
     } &
 }
-# An output goes in pieces, each once the host has the one before: a VMM drops what a console's reader is slow to take.
+# An output goes in pieces, each once the host has the one before: a VMM keeps or drops what its console's reader is slow to
+# take. The host has said how much chvm_piece is.
 chvm_send() {
     left=$4 block=0
     # A command may have changed the terminal's settings: with them set wrong a write becomes many. A short one comes through.
@@ -37,13 +38,13 @@ chvm_send() {
         printf '\n%s %s %d\n' $1 $2 $left
         # What goes on writing to the file has no part in the answer. With one write each: of many small ones the VMM drops some.
         if [ $block = 0 ]; then
-            dd if=$3 bs=$((left < 32768 ? left : 32768)) count=1
-        elif [ $left -ge 32768 ]; then
-            dd if=$3 bs=32768 skip=$block count=1
+            dd if=$3 bs=$((left < chvm_piece ? left : chvm_piece)) count=1
+        elif [ $left -ge $chvm_piece ]; then
+            dd if=$3 bs=$chvm_piece skip=$block count=1
         else
-            dd if=$3 bs=32768 skip=$block count=1 | head -c $left | cat
+            dd if=$3 bs=$chvm_piece skip=$block count=1 | head -c $left | cat
         fi 2>/dev/null
-        left=$((left - 32768)) block=$((block + 1))
+        left=$((left - chvm_piece)) block=$((block + 1))
     done
 }
 # chvm_supervise TOKEN SCRIPT, with the outputs' files at 7 and 8, which stay when their names are removed.
@@ -59,7 +60,7 @@ chvm_supervise() {
         [ "$group" ] && echo 0 >$group/cgroup.procs
         # It was to be killed before there was anything to kill.
         [ -e $files.kill ] && exit 137
-        unset chvm_tmp chvm_cgroup chvm_number chvm_running chvm_token
+        unset chvm_tmp chvm_cgroup chvm_number chvm_running chvm_piece chvm_token
         exec setsid sh -c "$2" 7>&- 8>&- 9>&-
     ) <$input >&7 2>&8 &
     echo $! >$files.pid

@@ -121,6 +121,7 @@ class Vm:
             self._health.wake_fds,
             self.check_alive,
             self._health.check_ending,
+            driver.console_piece,
         )
 
     def __repr__(self) -> str:
@@ -306,7 +307,9 @@ class Vm:
         try:
             return self._shell.run(command, timeout=timeout, input=data)
         except (CommandTimeoutError, VmIOError) as error:
-            self._health.explain(error)
+            # What another thread's end of the VM does to a command says that it was ended; that its VMM is gone is no news then.
+            if not self._ended:
+                self._health.explain(error)
             raise
 
     def check_output(

@@ -1,10 +1,12 @@
 """Commands and files, with both VMMs' consoles."""
 
 import os
+import threading
 
 import pytest
 
 from pytest_chvm import CommandTimeoutError, GuestCommandError
+from pytest_chvm.guest.console import Console
 
 
 def test_status_and_both_outputs_come_back_apart(vm):
@@ -20,6 +22,19 @@ def test_any_byte_passes_in_both_directions(vm):
 def test_megabytes_pass_in_both_directions(vm):
     data = os.urandom(2 << 20)
     assert vm.run("cat", input=data, timeout=120).stdout_bytes == data
+
+
+def test_outputs_are_whole_however_slowly_they_are_read(vm, monkeypatch):
+    fill = Console._fill
+
+    def slow(console):
+        threading.Event().wait(0.03)
+        fill(console)
+
+    monkeypatch.setattr(Console, "_fill", slow)
+    assert vm.run("head -c 300000 /dev/zero | tr '\\0' x").stdout_bytes == b"x" * 300_000
+    # Hundreds of small writes fill a console's buffers as large ones do.
+    assert vm.run("yes | head -c 20000").stdout_bytes == b"y\n" * 10_000
 
 
 def test_a_list_is_one_programs_arguments(vm):

@@ -204,7 +204,7 @@ def test_an_answer_of_the_guests_shell(pieces, greets):
 
     thread = threading.Thread(target=guest, daemon=True)
     thread.start()
-    shell = GuestShell("v", lambda: os.dup(ours.fileno()), list, lambda: None, lambda: None)
+    shell = GuestShell("v", lambda: os.dup(ours.fileno()), list, lambda: None, lambda: None, 1 << 15)
     said = ""
     try:
         done = shell.run("true", timeout=5, input=None)

@@ -19,6 +19,8 @@ from pytest_chvm.guest.renew import AWAY
 from pytest_chvm.guest.shell import GuestShell
 from tests.conftest import AT_ONCE_S
 
+OUTPUT_PIECE = 1 << 15
+
 # In a response: wait until the host has asked for the next piece.
 MORE = object()
 MESSAGE = b"the time, and\na seed"
@@ -90,7 +92,7 @@ def console():
 
     def make(respond, hello=None, check_alive=lambda: None):
         peer = Peer(respond, hello)
-        guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, check_alive, check_alive)
+        guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, check_alive, check_alive, OUTPUT_PIECE)
         guest.drops = lambda: peer.drops
         guest.scripts = lambda: (peer.ours.shutdown(socket.SHUT_WR), peer.thread.join(5), peer.scripts)[-1]
         guest.end = lambda: peer.theirs.shutdown(socket.SHUT_RDWR)
@@ -169,7 +171,7 @@ def test_any_outputs_arrive_as_they_were_however_they_are_cut(stdout, stderr, st
             yield whole[start:end]
 
     peer = Peer(respond)
-    guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, lambda: None, lambda: None)
+    guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, lambda: None, lambda: None, OUTPUT_PIECE)
     try:
         done = run(guest)
         assert (done.stdout_bytes, done.stderr_bytes, done.returncode) == (stdout, stderr, status)
@@ -289,10 +291,10 @@ def test_echo_of_the_greeting_is_not_taken_for_an_answer(console, monkeypatch):
 
 def test_timeout_while_the_output_is_sent_keeps_what_came(console, monkeypatch):
     monkeypatch.setattr(shell, "KILL_TIMEOUT_S", 0.2)
-    guest = console(lambda token: [b"\n%s out 100000\n" % token + b"x" * shell.OUTPUT_PIECE])
+    guest = console(lambda token: [b"\n%s out 100000\n" % token + b"x" * OUTPUT_PIECE])
     with pytest.raises(CommandTimeoutError, match="not all of its output came in time") as caught:
         run(guest, timeout=0.3)
-    assert caught.value.stdout == "x" * shell.OUTPUT_PIECE
+    assert caught.value.stdout == "x" * OUTPUT_PIECE
 
 
 def test_after_a_timeout_the_next_answer_is_the_next_commands(console, monkeypatch):
@@ -315,9 +317,9 @@ def test_large_answer_is_read_in_linear_time(console):
     data = os.urandom(1 << 20) * 16
 
     def respond(token):
-        for start in range(0, len(data), shell.OUTPUT_PIECE):
+        for start in range(0, len(data), OUTPUT_PIECE):
             yield b"\n%s out %d\n" % (token, len(data) - start)
-            yield data[start : start + shell.OUTPUT_PIECE]
+            yield data[start : start + OUTPUT_PIECE]
             yield MORE
         yield b"\n%s err 0\n\n%s end 0\n" % (token, token)
 

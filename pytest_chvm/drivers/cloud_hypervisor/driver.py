@@ -48,6 +48,9 @@ class CloudHypervisorDriver:
     """Runs VMs with Cloud Hypervisor, which needs KVM."""
 
     vmm = "cloud-hypervisor"
+    # What does not fit into the PTY it keeps until the guest writes more, which it would not. A PTY's buffers take 8 KiB (the
+    # limit of pty_common_install(), drivers/tty/pty.c) and what is in the line discipline.
+    console_piece = 1 << 13
 
     def __init__(self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None) -> None:
         if accel not in ("auto", "kvm"):

@@ -39,6 +39,8 @@ class QemuDriver:
     """Runs VMs with QEMU. `accel` is "auto", "kvm" or "tcg" (software)."""
 
     vmm = "qemu"
+    # It drops what does not fit into the socket's buffer.
+    console_piece = 1 << 15
 
     def __init__(self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None) -> None:
         if accel not in ("auto", "kvm", "tcg"):
