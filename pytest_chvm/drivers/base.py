@@ -1,4 +1,4 @@
-"""What a driver is: the protocol, and what a boot has ready when the command line is built.
+"""What a driver is.
 
 A driver turns a `VmConfig` into a command line and speaks its VMM's control protocol. It never waits for the
 guest, and never chooses what is started.
@@ -7,53 +7,18 @@ guest, and never chooses what is started.
 from __future__ import annotations
 
 import logging
-import os
 import socket
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pytest_chvm.base.untouched import Socket, random_bytes
-from pytest_chvm.drivers.memory import Memory
-from pytest_chvm.errors import InvalidConfigError, VmError
-from pytest_chvm.guest.ready import DEFAULT_MARKER
+from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, BootOptions
+from pytest_chvm.errors import VmError
 from pytest_chvm.host.binaries import Binary
-from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.networks import interface_exists, make_tap
 from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import SharedDir, SocketPairFd, Tap, VmConfig, VmHandle, VmStatus, mac_for
+from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmStatus
 
 logger = logging.getLogger("pytest_chvm")
-
-# In a snapshot's directory, beside the VMM's own: the memory where it is a file, and the console's log up to then.
-MEMORY_FILE = "memory"
-CONSOLE_FILE = "console.log"
-# What a VM writes to its root disk: in its run directory, and in a snapshot's, where it is never written again.
-ROOT_FILE = "root.qcow2"
-
-
-@dataclass(frozen=True, slots=True)
-class BootOptions:
-    """What a boot has beside the VM's config.
-
-    `lease`: where the caller has leased the VM's networks already. `console`: the guest is to have a virtio console, for the shell.
-    `nonce`: what the ready line must have after the IP. `template_dir`: the memory is a file there, and so is what the VM writes to
-    its root disk, so that a snapshot in that directory need not copy them. `snapshots`: below which snapshots of the VM will be.
-    `restore_timeout_s`: how long a restore may take until the VM runs.
-    """
-
-    lease: Lease | None = None
-    console: bool = False
-    ready_marker: str = DEFAULT_MARKER
-    nonce: str | None = None
-    template_dir: Path | None = None
-    snapshots: Path | None = None
-    restore_timeout_s: float = 60.0
-
-
-DEFAULT_OPTIONS = BootOptions()
 
 
 class VmDriver(Protocol):
@@ -160,110 +125,6 @@ class VmDriver(Protocol):
         """
 
 
-@dataclass
-class Plan:
-    """What a boot has ready when the command line is built; `fds` are given to the VMM and then closed."""
-
-    config: VmConfig
-    lease: Lease
-    serial_log: Path
-    console: bool
-    # Of each shared dir, in order.
-    share_sockets: list[Path] = field(default_factory=list)
-    fds: list[int] = field(default_factory=list)
-    taps_to_remove: list[str] = field(default_factory=list)
-    machine_id: str = field(default_factory=lambda: str(uuid.UUID(bytes=random_bytes(16), version=4)))
-    memory: Memory | None = None
-    # The directory of the snapshot that the VM begins with.
-    restoring: Path | None = None
-    snapshots: Path | None = None
-    template_dir: Path | None = None
-
-    def socket(self, name: str) -> Path:
-        """Return where a socket of this VM's lives, short enough for any address."""
-        return self.lease.directory / name
-
-    def add_fd(self, fd: int) -> str:
-        """Hand a descriptor over; returns the text that becomes its number in the VMM."""
-        self.fds.append(fd)
-        return f"{{fd{len(self.fds) - 1}}}"
-
-    def add_listener(self, name: str) -> str:
-        """Hand a listening UNIX socket over, which can be connected to from now on; returns the text for its number."""
-        with Socket(socket.AF_UNIX) as listener:
-            listener.bind(os.fspath(self.socket(name)))
-            listener.listen()
-            return self.add_fd(listener.detach())
-
-
-@dataclass(frozen=True, slots=True)
-class AttachedTap:
-    """A TAP that is there, for the VM's NIC number `index`; `ours` is removed with the VM."""
-
-    index: int
-    name: str
-    mac: str
-    ours: bool
-
-
-@dataclass(frozen=True)
-class VmmCommand:
-    """A VMM's arguments: `machine` is what a person types to repeat it, `control` is for us to talk to it.
-
-    `prints_console`: the serial console is its standard output. `event_log` is what it writes its events to.
-    """
-
-    machine: list[str]
-    control: list[str]
-    event_log: Path
-    # What stands for a descriptor in a text for people: `fd={fd0}` -> `ifname=chvm1`.
-    shown: dict[str, str] = field(default_factory=dict)
-    prints_console: bool = False
-
-    def for_people(self) -> tuple[str, ...]:
-        """Return the arguments as a person would type them."""
-        words = self.machine
-        for fd, text in self.shown.items():
-            words = [word.replace(fd, text) for word in words]
-        return tuple(words)
-
-
 def share_id(share: SharedDir) -> str:
     """Return what a VMM calls the device of a shared dir that was plugged in."""
     return f"fs-{share.tag}"
-
-
-def binary_key(binary: Binary) -> list[str]:
-    """Return what tells one build of a program from another, also where all files have one time, or a link leads to another."""
-    return [binary.version, *file_key(binary.path)]
-
-
-def file_key(path: Path) -> list[str]:
-    """Return what tells a file from another that was put in its place, without reading it."""
-    found = path.stat()
-    place = os.path.realpath(path)
-    return [place, *(str(value) for value in (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))]
-
-
-def taps_of(plan: Plan) -> list[AttachedTap]:
-    """Return the TAPs of a VM, in order; one that is not there yet is made, in the lease first.
-
-    Raises InvalidConfigError for a socket pair, which no VMM on Linux takes.
-    """
-    config = plan.config
-    taps = []
-    for index, network in enumerate(config.networks or ()):
-        if isinstance(network, SocketPairFd):
-            raise InvalidConfigError(
-                f"VM {config.name!r}: a socket-pair network works on macOS only, not on Linux: use a Tap", vm_name=config.name
-            )
-        if isinstance(network, Tap):
-            name, ours = network.name, network.take_over
-            if name is None or not interface_exists(name, config.netns):
-                name, ours = make_tap(plan.lease, name, None, config.netns), True
-            elif ours:
-                plan.lease.add_tap(name, config.netns)
-            if ours:
-                plan.taps_to_remove.append(name)
-            taps.append(AttachedTap(index, name, network.mac or mac_for(config.name, index), ours))
-    return taps

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from pytest_chvm.base.untouched import random_hex
-from pytest_chvm.drivers.base import ROOT_FILE, Plan
+from pytest_chvm.drivers.boot import ROOT_FILE, Boot
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, UnsupportedError, VmIOError
 
@@ -75,28 +75,28 @@ def plain_images(image: Path) -> list[Path]:
     return images
 
 
-def root_overlay(plan: Plan) -> Path | None:
+def root_overlay(boot: Boot) -> Path | None:
     """Make what takes all that a VM writes to its root disk, and return it; None where it has none.
 
     Raises what `make_overlay` does.
     """
-    if plan.config.root_disk is None:
+    if boot.config.root_disk is None:
         return None
-    overlay = (plan.template_dir or _overlay_dir(plan)) / ROOT_FILE
-    make_overlay(plan.config.root_disk if plan.restoring is None else plan.restoring / ROOT_FILE, overlay)
+    overlay = (boot.template_dir or _overlay_dir(boot)) / ROOT_FILE
+    make_overlay(boot.config.root_disk if boot.restoring is None else boot.restoring / ROOT_FILE, overlay)
     return overlay
 
 
-def _overlay_dir(plan: Plan) -> Path:
+def _overlay_dir(boot: Boot) -> Path:
     """Return a directory for the overlay: a new one where snapshots go, linked to from the run directory, which is in memory.
 
     The run directory itself where there is no such place, or less room.
     """
-    own = plan.lease.directory
-    if plan.snapshots is None or _free(plan.snapshots) < min(ROOM, _free(own)):
+    own = boot.lease.directory
+    if boot.snapshots is None or _free(boot.snapshots) < min(ROOM, _free(own)):
         return own
-    directory = plan.snapshots / random_hex(8)
-    plan.lease.add_path(directory)
+    directory = boot.snapshots / random_hex(8)
+    boot.lease.add_path(directory)
     directory.mkdir(mode=0o700)
     (own / ROOT_FILE).symlink_to(directory / ROOT_FILE)
     return directory

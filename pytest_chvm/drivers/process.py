@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_chvm.base.text import last_lines
-from pytest_chvm.drivers.base import CONSOLE_FILE, MEMORY_FILE, BootOptions, Plan, VmmCommand, logger
+from pytest_chvm.drivers.base import logger
+from pytest_chvm.drivers.boot import CONSOLE_FILE, MEMORY_FILE, Boot, BootOptions, VmmCommand
 from pytest_chvm.drivers.memory import Memory, copied_to_memory
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import (
@@ -99,7 +100,7 @@ class VmmProcess:
     def boot(
         self,
         config: VmConfig,
-        build: Callable[[Plan], VmmCommand],
+        build: Callable[[Boot], VmmCommand],
         options: BootOptions,
         restoring: Path | None = None,
     ) -> VmHandle:
@@ -130,14 +131,14 @@ class VmmProcess:
     def _start(
         self,
         config: VmConfig,
-        build: Callable[[Plan], VmmCommand],
+        build: Callable[[Boot], VmmCommand],
         lease: Lease,
         options: BootOptions,
         restoring: Path | None,
         fds: list[int],
     ) -> VmHandle:
         serial_log = config.serial_log or lease.directory / "serial.log"
-        plan = Plan(
+        boot = Boot(
             config,
             lease,
             serial_log,
@@ -148,14 +149,14 @@ class VmmProcess:
             template_dir=options.template_dir,
         )
         if restoring is not None:
-            plan.memory = _restored_memory(plan, restoring)
+            boot.memory = _restored_memory(boot, restoring)
         elif options.template_dir is not None:
             memory = options.template_dir / MEMORY_FILE
-            plan.memory = Memory(os.fspath(memory), shared=True)
+            boot.memory = Memory(os.fspath(memory), shared=True)
             with memory.open("xb") as file:
                 file.truncate(config.memory_mb << 20)
         handle = VmHandle(
-            config.name, config.namespace, self.vmm, VmState.STARTING, None, serial_log, plan.machine_id,
+            config.name, config.namespace, self.vmm, VmState.STARTING, None, serial_log, boot.machine_id,
             lease.directory, options.ready_marker, options.nonce, netns=config.netns,
         )  # fmt: skip
         _start_log(serial_log, config, restoring and restoring / CONSOLE_FILE)
@@ -164,22 +165,22 @@ class VmmProcess:
         program = find_virtiofsd(self.virtiofsd) if config.shared_dirs else None
         for index, share in enumerate(config.shared_dirs):
             assert program is not None
-            path = plan.socket(f"fs{index}.sock")
+            path = boot.socket(f"fs{index}.sock")
             logger.debug("%s: starting virtiofsd for %s", config.name, share.tag)
             lease_lock_file(program, path, lease)
             sidecars.append(start_virtiofsd(program, share, path, lease.directory / f"fs{index}.log"))
-            plan.share_sockets.append(path)
-        command = build(plan)
+            boot.share_sockets.append(path)
+        command = build(boot)
         argv = [*command.machine, *command.control]
         logger.info("%s: %s", config.name, shlex.join(argv))
         output = serial_log if command.prints_console else None
         grow = (serial_log, command.event_log)
-        process = keeper().spawn(argv, handle.vmm_log, lease.directory, plan.fds, output=output, other_logs=grow)
+        process = keeper().spawn(argv, handle.vmm_log, lease.directory, boot.fds, output=output, other_logs=grow)
         count_started("VM")
         _names.started(config, process)
-        self._booted_here.add(plan.machine_id)
+        self._booted_here.add(boot.machine_id)
         return replace(
-            handle, process=process, taps=tuple(plan.taps_to_remove), sidecars=tuple(sidecars), command=command.for_people()
+            handle, process=process, taps=tuple(boot.taps_to_remove), sidecars=tuple(sidecars), command=command.for_people()
         )
 
     @contextmanager
@@ -277,15 +278,15 @@ class VmmProcess:
         (self._paused.add if paused else self._paused.discard)(handle.machine_id)
 
 
-def _restored_memory(plan: Plan, snapshot: Path) -> Memory | None:
+def _restored_memory(boot: Boot, snapshot: Path) -> Memory | None:
     """Return what the memory of a restored VM is made of; None where it is in the saved state."""
     memory = snapshot / MEMORY_FILE
     if not memory.exists():
         return None
-    if not plan.config.shared_dirs and not plan.config.hotplug:
+    if not boot.config.shared_dirs and not boot.config.hotplug:
         return Memory(os.fspath(memory), shared=False)
     # virtiofsd has to see what the guest writes (vhost-user), so that it needs a copy of its own.
-    number = plan.add_fd(copied_to_memory(memory))
+    number = boot.add_fd(copied_to_memory(memory))
     return Memory(f"/proc/self/fd/{number}", shared=True)
 
 

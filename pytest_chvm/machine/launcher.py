@@ -18,7 +18,8 @@ from pytest_chvm.clones.digests import content_key, file_identity
 from pytest_chvm.clones.store import HeldTemplate, TemplateStore
 from pytest_chvm.clones.templates import clone_config, made_of, template_config, why_no_clone, why_no_snapshot
 from pytest_chvm.drivers import choose_vmm, make_driver
-from pytest_chvm.drivers.base import MEMORY_FILE, ROOT_FILE, BootOptions, VmDriver, logger
+from pytest_chvm.drivers.base import VmDriver, logger
+from pytest_chvm.drivers.boot import MEMORY_FILE, ROOT_FILE, BootOptions
 from pytest_chvm.drivers.disks import check_was_closed
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.drivers.preflight import preflight

@@ -17,7 +17,8 @@ from typing import Self, cast
 from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.text import read_tail
 from pytest_chvm.base.untouched import Socket
-from pytest_chvm.drivers.base import CONSOLE_FILE, VmDriver, logger, share_id
+from pytest_chvm.drivers.base import VmDriver, logger, share_id
+from pytest_chvm.drivers.boot import CONSOLE_FILE
 from pytest_chvm.errors import (
     BootFailedError,
     CommandTimeoutError,

@@ -200,7 +200,7 @@ def test_ready_line_that_does_not_count(launch_ch, stand_in_ch, line, reason):
 
 
 def test_marker_of_another_vm_is_refused(ch, stand_in_ch):
-    from pytest_chvm.drivers.base import BootOptions
+    from pytest_chvm.drivers.boot import BootOptions
 
     stand_in_ch.does(serial="CHVM_READY 192.0.2.1 nonce=other\nCHVM_READY 192.0.2.2\n")
     handle = ch.driver.boot(ch.config(), BootOptions(nonce="mine"))

@@ -154,7 +154,7 @@ def test_socket_pair_is_refused(ch, stand_in_ch):
 
 
 def test_console_for_the_shell_is_a_pty(ch, stand_in_ch):
-    from pytest_chvm.drivers.base import BootOptions
+    from pytest_chvm.drivers.boot import BootOptions
 
     handle = ch.driver.boot(ch.config(), BootOptions(console=True))
     ch.handles.append(handle)

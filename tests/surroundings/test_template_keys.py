@@ -15,8 +15,8 @@ from pytest_chvm import QemuDriver, UnsupportedError, VmConfig, VmIOError
 from pytest_chvm.clones import templates
 from pytest_chvm.clones.digests import content_key, file_identity
 from pytest_chvm.clones.templates import made_of
-from pytest_chvm.drivers.base import binary_key
 from pytest_chvm.drivers.disks import plain_images
+from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.qemu import state as qemu_state
 from pytest_chvm.drivers.qemu import vsock as qemu_vsock
 from pytest_chvm.host.binaries import Binary

@@ -11,26 +11,18 @@ from pathlib import Path
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.untouched import Socket
 from pytest_chvm.base.watch import FileWatch
-from pytest_chvm.drivers.base import (
-    DEFAULT_OPTIONS,
-    MEMORY_FILE,
-    AttachedTap,
-    BootOptions,
-    Plan,
-    VmmCommand,
-    binary_key,
-    logger,
-    share_id,
-    taps_of,
-)
+from pytest_chvm.drivers.base import logger, share_id
+from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, MEMORY_FILE, Boot, BootOptions, VmmCommand
 from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
 from pytest_chvm.drivers.cloud_hypervisor import state
 from pytest_chvm.drivers.cloud_hypervisor.events import EventMonitor
 from pytest_chvm.drivers.disks import base_format, data_format, root_overlay
 from pytest_chvm.drivers.events import event_log, open_event_log
+from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.memory import copy_sparse, inherited_memory
 from pytest_chvm.drivers.process import VmmProcess
+from pytest_chvm.drivers.taps import AttachedTap, taps_of
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
@@ -94,9 +86,9 @@ class CloudHypervisorDriver:
         """Start a VM and return at once, STARTING."""
         return self._process.boot(config, self._command, options)
 
-    def _command(self, plan: Plan) -> VmmCommand:
-        config = plan.config
-        for path in (config.kernel, config.initramfs, config.root_disk, config.seed_iso, config.data_disk, plan.serial_log):
+    def _command(self, boot: Boot) -> VmmCommand:
+        config = boot.config
+        for path in (config.kernel, config.initramfs, config.root_disk, config.seed_iso, config.data_disk, boot.serial_log):
             _check_text(config, path)
         if config.cpu_model is not None or config.channels:
             raise UnsupportedError(
@@ -111,36 +103,36 @@ class CloudHypervisorDriver:
         if config.initramfs is not None:
             machine += ["--initramfs", os.fspath(config.initramfs)]
         machine += ["--cpus", f"boot={config.cpus}{f',max={config.max_cpus}' if config.max_cpus else ''}"]
-        machine += self._memory(plan)
-        machine += self._disks(plan)
-        taps = self._taps(plan)
+        machine += self._memory(boot)
+        machine += self._disks(boot)
+        taps = self._taps(boot)
         for tap in taps:
             machine += ["--net", f"tap={tap.name},mac={tap.mac}"]
-        machine += ["--serial", f"file={_quoted(plan.serial_log)}", "--console", "pty" if plan.console else "off"]
-        for share, path in zip(config.shared_dirs, plan.share_sockets, strict=True):
+        machine += ["--serial", f"file={_quoted(boot.serial_log)}", "--console", "pty" if boot.console else "off"]
+        for share, path in zip(config.shared_dirs, boot.share_sockets, strict=True):
             machine += ["--fs", f"tag={share.tag},socket={_quoted(path)},num_queues=1,queue_size=512"]
         # The guest's panic is an event then.
-        control = [*self._control(plan), *(["--pvpanic"] if plan.console else [])]
-        if ch_landlock.is_confined(plan):
-            rules = [f"path={_quoted(path)},access={access}" for path, access in ch_landlock.rules(plan, taps)]
+        control = [*self._control(boot), *(["--pvpanic"] if boot.console else [])]
+        if ch_landlock.is_confined(boot):
+            rules = [f"path={_quoted(path)},access={access}" for path, access in ch_landlock.rules(boot, taps)]
             control += ["--landlock", "--landlock-rules", *rules]
-        return VmmCommand(machine, control, event_log(plan.lease.directory))
+        return VmmCommand(machine, control, event_log(boot.lease.directory))
 
     @staticmethod
-    def _control(plan: Plan) -> list[str]:
-        events = plan.add_fd(open_event_log(plan.lease.directory))
-        return ["--api-socket", f"fd={plan.add_listener('api.sock')}", "--event-monitor", f"fd={events}"]
+    def _control(boot: Boot) -> list[str]:
+        events = boot.add_fd(open_event_log(boot.lease.directory))
+        return ["--api-socket", f"fd={boot.add_listener('api.sock')}", "--event-monitor", f"fd={events}"]
 
     @staticmethod
-    def _memory(plan: Plan) -> list[str]:
-        config = plan.config
-        if plan.memory is not None:
+    def _memory(boot: Boot) -> list[str]:
+        config = boot.config
+        if boot.memory is not None:
             if config.max_memory_mb:
                 raise UnsupportedError(
                     f"VM {config.name!r}: Cloud Hypervisor cannot add memory to a VM that can be cloned: leave out max_memory_mb",
                     vm_name=config.name,
                 )
-            path = _quoted(Path(plan.memory.path))
+            path = _quoted(Path(boot.memory.path))
             return ["--memory", "size=0", "--memory-zone", f"id=memory,size={config.memory_mb}M,file={path},shared=on"]
         room = f",hotplug_size={config.max_memory_mb - config.memory_mb}M" if config.max_memory_mb else ""
         # For vhost-user: a shared dir, now or plugged in later.
@@ -148,20 +140,20 @@ class CloudHypervisorDriver:
         return ["--memory", f"size={config.memory_mb}M{room}{shared}"]
 
     @staticmethod
-    def _taps(plan: Plan) -> list[AttachedTap]:
-        taps = taps_of(plan)
-        if any(isinstance(network, UserNetwork | Network) for network in plan.config.networks or ()):
+    def _taps(boot: Boot) -> list[AttachedTap]:
+        taps = taps_of(boot)
+        if any(isinstance(network, UserNetwork | Network) for network in boot.config.networks or ()):
             raise UnsupportedError(
-                f"VM {plan.config.name!r}: Cloud Hypervisor needs a TAP for each network: run as root, or use --chvm-vmm=qemu",
-                vm_name=plan.config.name,
+                f"VM {boot.config.name!r}: Cloud Hypervisor needs a TAP for each network: run as root, or use --chvm-vmm=qemu",
+                vm_name=boot.config.name,
             )
         return taps
 
     @staticmethod
-    def _disks(plan: Plan) -> list[str]:
-        config = plan.config
+    def _disks(boot: Boot) -> list[str]:
+        config = boot.config
         words = []
-        if (overlay := root_overlay(plan)) is not None:
+        if (overlay := root_overlay(boot)) is not None:
             words += ["--disk", f"path={_quoted(overlay)},image_type=qcow2,backing_files=on"]
         if config.seed_iso is not None:
             words += ["--disk", f"path={_quoted(config.seed_iso)},readonly=on,image_type=raw"]
@@ -368,12 +360,12 @@ class CloudHypervisorDriver:
             self._call(handle, "vm.resume")
         return handle
 
-    def _restore_command(self, plan: Plan) -> VmmCommand:
-        assert plan.restoring is not None
-        state.make_source(plan, plan.restoring, plan.lease.directory / RESTORE_DIR, self._taps(plan))
-        namespace = ["ip", "netns", "exec", plan.config.netns] if plan.config.netns else []
-        program, events = os.fspath(self.binary().path), event_log(plan.lease.directory)
-        return VmmCommand([*namespace, program], self._control(plan), events, prints_console=True)
+    def _restore_command(self, boot: Boot) -> VmmCommand:
+        assert boot.restoring is not None
+        state.make_source(boot, boot.restoring, boot.lease.directory / RESTORE_DIR, self._taps(boot))
+        namespace = ["ip", "netns", "exec", boot.config.netns] if boot.config.netns else []
+        program, events = os.fspath(self.binary().path), event_log(boot.lease.directory)
+        return VmmCommand([*namespace, program], self._control(boot), events, prints_console=True)
 
     def _call(
         self, handle: VmHandle, endpoint: str, body: dict[str, object] | None = None, *, ask: bool = False

@@ -8,8 +8,9 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from pytest_chvm.drivers.base import AttachedTap, Plan
+from pytest_chvm.drivers.boot import Boot
 from pytest_chvm.drivers.disks import backing_files
+from pytest_chvm.drivers.taps import AttachedTap
 
 # Cloud Hypervisor refuses to start with less (vmm/src/landlock.rs); Linux 6.2 has it.
 NEEDED_ABI = 3
@@ -28,24 +29,24 @@ def landlock_abi() -> int:
     return max(version, 0)
 
 
-def is_confined(plan: Plan) -> bool:
+def is_confined(boot: Boot) -> bool:
     """Tell whether a VM's VMM is confined: what will be plugged in later, from wherever, cannot be told it now.
 
     Nor where a template will be when it is finished.
     """
-    is_template = plan.memory is not None and plan.restoring is None
-    return not plan.config.hotplug and not is_template and landlock_abi() >= NEEDED_ABI
+    is_template = boot.memory is not None and boot.restoring is None
+    return not boot.config.hotplug and not is_template and landlock_abi() >= NEEDED_ABI
 
 
-def rules(plan: Plan, taps: list[AttachedTap]) -> list[tuple[Path, str]]:
+def rules(boot: Boot, taps: list[AttachedTap]) -> list[tuple[Path, str]]:
     """Return the paths that the VMM opens beside those of its configuration, each with its access, `r` or `rw`."""
     # Its own directory is for the sockets of vsock.
-    found = [(plan.lease.directory, "rw")]
-    found += [(plan.snapshots, "rw")] if plan.snapshots is not None else []
+    found = [(boot.lease.directory, "rw")]
+    found += [(boot.snapshots, "rw")] if boot.snapshots is not None else []
     # What it is restored from is linked to from its own directory.
-    found += [(plan.restoring, "r")] if plan.restoring is not None else []
+    found += [(boot.restoring, "r")] if boot.restoring is not None else []
     # An overlay of ours is on top of the root disk, and is a path of the configuration.
-    root, data = plan.config.root_disk, plan.config.data_disk
+    root, data = boot.config.root_disk, boot.config.data_disk
     images = [*([root, *backing_files(root)] if root else []), *(backing_files(data) if data else [])]
     found += [(image, "r") for image in images]
     # Whether it has several queues (net_util/src/open_tap.rs).

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_chvm.drivers.base import AttachedTap, Plan
+from pytest_chvm.drivers.boot import Boot
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
 from pytest_chvm.drivers.disks import root_overlay
+from pytest_chvm.drivers.taps import AttachedTap
 from pytest_chvm.errors import HypervisorError, VmIOError
 
 CONFIG, STATE, MEMORY = "config.json", "state.json", "memory-ranges"
 
 
-def make_source(plan: Plan, snapshot: Path, source: Path, taps: Sequence[AttachedTap]) -> None:
+def make_source(boot: Boot, snapshot: Path, source: Path, taps: Sequence[AttachedTap]) -> None:
     """Make the directory that a VM is restored from: the snapshot's files, and a configuration with this VM's own ends.
 
     Raises VmIOError where the snapshot cannot be read, HypervisorError where it has other NICs than this VM.
@@ -31,7 +32,7 @@ def make_source(plan: Plan, snapshot: Path, source: Path, taps: Sequence[Attache
         for name in (STATE, MEMORY):
             if (snapshot / name).exists():
                 (source / name).symlink_to(snapshot / name)
-        _rewrite(config, plan, taps)
+        _rewrite(config, boot, taps)
         (source / CONFIG).write_text(json.dumps(config))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VmIOError(f"the snapshot {str(snapshot)!r} cannot be restored: {error!r}") from error
@@ -47,17 +48,17 @@ def name_memory(source: Path, file: Path) -> None:
     (source / CONFIG).write_text(json.dumps(config))
 
 
-def _rewrite(config: dict[str, Any], plan: Plan, taps: Sequence[AttachedTap]) -> None:
+def _rewrite(config: dict[str, Any], boot: Boot, taps: Sequence[AttachedTap]) -> None:
     nics = config.get("net") or []
     if len(nics) != len(taps):
         raise HypervisorError(f"the snapshot has {len(nics)} NICs and the VM {len(taps)}")
-    if (overlay := root_overlay(plan)) is not None:
+    if (overlay := root_overlay(boot)) is not None:
         config["disks"][0]["path"] = os.fspath(overlay)
     for nic, tap in zip(nics, taps, strict=True):
         nic.update(tap=tap.name, mac=tap.mac, host_mac=None, fds=None)
     # None where the VM was not booted to be a template: its memory is in the snapshot then.
     for zone in config["memory"].get("zones") or []:
-        file, shared = (plan.memory.path, plan.memory.shared) if plan.memory else (None, plan.config.hotplug)
+        file, shared = (boot.memory.path, boot.memory.shared) if boot.memory else (None, boot.config.hotplug)
         zone.update(file=file, shared=shared)
     # A file it would empty, and the log has the boot of the VM that was saved.
     config["serial"].update(mode="Tty", file=None)
@@ -65,6 +66,6 @@ def _rewrite(config: dict[str, Any], plan: Plan, taps: Sequence[AttachedTap]) ->
     config["console"]["file"] = None
     # The socket is in the run directory of the VM that was saved.
     config["vsock"] = None
-    config["payload"]["cmdline"] = plan.config.cmdline
-    config["landlock_enable"] = ch_landlock.is_confined(plan)
-    config["landlock_rules"] = [{"path": os.fspath(path), "access": access} for path, access in ch_landlock.rules(plan, list(taps))]
+    config["payload"]["cmdline"] = boot.config.cmdline
+    config["landlock_enable"] = ch_landlock.is_confined(boot)
+    config["landlock_rules"] = [{"path": os.fspath(path), "access": access} for path, access in ch_landlock.rules(boot, list(taps))]

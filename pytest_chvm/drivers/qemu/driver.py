@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.base.untouched import Socket
-from pytest_chvm.drivers.base import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, BootOptions, Plan, VmmCommand, binary_key, taps_of
+from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, Boot, BootOptions, VmmCommand
 from pytest_chvm.drivers.disks import base_format, copy_overlay, data_format, root_overlay
+from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.drivers.qemu import devices, qmp
 from pytest_chvm.drivers.qemu import events as qemu_events
 from pytest_chvm.drivers.qemu import state as qemu_state
 from pytest_chvm.drivers.qemu import vsock as qemu_vsock
+from pytest_chvm.drivers.taps import taps_of
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
@@ -90,66 +92,66 @@ class QemuDriver:
         """Start a VM and return at once, STARTING."""
         return self._process.boot(config, self._command, options)
 
-    def _command(self, plan: Plan) -> VmmCommand:
-        config = plan.config
+    def _command(self, boot: Boot) -> VmmCommand:
+        config = boot.config
         shown: dict[str, str] = {}
         binary = os.fspath(self.binary().path)
         machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), binary]
         machine += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        machine += ["-name", config.name, "-uuid", plan.machine_id, "-sandbox", SYSTEM_CALLS]
+        machine += ["-name", config.name, "-uuid", boot.machine_id, "-sandbox", SYSTEM_CALLS]
         kvm = self._uses_kvm()
         machine += ["-machine", "q35,memory-backend=ram"]
         machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", config.cpu_model or ("host" if kvm else "max")]
         machine += ["-smp", f"{config.cpus}{f',maxcpus={config.max_cpus}' if config.max_cpus else ''}"]
         machine += ["-m", f"{config.memory_mb}M{f',slots=8,maxmem={config.max_memory_mb}M' if config.max_memory_mb else ''}"]
         machine += devices.port_arguments() if config.hotplug else []
-        machine += self._memory(plan)
+        machine += self._memory(boot)
         machine += self._boot_source(config)
-        machine += ["-chardev", f"file,id=serial,path={_quoted(plan.serial_log)},append=on", "-serial", "chardev:serial"]
+        machine += ["-chardev", f"file,id=serial,path={_quoted(boot.serial_log)},append=on", "-serial", "chardev:serial"]
         machine += ["-device", "virtio-rng-pci"]
-        machine += self._nics(plan, shown)
+        machine += self._nics(boot, shown)
         if vsock := qemu_vsock.open_device(config.name):
             fd, cid = vsock
-            number = plan.add_fd(fd)
+            number = boot.add_fd(fd)
             machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
             shown[f",vhostfd={number}"] = ""
-        machine += self._root_disk(plan)
+        machine += self._root_disk(boot)
         # A clone's are plugged in before it goes on.
-        machine += [*self._other_disks(config), *self._shares(plan)] if plan.restoring is None else []
-        control = ["-incoming", "defer", "-S"] if plan.restoring is not None else []
-        control += ["-chardev", f"socket,id=qmp,fd={plan.add_listener('qmp.sock')},server=on,wait=off"]
-        control += ["-mon", "chardev=qmp,mode=control", *qemu_events.event_arguments(plan)]
-        control += qemu_events.PANIC_DEVICE if plan.console else ()
-        return VmmCommand(machine, control + self._serial_ports(plan), qemu_events.event_log(plan.lease.directory), shown)
+        machine += [*self._other_disks(config), *self._shares(boot)] if boot.restoring is None else []
+        control = ["-incoming", "defer", "-S"] if boot.restoring is not None else []
+        control += ["-chardev", f"socket,id=qmp,fd={boot.add_listener('qmp.sock')},server=on,wait=off"]
+        control += ["-mon", "chardev=qmp,mode=control", *qemu_events.event_arguments(boot)]
+        control += qemu_events.PANIC_DEVICE if boot.console else ()
+        return VmmCommand(machine, control + self._serial_ports(boot), qemu_events.event_log(boot.lease.directory), shown)
 
     @staticmethod
-    def _memory(plan: Plan) -> list[str]:
-        size = f"id=ram,size={plan.config.memory_mb}M"
-        if plan.memory is not None:
-            path = _quoted(Path(plan.memory.path))
-            return ["-object", f"memory-backend-file,{size},mem-path={path},share={'on' if plan.memory.shared else 'off'}"]
+    def _memory(boot: Boot) -> list[str]:
+        size = f"id=ram,size={boot.config.memory_mb}M"
+        if boot.memory is not None:
+            path = _quoted(Path(boot.memory.path))
+            return ["-object", f"memory-backend-file,{size},mem-path={path},share={'on' if boot.memory.shared else 'off'}"]
         # For vhost-user: a shared dir, now or plugged in later.
-        if plan.config.shared_dirs or plan.config.hotplug:
+        if boot.config.shared_dirs or boot.config.hotplug:
             return ["-object", f"memory-backend-memfd,{size},share=on"]
         return ["-object", f"memory-backend-ram,{size}"]
 
     @staticmethod
-    def _shares(plan: Plan) -> list[str]:
+    def _shares(boot: Boot) -> list[str]:
         words = []
-        for index, (share, path) in enumerate(zip(plan.config.shared_dirs, plan.share_sockets, strict=True)):
+        for index, (share, path) in enumerate(zip(boot.config.shared_dirs, boot.share_sockets, strict=True)):
             words += ["-chardev", f"socket,id=fs{index},path={_quoted(path)}"]
             words += ["-device", f"vhost-user-fs-pci,chardev=fs{index},tag={share.tag},queue-size=512"]
         return words
 
     @staticmethod
-    def _serial_ports(plan: Plan) -> list[str]:
-        words = ["-device", "virtio-serial-pci"] if plan.console or plan.config.channels else []
-        if plan.console:
+    def _serial_ports(boot: Boot) -> list[str]:
+        words = ["-device", "virtio-serial-pci"] if boot.console or boot.config.channels else []
+        if boot.console:
             words += ["-device", "virtconsole,chardev=console"]
-            words += ["-chardev", f"socket,id=console,fd={plan.add_listener('console.sock')},server=on,wait=off"]
-        for index, name in enumerate(plan.config.channels):
+            words += ["-chardev", f"socket,id=console,fd={boot.add_listener('console.sock')},server=on,wait=off"]
+        for index, name in enumerate(boot.config.channels):
             words += ["-device", f"virtserialport,chardev=channel{index},name={name}"]
-            listener = plan.add_listener(_channel_socket(name))
+            listener = boot.add_listener(_channel_socket(name))
             words += ["-chardev", f"socket,id=channel{index},fd={listener},server=on,wait=off"]
         return words
 
@@ -162,8 +164,8 @@ class QemuDriver:
         return words + (["-initrd", os.fspath(config.initramfs)] if config.initramfs else [])
 
     @staticmethod
-    def _root_disk(plan: Plan) -> list[str]:
-        overlay = root_overlay(plan)
+    def _root_disk(boot: Boot) -> list[str]:
+        overlay = root_overlay(boot)
         return _disk("root", "qcow2", overlay, read_only=False) if overlay is not None else []
 
     @staticmethod
@@ -174,17 +176,17 @@ class QemuDriver:
         return words
 
     @staticmethod
-    def _nics(plan: Plan, shown: dict[str, str]) -> list[str]:
+    def _nics(boot: Boot, shown: dict[str, str]) -> list[str]:
         from pytest_chvm.host.networks import open_tap
 
-        config = plan.config
+        config = boot.config
         words = []
-        taps = {tap.index: tap for tap in taps_of(plan)}
+        taps = {tap.index: tap for tap in taps_of(boot)}
         for index, network in enumerate(config.networks or ()):
             mac = mac_for(config.name, index)
             if tap := taps.get(index):
                 mac = tap.mac
-                number = plan.add_fd(open_tap(tap.name, config.netns, ours=tap.ours))
+                number = boot.add_fd(open_tap(tap.name, config.netns, ours=tap.ours))
                 words += ["-netdev", f"tap,id=net{index},fd={number}"]
                 shown[f"fd={number}"] = f"ifname={tap.name},script=no,downscript=no"
             elif isinstance(network, UserNetwork):

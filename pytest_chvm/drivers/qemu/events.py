@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_chvm.drivers.base import Plan
+from pytest_chvm.drivers.boot import Boot
 from pytest_chvm.drivers.events import EventReader
 from pytest_chvm.errors import GuestPanicError, GuestRebootError, GuestShutdownError, VmError
 
@@ -24,16 +24,16 @@ SHUTDOWNS: dict[str, tuple[type[VmError], str]] = {
 }
 
 
-def event_arguments(plan: Plan) -> list[str]:
+def event_arguments(boot: Boot) -> list[str]:
     """Return the arguments that have QEMU write its events to the VM's event log."""
-    log = event_log(plan.lease.directory)
+    log = event_log(boot.lease.directory)
     # There before QEMU is, for whoever watches it.
     log.touch(mode=0o600)
     orders = log.with_suffix(".in")
     os.mkfifo(orders, 0o600)
     fd = os.open(orders, os.O_RDWR | os.O_CLOEXEC)
     # What is in a FIFO is lost when nobody has it open, and QEMU opens it in a moment.
-    plan.add_fd(fd)
+    boot.add_fd(fd)
     os.write(fd, NEGOTIATE)
     path = os.fspath(log.with_suffix("")).replace(",", ",,")
     return ["-chardev", f"pipe,id=events,path={path}", "-mon", "chardev=events,mode=control"]

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pytest_chvm.drivers.base import file_key
+from pytest_chvm.drivers.keys import file_key
 from pytest_chvm.drivers.qemu import qmp
 from pytest_chvm.errors import HypervisorError
 

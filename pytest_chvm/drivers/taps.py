@@ -1,0 +1,44 @@
+"""The TAPs of a VM that is booted: those that are there, and those that are made for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pytest_chvm.drivers.boot import Boot
+from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.host.networks import interface_exists, make_tap
+from pytest_chvm.model import SocketPairFd, Tap, mac_for
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedTap:
+    """A TAP that is there, for the VM's NIC number `index`; `ours` is removed with the VM."""
+
+    index: int
+    name: str
+    mac: str
+    ours: bool
+
+
+def taps_of(boot: Boot) -> list[AttachedTap]:
+    """Return the TAPs of a VM, in order; one that is not there yet is made, in the lease first.
+
+    Raises InvalidConfigError for a socket pair, which no VMM on Linux takes.
+    """
+    config = boot.config
+    taps = []
+    for index, network in enumerate(config.networks or ()):
+        if isinstance(network, SocketPairFd):
+            raise InvalidConfigError(
+                f"VM {config.name!r}: a socket-pair network works on macOS only, not on Linux: use a Tap", vm_name=config.name
+            )
+        if isinstance(network, Tap):
+            name, ours = network.name, network.take_over
+            if name is None or not interface_exists(name, config.netns):
+                name, ours = make_tap(boot.lease, name, None, config.netns), True
+            elif ours:
+                boot.lease.add_tap(name, config.netns)
+            if ours:
+                boot.taps_to_remove.append(name)
+            taps.append(AttachedTap(index, name, network.mac or mac_for(config.name, index), ours))
+    return taps
