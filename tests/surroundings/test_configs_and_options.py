@@ -111,7 +111,7 @@ def test_an_option_that_no_vm_can_have_ends_the_run_at_its_start(
     pytester: pytest.Pytester, run_pytest: RunPytest, arguments: list[str], message: str
 ) -> None:
     pytester.makepyfile("def test_vm(chvm_vm): raise AssertionError('not reached')\ndef test_plain(): pass")
-    result = run_pytest(*arguments)
+    result = run_pytest(*arguments) if "-n" in arguments else pytester.runpytest_inprocess(*arguments)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*ERROR: {message.replace('[', '[[]')}"])
     assert "INTERNALERROR" not in result.stdout.str()
@@ -192,7 +192,7 @@ def test_a_toml_file_s_own_numbers_and_lists_are_values(pytester: pytest.Pyteste
         run_pytest("--strict-config").assert_outcomes(passed=1)
     for bad in ("0", "true", '["a"]'):
         place.write_text(f"[tool.pytest]\nchvm_cpus = {bad}\n")
-        result = run_pytest()
+        result = pytester.runpytest_inprocess()
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         result.stderr.fnmatch_lines(["ERROR: *chvm_cpus*"])
 

@@ -65,39 +65,33 @@ def test_a_forked_child_that_leaves_by_an_exception_ends_nothing(pytester: pytes
 INNER_RUNS = """
     pytest_plugins = ["pytester"]
 
-    def test_outer(chvm_vm, pytester, monkeypatch):
+    def test_outer(chvm_vm, pytester):
         vm = chvm_vm(name="same")
-        pytester.makepyfile({inner!r})
-        inner = pytester.{run}("-p", "no:cacheprovider")
-        inner.assert_outcomes(passed=1)
-        inner.stdout.{expected}
-        inner.stdout.no_fnmatch_line("*LEFT BEHIND*")
-        assert vm.check_output("echo here") == "here\\n"
+
+        def run_within(test):
+            pytester.makepyfile(test)
+            inner = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+            inner.assert_outcomes(passed=1)
+            inner.stdout.no_fnmatch_line("*LEFT BEHIND*")
+            assert vm.check_output("echo here") == "here\\n"
+            return inner.stdout
+
+        run_within("def test_plain(): pass").no_fnmatch_line("chvm: *")
+        run_within(
+            "def test_vm(chvm_vm): assert chvm_vm(name='same').check_output('echo inner') == 'inner\\\\n'"
+        ).fnmatch_lines(["chvm: 1 VM, 1 TAP started; all gone"])
         assert chvm_vm().check_output("echo another") == "another\\n"
 """
 
 
 @pytest.mark.parametrize("arguments", [(), ("-n", "1")], ids=["plain", "xdist"])
-@pytest.mark.parametrize(
-    ("inner", "expected"),
-    [
-        ("def test_plain(): pass", 'no_fnmatch_line("chvm: *")'),
-        (
-            "def test_vm(chvm_vm):\n    assert chvm_vm(name='same').check_output('echo inner') == 'inner\\n'",
-            'fnmatch_lines(["chvm: 1 VM, 1 TAP started; all gone"])',
-        ),
-    ],
-    ids=["without_vms", "with_vms"],
-)
 def test_a_run_within_a_test_ends_its_own_vms_only(
     pytester: pytest.Pytester,
     run_pytest: RunPytest,
     needs_taps: None,
-    inner: str,
-    expected: str,
     arguments: tuple[str, ...],
 ) -> None:
-    pytester.makepyfile(INNER_RUNS.format(inner=inner, expected=expected, run="runpytest_inprocess"))
+    pytester.makepyfile(INNER_RUNS)
     result = run_pytest(*arguments)
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["chvm: 2 VMs, 2 TAPs started; all gone"])
