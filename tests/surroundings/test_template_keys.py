@@ -30,15 +30,6 @@ def own(chvm_vm, guest, tmp_path):
     return functools.partial(chvm_vm, vmm="qemu", network="none", initramfs=guest.initramfs, cmdline=cmdline)
 
 
-def test_a_root_disk_that_grew_is_cloned_at_its_new_size(own, tmp_path):
-    disk = tmp_path / "root.img"
-    disk.write_bytes(b"root disk" * 1000)
-    for size in (64 << 20, 128 << 20):
-        os.truncate(disk, size)
-        with own(root_disk=disk, boot="clone", name=f"has-{size >> 20}") as vm:
-            assert int(vm.check_output("cat /sys/block/vda/size")) * 512 == size
-
-
 def test_what_is_changed_while_a_template_is_made_of_it_makes_none(own, tmp_path, monkeypatch):
     disk = tmp_path / "root.img"
     disk.write_bytes(bytes(8 << 20))
