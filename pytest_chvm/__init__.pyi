@@ -5,11 +5,14 @@ from pytest_chvm.drivers.cloud_hypervisor.driver import CloudHypervisorDriver as
 from pytest_chvm.drivers.qemu.driver import QemuDriver as QemuDriver
 from pytest_chvm.errors import BootFailedError as BootFailedError
 from pytest_chvm.errors import CommandTimeoutError as CommandTimeoutError
+from pytest_chvm.errors import EarlyGuestPanicError as EarlyGuestPanicError
 from pytest_chvm.errors import GuestCommandError as GuestCommandError
+from pytest_chvm.errors import GuestError as GuestError
 from pytest_chvm.errors import GuestOopsError as GuestOopsError
 from pytest_chvm.errors import GuestPanicError as GuestPanicError
 from pytest_chvm.errors import GuestRebootError as GuestRebootError
 from pytest_chvm.errors import GuestShutdownError as GuestShutdownError
+from pytest_chvm.errors import HostError as HostError
 from pytest_chvm.errors import HypervisorError as HypervisorError
 from pytest_chvm.errors import InvalidConfigError as InvalidConfigError
 from pytest_chvm.errors import MissingRequirementError as MissingRequirementError

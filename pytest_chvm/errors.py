@@ -18,57 +18,73 @@ class VmError(Exception):
 
 
 class InvalidConfigError(VmError, ValueError):
-    """What was asked for cannot be: raised before anything is started."""
+    """What was asked for cannot be, on any machine: a bad argument, option or file; nothing was started or done for it."""
 
 
 class MissingRequirementError(InvalidConfigError):
     """The machine lacks a program, a kernel or a permission; `--chvm-missing=skip` skips the test then."""
 
 
-class BootFailedError(VmError):
-    """The VMM or the guest did not get as far as ready."""
+class UnsupportedError(VmError):
+    """This VMM, guest or network mode cannot do what was asked."""
 
 
-class VmNotFoundError(VmError):
-    """The handle names no process."""
+class HostError(VmError):
+    """This machine refused what a VM needs: a full disk, no TAP from the kernel, a lock that is held, the keeper is gone."""
 
 
-class StopFailedError(VmError):
+class VmNotFoundError(HostError):
+    """The handle names no process or run directory."""
+
+
+class StopFailedError(HostError):
     """The VMM had to be killed, or something of the VM could not be removed."""
 
 
-class StateFailedError(VmError):
+class StateFailedError(HostError):
     """The process of a handle is not the VM's: it was not signalled."""
 
 
 class HypervisorError(VmError):
-    """The VMM refused a request, or gave an answer that makes no sense."""
-
-
-class GuestRebootError(HypervisorError):
-    """The guest rebooted without being asked to."""
-
-
-class GuestShutdownError(HypervisorError):
-    """The guest powered itself off."""
-
-
-class GuestOopsError(VmError):
-    """The guest's kernel had an oops and went on."""
+    """The VMM or a virtiofsd ended, refused a request, or gave an answer that makes no sense."""
 
 
 class VmIOError(VmError, OSError):
-    """Talking to the guest failed: the console, a file, a socket."""
+    """A connection to the guest or its VMM failed: the console, a file that was put or got, a socket."""
 
     def __init__(self, message: str, *, vm_name: str | None = None) -> None:
         VmError.__init__(self, message, vm_name=vm_name)
 
 
-class UnsupportedError(VmError):
-    """This VMM, guest or network mode cannot do what was asked."""
+class BootFailedError(VmError):
+    """The guest did not become ready."""
 
 
-class GuestCommandError(VmError):
+class GuestError(VmError):
+    """The guest did something that the test did not ask for, or a command in it failed."""
+
+
+class GuestPanicError(GuestError):
+    """The guest's kernel panicked."""
+
+
+class EarlyGuestPanicError(BootFailedError, GuestPanicError):
+    """The guest's kernel panicked before the guest was ready: a failed boot, too."""
+
+
+class GuestRebootError(GuestError):
+    """The guest rebooted without being asked to."""
+
+
+class GuestShutdownError(GuestError):
+    """The guest powered itself off without being asked to."""
+
+
+class GuestOopsError(GuestError):
+    """The guest's kernel had an oops and went on."""
+
+
+class GuestCommandError(GuestError):
     """A command in the guest returned non-zero; the message shows both of its outputs.
 
     `returncode` is its exit status, None where it has none; `stdout` and `stderr` are what it had printed, undecodable bytes by
@@ -92,7 +108,3 @@ class GuestCommandError(VmError):
 
 class CommandTimeoutError(GuestCommandError, TimeoutError):
     """A command in the guest passed its deadline; it and all it started were killed."""
-
-
-class GuestPanicError(BootFailedError):
-    """The guest's kernel panicked, before ready or after."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from pytest_chvm.base.lockfiles import try_lock, wait_for_lock
 from pytest_chvm.base.progress import show_progress
 from pytest_chvm.base.trees import remove_tree
-from pytest_chvm.errors import InvalidConfigError, VmError, VmIOError
+from pytest_chvm.errors import HostError, InvalidConfigError, VmError
 
 
 def default_cache_dir() -> Path:
@@ -64,7 +64,7 @@ def built_once(
     """Return the directory `target`, filled by `build` if it is not there yet, or is not intact any more.
 
     `build` gets an empty directory, which becomes `target` by one rename, so that nobody ever sees half of it;
-    others that want the same wait at a file lock. Raises InvalidConfigError where the cache cannot be written, and without
+    others that want the same wait at a file lock. Raises HostError where the cache cannot be written, and without
     `try_again` where the one that was waited for has failed (not: was killed).
     """
     if is_intact(target):
@@ -77,18 +77,16 @@ def built_once(
             # Of a builder that was killed: the lock was its, and is ours now.
             left = [path for path in (target, *target.parent.glob(f".{target.name}.*")) if path.exists()]
             if waited and not left and not try_again:
-                raise InvalidConfigError(f"{str(target)!r} is not there: whoever was building it has just failed")
+                raise HostError(f"{str(target)!r} is not there: whoever was building it has just failed")
             failures = [failure for path in left for failure in remove_tree(path)]
             if target.exists():
-                raise InvalidConfigError(
-                    f"what is left of {str(target)!r} cannot be removed: {'; '.join(failures)}; or set CHVM_CACHE_DIR"
-                )
+                raise HostError(f"what is left of {str(target)!r} cannot be removed: {'; '.join(failures)}; or set CHVM_CACHE_DIR")
             _build(target, build, mode)
     except VmError:
         # Some of them are OSErrors.
         raise
     except OSError as error:
-        raise InvalidConfigError(
+        raise HostError(
             f"the cache {str(target.parent)!r} cannot be written: {error}; free some space, "
             "or set CHVM_CACHE_DIR to a directory of yours"
         ) from error
@@ -99,13 +97,13 @@ def built_once(
 def locked(target: Path) -> Iterator[bool]:
     """Hold the lock of what is built at `target`, the file `TARGET.lock`; tells whether somebody else had it.
 
-    Raises OSError, which a VmIOError is too: where who has it has been stopped for half a minute.
+    Raises HostError where who has it has been stopped for half a minute.
     """
     with open(f"{target}.lock", "ab") as lock:
         try:
             waited = wait_for_lock(lock.fileno(), str(target), show_progress)
         except TimeoutError as error:
-            raise VmIOError(str(error)) from error
+            raise HostError(str(error)) from error
         yield waited
 
 

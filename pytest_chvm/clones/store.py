@@ -20,7 +20,7 @@ from pytest_chvm.base.text import clean
 from pytest_chvm.base.trees import remove_tree
 from pytest_chvm.base.untouched import wall_clock_s
 from pytest_chvm.clones.digests import DIGESTS_DIR, digest_of, identity_of
-from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmIOError
+from pytest_chvm.errors import HostError, UnsupportedError
 from pytest_chvm.host.keeper.remains import boot_id
 
 RECORD_FILE = "template.json"
@@ -127,7 +127,7 @@ class TemplateStore:
     ) -> HeldTemplate:
         """Return the template that is made of these, built at the first call; others that want it wait.
 
-        `build` has a VM saved in an empty directory, which takes `room_mb` at most. Raises InvalidConfigError where the store
+        `build` has a VM saved in an empty directory, which takes `room_mb` at most. Raises HostError where the store
         cannot be written or has not so much room, and what `build` raises; without `try_again` also where it was waited for one
         that failed, which would fail again for each that waits, one after the other. An UnsupportedError of `build` is kept, and
         raised again for an hour, unless with `try_again`.
@@ -138,7 +138,7 @@ class TemplateStore:
             self.prune()
             free_mb = shutil.disk_usage(unfinished).free >> 20
             if free_mb < room_mb:
-                raise InvalidConfigError(
+                raise HostError(
                     f"a template may take {room_mb} MiB and {str(self.directory)!r} has {free_mb} MiB free: free some, or set "
                     "CHVM_CACHE_DIR to a directory with more"
                 )
@@ -235,7 +235,7 @@ def _hold(directory: Path) -> int | None:
     except BaseException as error:
         os.close(fd)
         if isinstance(error, TimeoutError):
-            raise VmIOError(str(error)) from error
+            raise HostError(str(error)) from error
         raise
     os.close(fd)
     return None

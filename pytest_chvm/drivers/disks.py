@@ -10,7 +10,7 @@ from pathlib import Path
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.drivers.boot import ROOT_FILE, Boot
 from pytest_chvm.drivers.memory import copy_sparse
-from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, UnsupportedError, VmIOError
+from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError, UnsupportedError
 
 QCOW2_MAGIC = b"QFI\xfb"
 # Incompatible features of an image (QEMU's docs/interop/qcow2.txt): its refcounts may be wrong; its data is not in it.
@@ -126,22 +126,22 @@ def _incompatible_features(image: Path) -> int:
 def make_overlay(base: Path, overlay: Path) -> None:
     """Make an empty qcow2 image on top of `base`, which takes all writes.
 
-    Raises InvalidConfigError where there is no qemu-img, VmIOError where it fails.
+    Raises InvalidConfigError where there is no qemu-img, HostError where it fails.
     """
     error = _qemu_img("create", "-q", "-f", "qcow2", "-F", base_format(base), "-b", base, overlay)
     if error is not None:
-        raise VmIOError(f"no overlay of root_disk {str(base)!r} can be made at {str(overlay)!r}: {error}")
+        raise HostError(f"no overlay of root_disk {str(base)!r} can be made at {str(overlay)!r}: {error}")
 
 
 def copy_overlay(overlay: Path, copy: Path) -> None:
     """Copy an overlay that nobody writes just now; the copy stands on no other overlay of that name, which may go before it does.
 
-    Raises what `make_overlay` does, and VmIOError where something that it stands on is not there any more.
+    Raises what `make_overlay` does, and HostError where something that it stands on is not there any more.
     """
     chain = backing_files(overlay)
     for image in chain:
         if not image.is_file():
-            raise VmIOError(
+            raise HostError(
                 f"{str(image)!r}, which this disk stands on, is gone: close a snapshot after its clones have been saved"
             )
     with copy.open("xb") as file:
@@ -150,7 +150,7 @@ def copy_overlay(overlay: Path, copy: Path) -> None:
     if base != chain[0]:
         error = _qemu_img("rebase", "-q", "-f", "qcow2", "-F", base_format(base), "-b", base, copy)
         if error is not None:
-            raise VmIOError(f"the overlay {str(overlay)!r} cannot be copied to {str(copy)!r}: {error}")
+            raise HostError(f"the overlay {str(overlay)!r} cannot be copied to {str(copy)!r}: {error}")
 
 
 def _qemu_img(*words: str | Path) -> str | None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pytest_chvm.drivers.images import check_disk
-from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
+from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError
 from pytest_chvm.guest.kernel_image import check_kernel_image
 from pytest_chvm.host.limits import memory_limit
 from pytest_chvm.host.namespaces import check_netns
@@ -22,7 +22,7 @@ MOST_DEVICES, MOST_DEVICES_WITH_HOTPLUG = 22, 14
 
 
 def preflight(config: VmConfig) -> None:
-    """Raise InvalidConfigError, naming the VM, for the first thing that this host cannot give it."""
+    """Raise InvalidConfigError or HostError, naming the VM, for the first thing that this host cannot give it."""
     try:
         if config.kernel is None:
             raise InvalidConfigError("kernel=None: a driver needs one; launch() and chvm_vm() have a default")
@@ -52,7 +52,7 @@ def preflight(config: VmConfig) -> None:
             check_netns(config.netns)
         if config.serial_log is not None:
             _check_log(config.serial_log)
-    except InvalidConfigError as error:
+    except (InvalidConfigError, HostError) as error:
         raise type(error)(f"VM {config.name!r}: {error}", vm_name=config.name) from None
 
 
@@ -97,7 +97,7 @@ def _check_log(log: Path) -> None:
         raise InvalidConfigError(f"the log directory {str(log.parent)!r} cannot be written by you")
     space = os.statvfs(place)
     if space.f_blocks and space.f_bavail * space.f_frsize < LEAST_LOG_SPACE:
-        raise InvalidConfigError(
+        raise HostError(
             f"the disk of the log directory {str(log.parent)!r} is full: {space.f_bavail * space.f_frsize >> 10} KiB are free, "
             f"and the ready line must fit; free {LEAST_LOG_SPACE >> 10} KiB, or name another serial_log"
         )

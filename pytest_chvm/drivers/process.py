@@ -16,12 +16,12 @@ from pytest_chvm.drivers.boot import CONSOLE_FILE, MEMORY_FILE, Boot, BootOption
 from pytest_chvm.drivers.memory import Memory, copied_to_memory
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import (
+    HostError,
     HypervisorError,
     InvalidConfigError,
     StateFailedError,
     StopFailedError,
     VmError,
-    VmIOError,
     VmNotFoundError,
 )
 from pytest_chvm.guest.ready import ReadyScanner
@@ -121,7 +121,7 @@ class VmmProcess:
             if isinstance(error, VmError):
                 error.vm_name = error.vm_name or config.name
             elif isinstance(error, OSError):
-                raise VmIOError(f"VM {config.name!r} could not be started: {error}", vm_name=config.name) from error
+                raise HostError(f"VM {config.name!r} could not be started: {error}", vm_name=config.name) from error
             raise
         finally:
             # The VMM has its own by now, or there is none: a clone's memory is among them.
@@ -296,6 +296,6 @@ def _start_log(log: Path, config: VmConfig, earlier: Path | None = None) -> None
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(earlier.read_bytes() if earlier is not None and earlier.exists() else b"")
     except OSError as error:
-        raise InvalidConfigError(
+        raise HostError(
             f"VM {config.name!r}: the log {str(log)!r} cannot be written: {error.strerror}", vm_name=config.name
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from pytest_chvm.errors import VmIOError
+from pytest_chvm.errors import HostError, VmError, VmIOError
 from pytest_chvm.guest.files import AT_ONCE, BLOCK, PIECE, Run
 
 if not hasattr(tarfile, "data_filter"):
@@ -206,9 +207,9 @@ def get(run: Run, source: str, destination: Path) -> Path:
 
     Returns the path it has then. A link that is itself the source is followed; modes, times and holes are kept, and the links in a
     tree that stay in it. What the guest sends is not trusted: nothing is written outside the destination, and of special files,
-    owners and set-uid bits nothing is taken over. Raises VmIOError where it is not there or cannot be read; and after the rest of a
-    tree was got, naming what could not be: links that lead out of it, special files, what the guest cannot read,
-    what does not say its size and has more than 32 MiB.
+    owners and set-uid bits nothing is taken over. Raises VmIOError where it is not there or cannot be read, HostError where the
+    host's disk is full; VmIOError also after the rest of a tree was got, naming what could not be: links that lead out of it,
+    special files, what the guest cannot read, what does not say its size and has more than 32 MiB.
     """
     path = PurePosixPath(source)
     target = destination / path.name if destination.is_dir() else destination
@@ -227,8 +228,11 @@ def get(run: Run, source: str, destination: Path) -> Path:
             raise VmIOError(f"{source!r} could not be got from the guest: {'; '.join(fetch.left)}")
         (unpacked / ("got" if is_tree else path.name)).replace(target)
     except (tarfile.TarError, OSError) as error:
-        if isinstance(error, VmIOError):
+        if isinstance(error, VmError):
+            # Some of them are OSErrors.
             raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise HostError(f"{source!r} cannot be written to {str(target)!r} on the host: {error.strerror}") from error
         raise VmIOError(f"what the guest sent for {source!r} cannot be unpacked to {str(target)!r}: {error}") from error
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)

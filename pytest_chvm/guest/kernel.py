@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pytest_chvm.base.cache import built_once, locked
 from pytest_chvm.base.trees import remove_tree
-from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmError
+from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError, VmError
 from pytest_chvm.guest.kernel_image import check_kernel_image
 
 Progress = Callable[[str], None]
@@ -100,7 +100,7 @@ def find_modules(image: Path, release: str | None) -> Path | None:
 
 
 def index_modules(tree: Path, busybox: Path) -> None:
-    """Write the index that modprobe reads into a module tree that has none; raises InvalidConfigError where it cannot be."""
+    """Write the index that modprobe reads into a module tree that has none; raises HostError where it cannot be."""
     if (tree / "modules.dep").exists():
         return
     try:
@@ -111,7 +111,7 @@ def index_modules(tree: Path, busybox: Path) -> None:
     except VmError:
         raise
     except (OSError, subprocess.SubprocessError) as error:
-        raise InvalidConfigError(f"the modules in {str(tree)!r} have no index, and none can be written: {error}") from error
+        raise HostError(f"the modules in {str(tree)!r} have no index, and none can be written: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

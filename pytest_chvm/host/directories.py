@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pytest_chvm.base.trees import remove_tree
 from pytest_chvm.base.untouched import random_hex
-from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.errors import HostError, InvalidConfigError
 from pytest_chvm.host.keeper import records, remains
 from pytest_chvm.host.runs import Run
 
@@ -30,7 +30,7 @@ def runtime_dir() -> Path:
     """Return the private directory (0700) that holds the run directories of this user's processes.
 
     Short whatever the test's own directories are, so that socket paths below it fit. Raises
-    InvalidConfigError where somebody else owns it.
+    InvalidConfigError where somebody else owns it, HostError where it cannot be made.
     """
     base = os.environ.get("XDG_RUNTIME_DIR") or ("/run" if os.geteuid() == 0 else "")
     if base and len(base) <= LONGEST_RUNTIME_DIR and os.access(base, os.W_OK | os.X_OK):
@@ -43,7 +43,7 @@ def runtime_dir() -> Path:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidConfigError(f"the run directory {str(directory)!r} cannot be made: {error}; set XDG_RUNTIME_DIR") from error
+        raise HostError(f"the run directory {str(directory)!r} cannot be made: {error}; set XDG_RUNTIME_DIR") from error
     if not _is_private(directory):
         raise InvalidConfigError(
             f"the run directory {str(directory)!r} is not a directory of yours alone (0700); remove it, or set XDG_RUNTIME_DIR"
@@ -86,7 +86,7 @@ def make_owner_dir(run: Run) -> Path:
             remove_tree(directory)
             with suppress(OSError):
                 directory.parent.rmdir()
-            raise InvalidConfigError(
+            raise HostError(
                 f"the disk of the run directory {str(directory.parent)!r}: {error.strerror}; free it, or set XDG_RUNTIME_DIR"
             ) from error
         return directory
@@ -95,7 +95,7 @@ def make_owner_dir(run: Run) -> Path:
 def common_lock_dir() -> Path:
     """Return the directory of locks that all users of the machine share; it is as open as /tmp.
 
-    Where it is does not depend on who asks, if there is a place that all may write in. Raises InvalidConfigError where there is
+    Where it is does not depend on who asks, if there is a place that all may write in. Raises HostError where there is
     none that this user may, or can trust.
     """
     # /run/lock is root's alone on some distributions: the budget of root would be another than that of the others.
@@ -114,7 +114,7 @@ def common_lock_dir() -> Path:
             return directory
         refused.append(f"{directory} {why}")
         _say_once(f"{refused[-1]}: memory and subnets may be shared out with other users' runs in another place")
-    raise InvalidConfigError(f"no directory for locks: {'; '.join(refused) or ' and '.join(LOCK_PLACES) + ' cannot be written'}")
+    raise HostError(f"no directory for locks: {'; '.join(refused) or ' and '.join(LOCK_PLACES) + ' cannot be written'}")
 
 
 def _is_open_to_all(base: str) -> bool:

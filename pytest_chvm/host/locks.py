@@ -8,7 +8,7 @@ from pathlib import Path
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.lockfiles import holder, holder_in_words, remove_free_lock
 from pytest_chvm.base.watch import FileWatch
-from pytest_chvm.errors import VmIOError
+from pytest_chvm.errors import HostError
 from pytest_chvm.host import processes
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
@@ -23,7 +23,7 @@ class HeldLock:
     """A lock file that this process holds until `release`; the kernel drops it when the process ends."""
 
     def __init__(self, name: str, lease: Lease, *, timeout_s: float = LOCK_TIMEOUT_S) -> None:
-        """Take the lock `name`, waiting at most `timeout_s`; raises VmIOError, or TimeoutError where that is 0.
+        """Take the lock `name`, waiting at most `timeout_s`; raises HostError, or TimeoutError where that is 0.
 
         It is in the lease first, so that whoever outlives this process removes the file.
         """
@@ -48,11 +48,12 @@ class HeldLock:
             except TimeoutError:
                 if timeout_s == 0:
                     raise
-                raise VmIOError(f"{path} was not to be had within {timeout_s:g} s: {_holder(path)} has it") from None
+                raise HostError(f"{path} was not to be had within {timeout_s:g} s: {_holder(path)} has it") from None
             except PermissionError:
                 # Another user's, whose file the kernel keeps from us (fs.protected_regular): it goes when they let go.
                 if deadline.expired:
-                    raise TimeoutError(f"{path} is held by another user") from None
+                    kind = TimeoutError if timeout_s == 0 else HostError
+                    raise kind(f"{path} is held by another user") from None
                 _wait_until_gone(path, deadline)
         _held[self] = lease
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.base.untouched import random_below, random_hex
-from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, VmIOError
+from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError
 from pytest_chvm.host.capabilities import missing
 from pytest_chvm.host.keeper import remains
 from pytest_chvm.host.leases import Lease
@@ -70,7 +70,7 @@ def _why_no_tap_in(_network_namespace: str) -> str | None:
     """Return why no TAP can be made in this network namespace, by making one, or None where it can."""
     try:
         _name, fd = _new_tap(None, None)
-    except VmIOError as error:
+    except HostError as error:
         # Root of a user namespace has all capabilities, but none over a network that is not of that namespace.
         return f"{error} (as root of a user namespace or container whose network is not its own?)"
     os.close(fd)
@@ -168,7 +168,7 @@ def make_tap(
 ) -> str:
     """Make a persistent TAP, up, with an address of the host's or in a bridge; returns its name.
 
-    Only one that was not there before is in the lease. Raises VmIOError where the kernel refuses.
+    Only one that was not there before is in the lease. Raises HostError where the kernel refuses.
     """
     reason = why_no_taps()
     if reason:
@@ -188,7 +188,7 @@ def make_tap(
                 route.link("set", index=index, master=route.link_lookup(ifname=bridge)[0])
             route.link("set", index=index, state="up")
     except OSError as error:
-        raise VmIOError(f"the TAP {chosen!r} cannot be made: {error}") from error
+        raise HostError(f"the TAP {chosen!r} cannot be made: {error}") from error
     finally:
         os.close(fd)
     count_started("TAP")
@@ -212,7 +212,7 @@ def _new_tap(name: str | None, netns: str | None) -> tuple[str, int]:
                 os.close(fd)
                 if error.errno != errno.EBUSY or name is not None or attempt == ATTEMPTS:
                     why = "there is an interface of that name" if error.errno == errno.EBUSY else error.strerror
-                    raise VmIOError(f"the TAP {chosen!r} cannot be made: {why}") from error
+                    raise HostError(f"the TAP {chosen!r} cannot be made: {why}") from error
     raise AssertionError("unreachable")
 
 
@@ -220,7 +220,7 @@ def open_tap(name: str, netns: str | None, *, ours: bool) -> int:
     """Return a file descriptor attached to a TAP, made if it is not there.
 
     A TAP that is ours is no longer persistent from then on: the kernel removes it with the last process that holds the
-    descriptor, however that ends. Raises VmIOError where it is busy or cannot be opened.
+    descriptor, however that ends. Raises HostError where it is busy or cannot be opened.
     """
     import fcntl
 
@@ -232,7 +232,7 @@ def open_tap(name: str, netns: str | None, *, ours: bool) -> int:
                 fcntl.ioctl(fd, TUNSETPERSIST, 0)
         except OSError as error:
             os.close(fd)
-            raise VmIOError(f"the TAP {name!r} cannot be attached to: {error.strerror}; another VM may use it") from error
+            raise HostError(f"the TAP {name!r} cannot be attached to: {error.strerror}; another VM may use it") from error
     return fd
 
 
@@ -302,7 +302,7 @@ class LeasedNetwork:
 def lease_network(pool: IPv4Net, name: str | None = None, on_lease: Callable[[Lease], None] = lambda _lease: None) -> LeasedNetwork:
     """Make an isolated network: a bridge of the host's where one can be made, else multicast on loopback (QEMU only).
 
-    Raises VmIOError where the kernel refuses.
+    Raises HostError where the kernel refuses.
     """
     lease = Lease()
     try:
@@ -350,7 +350,7 @@ def _new_bridge(lease: Lease, route: Routes) -> str:
             # Somebody else's then, if it is there at all.
             lease.forget_bridge(name)
             if error.errno != errno.EEXIST or attempt == ATTEMPTS:
-                raise VmIOError(f"the bridge {name!r} cannot be made: {error}") from error
+                raise HostError(f"the bridge {name!r} cannot be made: {error}") from error
     raise AssertionError("unreachable")
 
 

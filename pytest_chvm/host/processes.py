@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pytest_chvm.base.deadline import Deadline, wait_readable
 from pytest_chvm.base.untouched import socket_pair
-from pytest_chvm.errors import BootFailedError, StateFailedError, VmIOError
+from pytest_chvm.errors import BootFailedError, HostError, StateFailedError
 from pytest_chvm.host.directories import make_owner_dir, runtime_dirs
 from pytest_chvm.host.keeper import keeper as keeper_script
 from pytest_chvm.host.keeper import logbound, records, remains
@@ -111,7 +111,7 @@ def _see_collected(process: ProcessIdentity) -> None:
     """Block until the keeper that started an ended process has collected it; another process's keeper is not ours to ask."""
     for one in [one for one in _keepers if one.pid == _keeper_of.get(process.pid)]:
         # A keeper that was killed has left them to one that collects them.
-        with suppress(VmIOError):
+        with suppress(HostError):
             one.returncode(process)
 
 
@@ -184,7 +184,7 @@ class Keeper:
                 )
             self.pid = self._process.pid
             if error := self._receive(0, Deadline.after(KEEPER_START_TIMEOUT_S), "start").get("error"):
-                raise VmIOError(f"the keeper process cannot start in {str(self.directory)!r}: {error}")
+                raise HostError(f"the keeper process cannot start in {str(self.directory)!r}: {error}")
         except BaseException:
             if self.pid:
                 self.close()
@@ -214,13 +214,13 @@ class Keeper:
     def _receive(self, number: int, deadline: Deadline, what: str) -> dict[str, object]:
         while True:
             if not wait_readable([self._socket.fileno()], deadline):
-                raise VmIOError(f"the keeper process (pid {self.pid}) did not answer {what!r} within {deadline.total_s:g} s")
+                raise HostError(f"the keeper process (pid {self.pid}) did not answer {what!r} within {deadline.total_s:g} s")
             try:
                 packet = self._socket.recv(keeper_script.LARGEST_REQUEST)
             except ConnectionError:
                 packet = b""
             if not packet:
-                raise VmIOError(_gone(self.pid))
+                raise HostError(_gone(self.pid))
             reply: dict[str, object] = marshal.loads(packet)  # noqa: S302 - from our own keeper
             # A test that is interrupted does not wait for the answer; the next one finds it.
             if reply.get("id") == number:
@@ -232,12 +232,12 @@ class Keeper:
         deadline = Deadline.after(timeout_s)
         with self._lock:
             if self._socket.fileno() < 0:
-                raise VmIOError(_gone(self.pid))
+                raise HostError(_gone(self.pid))
             number = next(self._numbers)
             try:
                 socket.send_fds(self._socket, [marshal.dumps({**request, "id": number})], list(fds))
             except ConnectionError as error:
-                raise VmIOError(_gone(self.pid)) from error
+                raise HostError(_gone(self.pid)) from error
             return self._receive(number, deadline, next(iter(request)))
 
     def spawn(
@@ -274,7 +274,7 @@ class Keeper:
         """Have the keeper know what a lease names, in case somebody removes its file; None: it was released."""
         try:
             self._ask({"remember": os.fspath(lease), "record": None if record is None else dict(record)})
-        except VmIOError:
+        except HostError:
             # It was killed: what names the lease now is the file alone, and it removes that.
             if record is not None:
                 raise
@@ -282,7 +282,7 @@ class Keeper:
     def returncode(self, process: ProcessIdentity) -> int | None:
         """Return how a program of this keeper's ended: its status, or minus the signal; None while it runs."""
         if _keeper_of.get(process.pid) != self.pid:
-            raise VmIOError(_gone(_keeper_of.get(process.pid, 0)))
+            raise HostError(_gone(_keeper_of.get(process.pid, 0)))
         try:
             pidfd = os.pidfd_open(process.pid)
         except ProcessLookupError:
@@ -305,7 +305,7 @@ class Keeper:
             for give_back in before_leases_end:
                 give_back(self.directory)
             failures += self._end("leases", deadline)
-        except VmIOError as error:
+        except HostError as error:
             if self.is_alive:
                 failures.append(str(error))
         finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.watch import FileWatch
-from pytest_chvm.errors import BootFailedError, InvalidConfigError, MissingRequirementError, VmIOError
+from pytest_chvm.errors import BootFailedError, HostError, InvalidConfigError, MissingRequirementError
 from pytest_chvm.host.binaries import find_binary
 from pytest_chvm.host.capabilities import missing
 from pytest_chvm.host.leases import Lease
@@ -247,5 +247,5 @@ def _why(share: SharedDir, process: ProcessIdentity, ended: bool, log: Path) -> 
     try:
         said = log.read_text(errors="replace")[-2000:]
     except OSError as error:
-        raise VmIOError(f"the log {log} of virtiofsd cannot be read: {error}") from error
+        raise HostError(f"the log {log} of virtiofsd cannot be read: {error}") from error
     return f"virtiofsd for shared dir {share.tag!r} ({share.host_path}) {what}; its log {log} ends with:\n{said or '(nothing)'}"

@@ -12,7 +12,16 @@ from pytest_chvm.base.deadline import Deadline, wait_readable
 from pytest_chvm.base.text import last_lines
 from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.drivers.base import VmDriver
-from pytest_chvm.errors import BootFailedError, GuestOopsError, GuestPanicError, HypervisorError, VmError, VmIOError
+from pytest_chvm.errors import (
+    BootFailedError,
+    EarlyGuestPanicError,
+    GuestOopsError,
+    GuestPanicError,
+    HostError,
+    HypervisorError,
+    VmError,
+    VmIOError,
+)
 from pytest_chvm.guest.kernel_image import why_silent
 from pytest_chvm.guest.ready import OOPS, PanicScanner, ReadyScanner
 from pytest_chvm.host.keeper.remains import start_time_ticks
@@ -244,7 +253,8 @@ class Health:
 
     def _panicked(self, what: str) -> GuestPanicError:
         name, log = self._config.name, self._handle().serial_log
-        return GuestPanicError(
+        kind = GuestPanicError if self.ready.scan() else EarlyGuestPanicError
+        return kind(
             f"VM {name!r}: the guest's kernel gave up: {what.removeprefix(f'VM {name!r}: ')}. Its console {log} {ends_with(log)}",
             vm_name=name,
         )
@@ -354,7 +364,7 @@ def has_ended(process: ProcessIdentity) -> bool:
 def _how(process: ProcessIdentity) -> str:
     try:
         code = keeper().returncode(process)
-    except VmIOError as error:
+    except HostError as error:
         return f"ended ({error})"
     return f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
 

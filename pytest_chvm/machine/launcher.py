@@ -24,7 +24,7 @@ from pytest_chvm.drivers.disks import check_was_closed
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.drivers.process import require_free_name
-from pytest_chvm.errors import BootFailedError, StopFailedError, UnsupportedError, VmError, VmIOError
+from pytest_chvm.errors import BootFailedError, GuestPanicError, HostError, StopFailedError, UnsupportedError, VmError
 from pytest_chvm.host.budget import Share, budget_of, take_share
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.limits import processors
@@ -65,7 +65,7 @@ def launch(
     `arguments` are the fields of `VmConfig` (in place of those that `config` gives; see `VmConfig.given`) and of the launch: `vmm`,
     `accel`, `network`, `boot`, `boot_timeout` (seconds from the start of the VMM), `ready_marker`. What neither says is from
     `settings` (default: the environment). `owner` is told of the VM before it is waited for. Raises InvalidConfigError before
-    anything is started, BootFailedError after; then nothing is left.
+    anything is started, HostError where the host refuses what the VM needs, BootFailedError after; then nothing is left.
     """
     check_argument_names(arguments)
     given: dict[str, Any] = {**arguments}
@@ -92,7 +92,7 @@ def launch(
             return launcher.clone(guest, template.directory, wait=wait, held=[template])
         except VmError as error:
             # A template that does not boot is a VM that does not.
-            if settings.boot == "clone" or (template is None and isinstance(error, BootFailedError)):
+            if settings.boot == "clone" or (template is None and isinstance(error, BootFailedError | GuestPanicError)):
                 raise
             why = str(error)
             logger.warning("VM %r is booted, not cloned: %s", config.name, why)
@@ -222,7 +222,7 @@ class Launcher:
                 ready_marker=self.settings.ready_marker,
             )
         except OSError as error:
-            raise VmIOError(f"VM {guest.config.name!r} cannot be a clone: {error}", vm_name=guest.config.name) from error
+            raise HostError(f"VM {guest.config.name!r} cannot be a clone: {error}", vm_name=guest.config.name) from error
 
     def cold(self, guest: Guest, why: str, *, wait: bool = True, template_dir: Path | None = None) -> Vm:
         """Boot a VM; `why` says why it is no clone."""
@@ -244,8 +244,8 @@ class Launcher:
                     if plain.config.root_disk is not None:
                         _end_of_disk(vm, directory)
                 if self._made_of(guest, identify) != parts:
-                    raise VmIOError(f"VM {guest.config.name!r}: what its template is made of was changed while it was made")
-            except BootFailedError as error:
+                    raise HostError(f"VM {guest.config.name!r}: what its template is made of was changed while it was made")
+            except (BootFailedError, GuestPanicError) as error:
                 if guest.built_in or insists:
                     raise
                 # It may have booted where it was meant to be.
@@ -352,7 +352,7 @@ class Launcher:
         except BaseException as error:
             _log_failures(lease.release)
             if isinstance(error, OSError) and not isinstance(error, VmError):
-                raise VmIOError(
+                raise HostError(
                     f"VM {vm.name!r} cannot be saved: {error}; free some space, or set CHVM_CACHE_DIR to a directory of yours",
                     vm_name=vm.name,
                 ) from error

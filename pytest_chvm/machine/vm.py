@@ -24,6 +24,7 @@ from pytest_chvm.errors import (
     CommandTimeoutError,
     GuestCommandError,
     GuestPanicError,
+    InvalidConfigError,
     StopFailedError,
     UnsupportedError,
     VmError,
@@ -38,7 +39,7 @@ from pytest_chvm.machine import hotplug, liveness
 from pytest_chvm.machine.health import Health, Telling, console_ends_with, ends_with
 from pytest_chvm.machine.hotplug import Device
 from pytest_chvm.machine.snapshot import Snapshot
-from pytest_chvm.model import CommandResult, SharedDir, Tap, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, as_path
+from pytest_chvm.model import CommandResult, SharedDir, Tap, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, as_path, check_port
 
 RUN_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 30.0
@@ -46,6 +47,9 @@ SHUTDOWN_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 5.0
 # Has the built-in guest's shell read what sets the guest up; before it is saved too, so that a clone's does not have to.
 READ_SET_UP = ". /lib/chvm/configure.sh"
+HIGHEST_TCP_PORT = (1 << 16) - 1
+# The one above is anybody's (vsock(7), VMADDR_PORT_ANY).
+HIGHEST_VSOCK_PORT = (1 << 32) - 2
 # What `console` returns at most, from the end.
 CONSOLE_LIMIT = 16 << 20
 
@@ -182,7 +186,7 @@ class Vm:
     def wait_ready(self, timeout: float | None = None) -> Self:
         """Block until the guest has printed its ready marker; returns the VM.
 
-        `timeout` is seconds from now; without it the boot's own deadline counts. Raises BootFailedError (GuestPanicError for a
+        `timeout` is seconds from now; without it the boot's own deadline counts. Raises BootFailedError (EarlyGuestPanicError for a
         panic) as soon as the VMM ends or the guest's kernel gives up, and at the deadline.
         """
         # That of the first boot has long passed when it starts again after a panic.
@@ -287,7 +291,7 @@ class Vm:
             self._health.expects_panic = False
 
     def check_alive(self) -> None:
-        """Raise what has become of the guest if it is not alive: GuestPanicError, BootFailedError, HypervisorError."""
+        """Raise what has become of the guest if it is not alive: a GuestError, BootFailedError, HypervisorError."""
         if self._ended:
             raise VmIOError(f"VM {self.name!r} was ended by the test", vm_name=self.name)
         self._health.check()
@@ -299,7 +303,7 @@ class Vm:
 
         Several threads may do so at once. `timeout` is seconds (None, 0 or infinity: no limit); CommandTimeoutError after it, when
         the command and all that it started in the guest are killed.
-        Raises GuestPanicError, HypervisorError at once when the guest dies meanwhile, VmIOError where no shell answers.
+        Raises a GuestError, HypervisorError at once when the guest dies meanwhile, VmIOError where no shell answers.
         """
         data = input.encode(errors="surrogateescape") if isinstance(input, str) else input
         self.check_alive()
@@ -351,8 +355,7 @@ class Vm:
         On a TAP that is the guest's own address; in user mode QEMU forwards a port of the host's loopback; in a network namespace a
         relay of ours does. Raises UnsupportedError for a VM without a network.
         """
-        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
-            raise VmIOError(f"port={port!r}: expected 1 to 65535", vm_name=self.name)
+        check_port(port, HIGHEST_TCP_PORT, self.name)
         networks = self.config.networks or ()
         if not networks:
             raise UnsupportedError(
@@ -369,9 +372,9 @@ class Vm:
         return self.ip, port
 
     def open_channel(self, name: str) -> socket.socket:
-        """Return a connection to one of the config's channels; raises UnsupportedError where the VMM has none."""
+        """Return a connection to one of the config's channels; raises InvalidConfigError for another name."""
         if name not in self.config.channels:
-            raise VmIOError(f"VM {self.name!r} has no channel {name!r}: name it in channels=[...]", vm_name=self.name)
+            raise InvalidConfigError(f"VM {self.name!r} has no channel {name!r}: name it in channels=[...]", vm_name=self.name)
         return Socket(fileno=self._driver.open_channel(self.handle, name))
 
     def info(self) -> dict[str, object]:
@@ -433,10 +436,12 @@ class Vm:
 
     def vsock(self, port: int) -> socket.socket:
         """Return a stream connected to a vsock port of the guest's; raises VmIOError where nothing listens there."""
+        check_port(port, HIGHEST_VSOCK_PORT, self.name)
         return self._driver.open_vsock(self.handle, port)
 
     def listen_vsock(self, port: int) -> socket.socket:
         """Return a listener that the guest reaches at a vsock port of CID 2, the host."""
+        check_port(port, HIGHEST_VSOCK_PORT, self.name)
         return self._driver.listen_vsock(self.handle, port)
 
     def renew(self, words: Sequence[str]) -> None:

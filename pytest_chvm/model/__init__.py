@@ -28,5 +28,6 @@ from pytest_chvm.model.values import MAC_PATTERN as MAC_PATTERN
 from pytest_chvm.model.values import NAME_PATTERN as NAME_PATTERN
 from pytest_chvm.model.values import StrPath as StrPath
 from pytest_chvm.model.values import as_path as as_path
+from pytest_chvm.model.values import check_port as check_port
 from pytest_chvm.model.values import checked_mac as checked_mac
 from pytest_chvm.model.values import mac_for as mac_for

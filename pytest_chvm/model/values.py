@@ -52,3 +52,9 @@ def mac_for(vm_name: str, index: int) -> str:
 def _short(value: object, limit: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def check_port(port: object, highest: int, vm_name: str) -> None:
+    """Raise InvalidConfigError where a port is no whole number from 1 to `highest`."""
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 < port <= highest:
+        raise InvalidConfigError(f"VM {vm_name!r}: port={port!r}: expected 1 to {highest}", vm_name=vm_name)

@@ -9,7 +9,7 @@ from importlib import resources
 
 import pytest
 
-from pytest_chvm import Settings, Tap, UnsupportedError, VmConfig, VmIOError, VmState
+from pytest_chvm import HostError, Settings, Tap, UnsupportedError, VmConfig, VmState
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.guest.initramfs import Entry, write_cpio
 from pytest_chvm.guest.shell import CONNECT_TIMEOUT_S
@@ -136,7 +136,7 @@ def test_clones_have_what_was_written_to_the_root_disk_and_write_to_it_themselve
     again = clone.snapshot()
     # What a snapshot stands on is the image, not the snapshot before it.
     assert snapshot.close() == []
-    with pytest.raises(VmIOError, match=r"is gone: close a snapshot after its clones have been saved"):
+    with pytest.raises(HostError, match=r"is gone: close a snapshot after its clones have been saved"):
         clone.snapshot()
     clone.close()
     assert pieces(again.clone()) == "basenew.two.boot...."

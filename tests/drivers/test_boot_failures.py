@@ -13,7 +13,8 @@ import pytest
 
 from pytest_chvm import (
     BootFailedError,
-    GuestPanicError,
+    EarlyGuestPanicError,
+    HostError,
     HypervisorError,
     InvalidConfigError,
     MissingRequirementError,
@@ -22,7 +23,6 @@ from pytest_chvm import (
     Tap,
     VmConfig,
     VmError,
-    VmIOError,
     VmState,
     launch,
 )
@@ -212,16 +212,27 @@ def test_marker_of_another_vm_is_refused(ch, stand_in_ch):
     assert ch.driver.state(handle).ip == "192.0.2.3"
 
 
+def test_what_no_vm_has_is_a_wrong_argument(launch_ch, stand_in_ch):
+    stand_in_ch.does(serial="CHVM_READY 192.0.2.1\n")
+    with launch_ch() as vm:
+        for ask in (vm.address, vm.vsock, vm.listen_vsock):
+            for port in (0, -1, 1 << 32, "80"):
+                with pytest.raises(InvalidConfigError, match=r"port=.*: expected 1 to \d+"):
+                    ask(port)
+        with pytest.raises(InvalidConfigError, match="has no channel 'none'"):
+            vm.open_channel("none")
+
+
 def test_kernel_panic_is_recognised(launch_ch, stand_in_ch):
     stand_in_ch.does(serial="[    1.234567] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n")
     at_once = Deadline.after(AT_ONCE_S)
-    with pytest.raises(GuestPanicError, match=r"Kernel panic - not syncing: VFS: Unable to mount root fs"):
+    with pytest.raises(EarlyGuestPanicError, match=r"Kernel panic - not syncing: VFS: Unable to mount root fs"):
         launch_ch()
     assert not at_once.expired
 
 
 def test_no_init_in_a_real_guest_is_a_panic_at_once(guest, tmp_path):
-    with pytest.raises(GuestPanicError, match="Kernel panic - not syncing"):
+    with pytest.raises(EarlyGuestPanicError, match="Kernel panic - not syncing"):
         launch(
             vmm="qemu", network="none", cmdline="console=ttyS0 quiet rdinit=/none init=/none", serial_log=tmp_path / "serial.log"
         )
@@ -241,7 +252,7 @@ def make_socket_pair():
 
 FAILURES = {
     "executable": MissingRequirementError,
-    "root-disk": VmIOError,
+    "root-disk": HostError,
     "socket-pair": InvalidConfigError,
     "second-sidecar-has-no-socket": BootFailedError,
     "second-sidecar-exits": BootFailedError,
@@ -326,7 +337,7 @@ def test_failed_launch_gives_back_its_subnet_and_tap(launch_ch, stand_in_ch, nee
 
 def test_tap_in_use_by_another_process_is_an_error_that_says_so(qemu, tap_name):
     first = qemu.boot(networks=[Tap(tap_name)])
-    with pytest.raises(VmIOError, match=rf"'{tap_name}' cannot be attached to: .*busy; another VM may use it"):
+    with pytest.raises(HostError, match=rf"'{tap_name}' cannot be attached to: .*busy; another VM may use it"):
         qemu.boot(name="second", networks=[Tap(tap_name, take_over=False)], serial_log=None)
     assert qemu.driver.state(first).state is VmState.RUNNING
 
@@ -456,7 +467,7 @@ def test_log_that_is_a_directory_or_below_a_file(vmm, never_started, tmp_path):
 
 def test_full_disk_below_the_log(vmm, never_started, small_disk):
     (small_disk / "filler").write_bytes(bytes(1 << 20))
-    with pytest.raises(InvalidConfigError, match="is full") as caught:
+    with pytest.raises(HostError, match="is full") as caught:
         vmm.boot(serial_log=small_disk / "serial.log")
     assert str(small_disk) in str(caught.value)
     assert os.listdir(small_disk) == ["filler"]
@@ -468,7 +479,7 @@ def test_full_disk_below_the_cache(small_disk, monkeypatch):
     from pytest_chvm.guest.initramfs import build_initramfs
     from pytest_chvm.machine.guest_choice import built_in_kernel
 
-    with pytest.raises(InvalidConfigError, match=r"cannot be written: .*No space left.*free some space.*CHVM_CACHE_DIR"):
+    with pytest.raises(HostError, match=r"cannot be written: .*No space left.*free some space.*CHVM_CACHE_DIR"):
         build_initramfs(built_in_kernel(Settings.resolve()), small_disk / "cache", print)
     assert [path.name for path in (small_disk / "cache" / "initramfs").iterdir() if path.suffix != ".lock"] == []
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pytest_chvm import (
+    BootFailedError,
     CommandTimeoutError,
     GuestCommandError,
     GuestPanicError,
@@ -316,6 +317,7 @@ def test_panic_during_a_command_is_an_error_at_once(own_vm):
         own_vm.run("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger; sleep 60")
     assert not at_once.expired
     assert caught.value.vm_name == "own"
+    assert not isinstance(caught.value, BootFailedError)
     with pytest.raises(GuestPanicError):
         own_vm.run("true")
 

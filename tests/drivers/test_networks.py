@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm import HypervisorError, InvalidConfigError, Settings, Tap, UnsupportedError, launch
+from pytest_chvm import HostError, HypervisorError, InvalidConfigError, Settings, Tap, UnsupportedError, launch
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import lease_tap_nic, make_tap, parse_pool, take_subnet
@@ -55,7 +55,7 @@ def test_tap_that_was_there_is_removed_where_it_was_handed_over(vmm, existing_ta
 def test_failed_boot_leaves_a_tap_that_was_there(ch, stand_in_ch, existing_tap, link_exists, tmp_path):
     broken = tmp_path / "broken"
     broken.write_bytes(b"QFI\xfb" + b"\xff" * 1000)
-    with pytest.raises(OSError, match="no overlay"):
+    with pytest.raises(HostError, match="no overlay"):
         ch.boot(networks=[Tap(existing_tap)], root_disk=broken)
     assert link_exists(existing_tap)
 
@@ -76,7 +76,7 @@ def test_tap_is_in_the_lease_before_it_is_made(lease, tap_name, monkeypatch):
         raise OSError("interrupted")
 
     monkeypatch.setattr(networks, "route_socket", refuse)
-    with pytest.raises(OSError, match="cannot be made: interrupted"):
+    with pytest.raises(HostError, match="cannot be made: interrupted"):
         make_tap(lease, tap_name, None, None)
     assert tap_name in (lease.directory / "lease.json").read_text()
 
@@ -247,7 +247,7 @@ def test_guest_on_the_user_mode_network_is_reachable_through_forwarded_ports(tmp
         assert vm.address(81) != (host, port)
         assert f"hello from {vm.name}".encode() in http_get((host, port))
         assert vm.handle.taps == ()
-        with pytest.raises(OSError, match="expected 1 to 65535"):
+        with pytest.raises(InvalidConfigError, match="port=0: expected 1 to 65535"):
             vm.address(0)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_chvm.base.cache import built_once
 from pytest_chvm.base.trees import remove_tree
-from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.errors import HostError
 from tests.leaks import Sandbox
 from tests.runs import StartPytest
 
@@ -102,7 +102,7 @@ def test_a_tree_is_removed_but_for_what_is_mounted_in_it(mounted: Path) -> None:
 
 
 def test_an_unfinished_build_that_something_is_mounted_in_is_said(mounted: Path) -> None:
-    with pytest.raises(InvalidConfigError, match=r"cannot be removed: .*mounted: Device or resource busy.* CHVM_CACHE_DIR"):
+    with pytest.raises(HostError, match=r"cannot be removed: .*mounted: Device or resource busy.* CHVM_CACHE_DIR"):
         built_once(mounted.parents[1], lambda directory: None, lambda target: False)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.untouched import random_hex
-from pytest_chvm.errors import InvalidConfigError, VmIOError
+from pytest_chvm.errors import HostError, InvalidConfigError
 from pytest_chvm.host import networks
 from pytest_chvm.host.keeper.records import read_lease
 from pytest_chvm.host.leases import Lease
@@ -59,7 +59,7 @@ def test_a_tap_of_that_name_that_is_there_is_not_taken_and_not_removed(
     try:
         names_from(monkeypatch, ending)
         assert make_tap(lease, None, None, None) != theirs
-        with pytest.raises(VmIOError, match="there is an interface of that name"):
+        with pytest.raises(HostError, match="there is an interface of that name"):
             make_tap(lease, theirs, None, None)
         assert lease.release() == []
         assert interface_exists(theirs, None)

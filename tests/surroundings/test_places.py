@@ -21,7 +21,7 @@ from tests.leaks import Sandbox
 
 WHERE = """
 import os, sys
-from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.errors import VmError
 from pytest_chvm.base.cache import default_cache_dir
 from pytest_chvm.host.directories import common_lock_dir
 
@@ -33,7 +33,7 @@ if sys.argv[2] != "0":
     os.setuid(int(sys.argv[2]))
 try:
     print({"cache": default_cache_dir, "locks": common_lock_dir}[sys.argv[1]]())
-except InvalidConfigError as error:
+except VmError as error:
     print(error)
 """
 LARGE = ("templates", "snapshots", "digests")

@@ -12,7 +12,7 @@ import pytest
 
 from pytest_chvm.base import cache, lockfiles
 from pytest_chvm.base.lockfiles import is_stopped
-from pytest_chvm.errors import VmIOError
+from pytest_chvm.errors import HostError
 from tests.leaks import Sandbox
 
 TAKES = """
@@ -140,7 +140,7 @@ def test_who_waits_for_what_a_stopped_run_builds_is_told_and_gives_up(tmp_path: 
         assert builder.stdout.readline() == "builds\n"
         builder.send_signal(signal.SIGSTOP)
         has_it = rf"pid {builder.pid}, which is stopped \(go on with 'kill -CONT {builder.pid}', or end it\), has it"
-        with pytest.raises(VmIOError, match=has_it):
+        with pytest.raises(HostError, match=has_it):
             cache.built_once(tmp_path / "thing", lambda directory: None)
         assert [text for text in said if str(builder.pid) in text] == said != []
         builder.send_signal(signal.SIGCONT)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_chvm import QemuDriver, UnsupportedError, VmConfig, VmIOError
+from pytest_chvm import HostError, QemuDriver, UnsupportedError, VmConfig
 from pytest_chvm.clones import templates
 from pytest_chvm.clones.digests import content_key, file_identity
 from pytest_chvm.clones.templates import made_of
@@ -41,7 +41,7 @@ def test_what_is_changed_while_a_template_is_made_of_it_makes_none(own, tmp_path
             file.write(b"changed")
 
     monkeypatch.setattr(Vm, "save", save_and_change)
-    with pytest.raises(VmIOError, match="what its template is made of was changed while it was made"):
+    with pytest.raises(HostError, match="what its template is made of was changed while it was made"):
         own(root_disk=disk, boot="clone")
 
 

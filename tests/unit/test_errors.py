@@ -1,6 +1,8 @@
 """The exceptions: what is caught by what."""
 
+import inspect
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -10,15 +12,21 @@ from pytest_chvm import errors
 HIERARCHY = {
     "InvalidConfigError": (errors.VmError, ValueError),
     "MissingRequirementError": (errors.InvalidConfigError,),
+    "HostError": (errors.VmError,),
+    "VmNotFoundError": (errors.HostError,),
+    "StopFailedError": (errors.HostError,),
+    "StateFailedError": (errors.HostError,),
     "BootFailedError": (errors.VmError,),
-    "GuestPanicError": (errors.BootFailedError,),
-    "VmNotFoundError": (errors.VmError,),
-    "StopFailedError": (errors.VmError,),
-    "StateFailedError": (errors.VmError,),
+    "GuestError": (errors.VmError,),
+    "GuestPanicError": (errors.GuestError,),
+    "EarlyGuestPanicError": (errors.BootFailedError, errors.GuestPanicError),
+    "GuestRebootError": (errors.GuestError,),
+    "GuestShutdownError": (errors.GuestError,),
+    "GuestOopsError": (errors.GuestError,),
     "HypervisorError": (errors.VmError,),
     "VmIOError": (errors.VmError, OSError),
     "UnsupportedError": (errors.VmError,),
-    "GuestCommandError": (errors.VmError,),
+    "GuestCommandError": (errors.GuestError,),
     "CommandTimeoutError": (errors.GuestCommandError, TimeoutError),
 }
 
@@ -31,6 +39,14 @@ def test_error(name):
     error = kind("what happened", vm_name="web")
     assert (str(error), error.vm_name) == ("what happened", "web")
     assert kind("what happened").vm_name is None
+
+
+def test_kinds_of_errors_are_apart():
+    """Who catches one kind gets nothing of another's: only a panic before the guest was ready is of two."""
+    kinds = [errors.InvalidConfigError, errors.HostError, errors.BootFailedError, errors.GuestError, errors.HypervisorError]
+    for name in HIERARCHY:
+        of = [kind for kind in kinds if issubclass(getattr(errors, name), kind)]
+        assert len(of) <= (2 if name == "EarlyGuestPanicError" else 1), name
 
 
 def test_io_error_has_no_errno_of_its_own():
@@ -46,6 +62,14 @@ def test_timeout_keeps_what_was_printed():
 def test_error_survives_the_way_from_a_worker(name):
     error = pickle.loads(pickle.dumps(getattr(pytest_chvm, name)("what happened", vm_name="web")))
     assert (str(error), error.vm_name) == ("what happened", "web")
+
+
+def test_every_error_is_public_and_in_the_readme():
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    for name, kind in inspect.getmembers(errors, inspect.isclass):
+        assert issubclass(kind, errors.VmError)
+        assert name in pytest_chvm.__all__
+        assert f"`{name}`" in readme
 
 
 def test_all_promised_names_are_there():

@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_chvm import InvalidConfigError
+from pytest_chvm import HostError, InvalidConfigError
 from pytest_chvm.guest.initramfs import Entry, is_static_executable, write_cpio
 from pytest_chvm.guest.kernel import find_modules, inspect_kernel, modules_in_order
 
@@ -267,7 +267,7 @@ def test_cache_that_cannot_be_written_says_what_to_set(tmp_path):
     from pytest_chvm.base.cache import built_once
 
     (tmp_path / "file").touch()
-    with pytest.raises(InvalidConfigError, match="set CHVM_CACHE_DIR"):
+    with pytest.raises(HostError, match="set CHVM_CACHE_DIR"):
         built_once(tmp_path / "file" / "thing", lambda directory: None)
 
 

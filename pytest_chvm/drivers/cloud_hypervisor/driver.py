@@ -23,7 +23,7 @@ from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.memory import copy_sparse, inherited_memory
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.drivers.taps import AttachedTap, taps_of
-from pytest_chvm.errors import HypervisorError, InvalidConfigError, UnsupportedError, VmError, VmIOError
+from pytest_chvm.errors import HypervisorError, InvalidConfigError, UnsupportedError, VmError, VmIOError, VmNotFoundError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
@@ -371,7 +371,7 @@ class CloudHypervisorDriver:
         self, handle: VmHandle, endpoint: str, body: dict[str, object] | None = None, *, ask: bool = False
     ) -> dict[str, object]:
         if handle.run_dir is None:
-            raise HypervisorError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
+            raise VmNotFoundError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
         return ch_api.call(handle.name, handle.run_dir / "api.sock", endpoint, body, ask=ask)
 
 

@@ -16,7 +16,7 @@ from pytest_chvm.drivers.boot import Boot
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
 from pytest_chvm.drivers.disks import root_overlay
 from pytest_chvm.drivers.taps import AttachedTap
-from pytest_chvm.errors import HypervisorError, VmIOError
+from pytest_chvm.errors import HypervisorError
 
 CONFIG, STATE, MEMORY = "config.json", "state.json", "memory-ranges"
 
@@ -24,7 +24,7 @@ CONFIG, STATE, MEMORY = "config.json", "state.json", "memory-ranges"
 def make_source(boot: Boot, snapshot: Path, source: Path, taps: Sequence[AttachedTap]) -> None:
     """Make the directory that a VM is restored from: the snapshot's files, and a configuration with this VM's own ends.
 
-    Raises VmIOError where the snapshot cannot be read, HypervisorError where it has other NICs than this VM.
+    Raises HypervisorError where the snapshot cannot be read or has other NICs than this VM.
     """
     try:
         config = json.loads((snapshot / CONFIG).read_text())
@@ -35,7 +35,7 @@ def make_source(boot: Boot, snapshot: Path, source: Path, taps: Sequence[Attache
         _rewrite(config, boot, taps)
         (source / CONFIG).write_text(json.dumps(config))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VmIOError(f"the snapshot {str(snapshot)!r} cannot be restored: {error!r}") from error
+        raise HypervisorError(f"the snapshot {str(snapshot)!r} cannot be restored: {error!r}") from error
 
 
 def name_memory(source: Path, file: Path) -> None:

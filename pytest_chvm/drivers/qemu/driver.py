@@ -21,7 +21,7 @@ from pytest_chvm.drivers.qemu import events as qemu_events
 from pytest_chvm.drivers.qemu import state as qemu_state
 from pytest_chvm.drivers.qemu import vsock as qemu_vsock
 from pytest_chvm.drivers.taps import taps_of
-from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError
+from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError, VmNotFoundError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.kvm import why_no_kvm
@@ -386,7 +386,7 @@ class QemuDriver:
     @staticmethod
     def _socket(handle: VmHandle, name: str) -> Path:
         if handle.run_dir is None:
-            raise VmIOError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
+            raise VmNotFoundError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
         return handle.run_dir / name
 
 

@@ -8,7 +8,7 @@ import socket
 import struct
 
 from pytest_chvm.base.untouched import Socket, random_below
-from pytest_chvm.errors import UnsupportedError, VmIOError
+from pytest_chvm.errors import HostError, UnsupportedError, VmIOError
 
 NODE = "/dev/vhost-vsock"
 # include/uapi/linux/vhost.h
@@ -53,7 +53,7 @@ def open_device(vm_name: str) -> tuple[int, int] | None:
             # Another VM has it.
             continue
     os.close(fd)
-    raise VmIOError(f"VM {vm_name!r}: {NODE} gave it none of {ATTEMPTS} CIDs", vm_name=vm_name)
+    raise HostError(f"VM {vm_name!r}: {NODE} gave it none of {ATTEMPTS} CIDs", vm_name=vm_name)
 
 
 def connect(vm_name: str, cid: int, port: int) -> socket.socket:
