@@ -28,7 +28,7 @@ def main() -> int:
         "--rounds", type=int, default=20, metavar="N", help="keepers started, with five programs each (default: 20)"
     )
     rounds = parser.parse_args().rounds
-    from pytest_chvm.host import processes
+    from pytest_chvm.host.host import Host
     from pytest_chvm.host.keeper import records
 
     milliseconds: dict[str, list[float]] = {"start": [], "program by the keeper": [], "program directly": [], "end": []}
@@ -38,10 +38,11 @@ def main() -> int:
         milliseconds[what].append((time.perf_counter() - started) * 1000)
 
     with tempfile.TemporaryDirectory() as directory:
+        host = Host()
         log, program = Path(directory, "log"), ["sleep", "600"]
         for _round in range(rounds):
             started = time.perf_counter()
-            keeper = processes.keeper()
+            keeper = host.keeper()
             measure("start", started)
             lease = keeper.directory / "1"
             lease.mkdir()
@@ -56,7 +57,7 @@ def main() -> int:
                 child.wait()
             memory = [resident_kb(pid) for pid in records.read_pairs(str(keeper.directory / records.LOCK_FILE))]
             started = time.perf_counter()
-            processes.close_keeper()
+            host.close()
             measure("end", started)
     for what, values in milliseconds.items():
         print(

@@ -19,10 +19,10 @@ import pytest
 
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.watch import FileWatch
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.keeper.records import read_pairs
 from pytest_chvm.host.keeper.remains import start_time_ticks
 from pytest_chvm.host.networks import interface_exists, why_no_taps
-from pytest_chvm.host.processes import keeper
 
 # How long an example takes says how busy the machine is, not how good the code.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -322,7 +322,7 @@ def wait_ended():
 
 def kept():
     """What this process's keeper has: its children, its leases, and the locks and sockets held here."""
-    mine = keeper()
+    mine = default_host().keeper()
     children = set()
     # The keeper is two processes.
     for pid in read_pairs(str(mine.directory / "lock")):

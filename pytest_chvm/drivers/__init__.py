@@ -9,6 +9,7 @@ from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
 
 if TYPE_CHECKING:
     from pytest_chvm.drivers.base import VmDriver
+    from pytest_chvm.host.host import Host
 
 # In the order in which "auto" tries them: module and class, imported when used.
 DRIVERS = {
@@ -17,14 +18,19 @@ DRIVERS = {
 }
 
 
-def make_driver(vmm: str, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None) -> VmDriver:
-    """Return a driver by its VMM's name; raises InvalidConfigError for a name that there is not."""
+def make_driver(
+    vmm: str, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None, host: Host | None = None
+) -> VmDriver:
+    """Return a driver by its VMM's name, for VMs of `host` (None: the default one).
+
+    Raises InvalidConfigError for a name that there is not.
+    """
     from importlib import import_module
 
     if vmm not in DRIVERS:
         raise InvalidConfigError(f"vmm={vmm!r}: expected one of auto, {', '.join(DRIVERS)}")
     module, name = DRIVERS[vmm]
-    driver: VmDriver = getattr(import_module(module), name)(accel=accel, binary=binary, virtiofsd=virtiofsd)
+    driver: VmDriver = getattr(import_module(module), name)(accel=accel, binary=binary, virtiofsd=virtiofsd, host=host)
     return driver
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,67 +17,24 @@ from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import (
     HostError,
     HypervisorError,
-    InvalidConfigError,
     StateFailedError,
     StopFailedError,
     VmError,
     VmNotFoundError,
 )
 from pytest_chvm.guest.ready import ReadyScanner
-from pytest_chvm.host.keeper import records, remains
+from pytest_chvm.host.host import Host
+from pytest_chvm.host.keeper import records
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import remove_taps
-from pytest_chvm.host.processes import end_all, end_process, is_running, keeper
-from pytest_chvm.host.runs import count_started
+from pytest_chvm.host.processes import end_all, end_process, is_running
 from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
 from pytest_chvm.host.virtiofsd import ServedShare, find_virtiofsd, lease_lock_file, start_virtiofsd
-from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle, VmState, VmStatus
+from pytest_chvm.model import VmConfig, VmHandle, VmState, VmStatus
 
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 2.0
 SIDECAR_TIMEOUT_S = 1.0
-
-
-class _LiveNames:
-    """The names in use in this run: two VMs of one name and namespace at once are refused."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holders: dict[tuple[str, str], ProcessIdentity | None] = {}
-
-    def claim(self, config: VmConfig) -> None:
-        with self._lock:
-            self.require_free(config)
-            self._holders[config.namespace, config.name] = None
-
-    def require_free(self, config: VmConfig) -> None:
-        key = (config.namespace, config.name)
-        if key in self._holders:
-            holder = self._holders[key]
-            # Held without a process: it is being booted. One that is gone holds nothing.
-            if holder is None or remains.start_time_ticks(holder.pid) == holder.start_time_ticks:
-                raise InvalidConfigError(
-                    f"a VM named {config.name!r} in namespace {config.namespace!r} is running already: "
-                    "give this one another name, or stop that one first",
-                    vm_name=config.name,
-                )
-
-    def started(self, config: VmConfig, process: ProcessIdentity) -> None:
-        with self._lock:
-            self._holders[config.namespace, config.name] = process
-
-    def free(self, namespace: str, name: str, process: ProcessIdentity | None) -> None:
-        with self._lock:
-            if (namespace, name) in self._holders and self._holders[namespace, name] in (None, process):
-                del self._holders[namespace, name]
-
-
-_names = _LiveNames()
-
-
-def require_free_name(config: VmConfig) -> None:
-    """Raise InvalidConfigError where a VM of that name and namespace runs: before anything is waited for. `boot` takes the name."""
-    _names.require_free(config)
 
 
 @dataclass
@@ -91,6 +47,7 @@ class VmmProcess:
     vmm: str
     programs: Sequence[str]
     virtiofsd: Path | None
+    host: Host
 
     def __post_init__(self) -> None:
         self._scanners: dict[str, ReadyScanner] = {}
@@ -106,14 +63,14 @@ class VmmProcess:
     ) -> VmHandle:
         """Start a VMM: checks first, then the sidecars, then it. Whatever fails leaves nothing behind."""
         preflight(config)
-        _names.claim(config)
+        self.host.names.claim(config)
         mine = None
         fds: list[int] = []
         try:
-            mine = options.lease or Lease()
+            mine = options.lease or Lease(self.host)
             return self._start(config, build, mine, options, restoring, fds)
         except BaseException as error:
-            _names.free(config.namespace, config.name, None)
+            self.host.names.free(config.namespace, config.name, None)
             # With those it had started: they name the lease in their arguments.
             failures = records.remove_lease(mine.directory) if mine is not None else []
             for failure in failures:
@@ -168,16 +125,16 @@ class VmmProcess:
             path = boot.socket(f"fs{index}.sock")
             logger.debug("%s: starting virtiofsd for %s", config.name, share.tag)
             lease_lock_file(program, path, lease)
-            sidecars.append(start_virtiofsd(program, share, path, lease.directory / f"fs{index}.log"))
+            sidecars.append(start_virtiofsd(program, share, path, lease.directory / f"fs{index}.log", self.host))
             boot.share_sockets.append(path)
         command = build(boot)
         argv = [*command.machine, *command.control]
         logger.info("%s: %s", config.name, shlex.join(argv))
         output = serial_log if command.prints_console else None
         grow = (serial_log, command.event_log)
-        process = keeper().spawn(argv, handle.vmm_log, lease.directory, boot.fds, output=output, other_logs=grow)
-        count_started("VM")
-        _names.started(config, process)
+        process = self.host.keeper().spawn(argv, handle.vmm_log, lease.directory, boot.fds, output=output, other_logs=grow)
+        self.host.started.add("VM")
+        self.host.names.started(config, process)
         self._booted_here.add(boot.machine_id)
         return replace(
             handle, process=process, taps=tuple(boot.taps_to_remove), sidecars=tuple(sidecars), command=command.for_people()
@@ -236,7 +193,7 @@ class VmmProcess:
         failures += remove_taps(handle.taps, handle.netns)
         if handle.run_dir is not None:
             failures += records.remove_lease(handle.run_dir, search=False)
-        _names.free(handle.namespace, handle.name, handle.process)
+        self.host.names.free(handle.namespace, handle.name, handle.process)
         self._scanners.pop(handle.machine_id, None)
         self._paused.discard(handle.machine_id)
         self._booted_here.discard(handle.machine_id)
@@ -270,7 +227,7 @@ class VmmProcess:
         fresh = []
         for served in shares:
             assert program is not None
-            fresh.append(replace(served, process=start_virtiofsd(program, served.share, served.socket, served.log)))
+            fresh.append(replace(served, process=start_virtiofsd(program, served.share, served.socket, served.log, self.host)))
         return replace(handle, sidecars=(*handle.sidecars, *(served.process for served in fresh))), fresh
 
     def set_paused(self, handle: VmHandle, paused: bool) -> None:

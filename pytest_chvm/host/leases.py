@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import threading
 from pathlib import Path
 
+from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.keeper import records, remains
-from pytest_chvm.host.processes import keeper
-
-_numbers = itertools.count(1)
 
 
 class Lease:
@@ -21,10 +18,11 @@ class Lease:
     added before the thing itself is made. Only the process that made it gives it back, not one that was forked from that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host | None = None) -> None:
+        host = self.host = host or default_host()
         self._owner_pid = os.getpid()
-        self._keeper = keeper()
-        self.directory = self._keeper.directory / str(next(_numbers))
+        self.keeper = host.keeper()
+        self.directory = self.keeper.directory / str(next(host.lease_numbers))
         self._record: dict[str, list[object]] = {}
         self._vm: dict[str, object] = {}
         self._lock = threading.Lock()
@@ -49,7 +47,7 @@ class Lease:
         with self._lock:
             self._record["bridges"].remove(name)
             self._write()
-            self._keeper.remember(self.directory, self._record)
+            self.keeper.remember(self.directory, self._record)
 
     def add_path(self, path: Path) -> None:
         """Record a file or directory outside the run directory that is to be removed."""
@@ -66,7 +64,7 @@ class Lease:
             self._record[kind].append(entry)
             self._write()
             if kind in ("taps", "bridges", "paths"):
-                self._keeper.remember(self.directory, self._record)
+                self.keeper.remember(self.directory, self._record)
 
     def _write(self) -> None:
         unfinished = self.directory / "lease.new"
@@ -99,5 +97,5 @@ class Lease:
         if not recorded:
             failures += records.remove_named(self._record)
         if not failures:
-            self._keeper.remember(self.directory, None)
+            self.keeper.remember(self.directory, None)
         return failures

@@ -9,14 +9,11 @@ from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.lockfiles import holder, holder_in_words, remove_free_lock
 from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.errors import HostError
-from pytest_chvm.host import processes
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.leases import Lease
 
 # All but those that may be tried for nothing are this process's own, by their names.
 LOCK_TIMEOUT_S = 30.0
-
-_held: dict[HeldLock, Lease] = {}
 
 
 class HeldLock:
@@ -30,6 +27,7 @@ class HeldLock:
         from filelock import FileLock
 
         self._owner_pid = os.getpid()
+        self._host = lease.host
         deadline = Deadline.after(timeout_s)
         while True:
             path = common_lock_dir() / name
@@ -55,7 +53,7 @@ class HeldLock:
                     kind = TimeoutError if timeout_s == 0 else HostError
                     raise kind(f"{path} is held by another user") from None
                 _wait_until_gone(path, deadline)
-        _held[self] = lease
+        self._host.locks[self] = lease
 
     @property
     def name(self) -> str:
@@ -64,7 +62,7 @@ class HeldLock:
 
     def release(self) -> None:
         """Give it back; its file goes too. Once more, or in a forked child, it does nothing."""
-        _held.pop(self, None)
+        self._host.locks.pop(self, None)
         # The file may be somebody else's by now.
         if not self._lock.is_locked or self._owner_pid != os.getpid():
             return
@@ -92,15 +90,4 @@ def _wait_until_gone(path: Path, deadline: Deadline) -> None:
 
 def held_under(lease: Lease) -> list[HeldLock]:
     """Return the locks that are in a lease and have not been given back."""
-    return [lock for lock, its_lease in list(_held.items()) if its_lease is lease]
-
-
-def release_all(keeper_directory: Path) -> None:
-    """Give back all that is held for the leases of a keeper: an interrupted teardown has not."""
-    for lock, lease in list(_held.items()):
-        if lease.directory.parent == keeper_directory:
-            lock.release()
-
-
-# A keeper leaves a lock alone that its owner still holds.
-processes.before_leases_end.append(release_all)
+    return [lock for lock, its_lease in list(lease.host.locks.items()) if its_lease is lease]

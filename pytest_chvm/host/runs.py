@@ -1,4 +1,4 @@
-"""The test runs that this process and its workers belong to: what they have started, and what is left of it."""
+"""Runs of tests: what the processes of one have in common, and what they have started."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_chvm.model import ProcessIdentity
@@ -29,54 +29,34 @@ class Run:
     journal: Path | None = None
 
 
-@dataclass(eq=False, slots=True)
-class Level:
-    """A run and what it has started. A test of it can have another run within it, in the same process, as pytester makes them."""
+class Started:
+    """How many of each of `KINDS` this process has started for a run."""
 
-    run: Run
-    started: Counter[str] = field(default_factory=Counter)
+    def __init__(self, journal: Path | None = None) -> None:
+        self._journal = journal
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
+    def add(self, kind: str) -> None:
+        """Take down that one of `KINDS` was started."""
+        with self._lock:
+            self._counts[kind] += 1
+            if self._journal is not None:
+                fd = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                os.write(fd, f"{kind}\n".encode())
+                os.close(fd)
 
-_levels = [Level(Run())]
-_lock = threading.Lock()
-
-
-def current_level() -> Level:
-    """Return the innermost run's."""
-    return _levels[-1]
-
-
-def begin_run(run: Run, *, within: bool = False) -> Level:
-    """Have what is started from now on belong to a run; one `within` another lasts until its `end_run`."""
-    if within:
-        _levels.append(Level(run))
-    else:
-        current_level().run = run
-        current_level().started.clear()
-    return current_level()
-
-
-def end_run(level: Level) -> None:
-    """Have what is started from now on belong to the run around this one."""
-    if level in _levels[1:]:
-        _levels.remove(level)
+    def total(self, journals: Iterable[Path] = ()) -> Counter[str]:
+        """Return how many of each kind were started, by this process and by those that wrote the journals."""
+        total = Counter(self._counts)
+        for journal in journals:
+            if journal.exists():
+                total.update(word for word in journal.read_text().split() if word in KINDS)
+        return total
 
 
 def count_started(kind: str) -> None:
-    """Take down that one of `KINDS` was started."""
-    with _lock:
-        level = current_level()
-        level.started[kind] += 1
-        if level.run.journal is not None:
-            fd = os.open(level.run.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            os.write(fd, f"{kind}\n".encode())
-            os.close(fd)
+    """Take down that one of `KINDS` was started for the default host."""
+    from pytest_chvm.host.host import default_host
 
-
-def started(journals: Iterable[Path] = ()) -> Counter[str]:
-    """Return how many of each kind were started, in the current run by this process and by those that wrote the journals."""
-    total = Counter(current_level().started)
-    for journal in journals:
-        if journal.exists():
-            total.update(word for word in journal.read_text().split() if word in KINDS)
-    return total
+    default_host().started.add(kind)

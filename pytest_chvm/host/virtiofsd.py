@@ -18,9 +18,9 @@ from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.errors import BootFailedError, HostError, InvalidConfigError, MissingRequirementError
 from pytest_chvm.host.binaries import find_binary
 from pytest_chvm.host.capabilities import missing
+from pytest_chvm.host.host import Host
+from pytest_chvm.host.keeper_client import Keeper
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.processes import keeper
-from pytest_chvm.host.runs import count_started
 from pytest_chvm.host.versions import Feature, lacks, program_of
 from pytest_chvm.model import ProcessIdentity, SharedDir
 
@@ -187,7 +187,7 @@ def check_shared_dir(share: SharedDir) -> None:
         raise InvalidConfigError(f"shared dir {share.tag!r}: {str(path)!r} {what}")
 
 
-def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log: Path) -> ProcessIdentity:
+def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log: Path, host: Host) -> ProcessIdentity:
     """Start a virtiofsd and wait until it listens at its socket, for at most 5 s.
 
     Raises BootFailedError naming tag and path; the process is then already gone.
@@ -196,15 +196,16 @@ def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log
     # The Rust one locks it beside the socket; one that still serves an earlier connection holds it.
     Path(f"{socket_path}.pid").unlink(missing_ok=True)
     with FileWatch(socket_path.parent) as watch:
-        process = keeper().spawn(program.command(share, socket_path), log, socket_path.parent)
+        keeper = host.keeper()
+        process = keeper.spawn(program.command(share, socket_path), log, socket_path.parent)
         deadline = Deadline.after(SOCKET_TIMEOUT_S)
         ended = False
         while not socket_path.exists() or not _listens(socket_path):
             if ended or deadline.expired:
-                raise BootFailedError(_why(share, process, ended, log))
+                raise BootFailedError(_why(share, process, keeper, ended, log))
             # From its file's coming to its listening is a moment, whose end nothing tells of.
             ended = watch.wait(Deadline.after(LISTEN_S) if socket_path.exists() else deadline, process.pid)
-    count_started("share")
+    host.started.add("share")
     return process
 
 
@@ -238,9 +239,9 @@ def lease_lock_file(program: Virtiofsd, socket_path: Path, lease: Lease) -> None
             continue
 
 
-def _why(share: SharedDir, process: ProcessIdentity, ended: bool, log: Path) -> str:
+def _why(share: SharedDir, process: ProcessIdentity, keeper: Keeper, ended: bool, log: Path) -> str:
     if ended:
-        what = f"ended with status {keeper().returncode(process)}"
+        what = f"ended with status {keeper.returncode(process)}"
     else:
         what = f"did not listen at its socket within {SOCKET_TIMEOUT_S:g} s"
         os.kill(process.pid, 9)

@@ -25,7 +25,7 @@ from pytest_chvm.errors import (
 from pytest_chvm.guest.kernel_image import why_silent
 from pytest_chvm.guest.ready import OOPS, PanicScanner, ReadyScanner
 from pytest_chvm.host.keeper.remains import start_time_ticks
-from pytest_chvm.host.processes import keeper
+from pytest_chvm.host.keeper_client import Keeper
 from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle, VmState
 
@@ -40,8 +40,8 @@ TAINT_DIE = 1 << 7
 class Health:
     """Of one VM, until `close`; `handle` returns its handle as it is now.
 
-    `lacks` says why the guest may lack drivers. `answers` tells whether the guest's shell still does something (None: it cannot be
-    asked now). `console_start`: how much of the console's log is of a VM that was saved.
+    `keeper` has started its processes. `lacks` says why the guest may lack drivers. `answers` tells whether the guest's shell still
+    does something (None: it cannot be asked now). `console_start`: how much of the console's log is of a VM that was saved.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Health:
         config: VmConfig,
         handle: Callable[[], VmHandle],
         driver: VmDriver,
+        keeper: Keeper,
         *,
         lacks: str | None,
         answers: Callable[[], bool | None],
@@ -66,6 +67,7 @@ class Health:
         self._config = config
         self._handle = handle
         self._driver = driver
+        self._keeper = keeper
         self._answers = answers
         self._panic = PanicScanner(first.serial_log, start=console_start)
         self._oops = PanicScanner(first.serial_log, OOPS, console_start)
@@ -273,7 +275,7 @@ class Health:
                 share = served.share
                 raise HypervisorError(
                     f"VM {self._config.name!r}: virtiofsd (pid {served.process.pid}) for shared dir {share.tag!r} "
-                    f"({share.host_path}) {_how(served.process)} while the VM runs; its log {ends_with(served.log)}",
+                    f"({share.host_path}) {_how(served.process, self._keeper)} while the VM runs; its log {ends_with(served.log)}",
                     vm_name=self._config.name,
                 )
 
@@ -282,7 +284,7 @@ class Health:
         when = "after it was ready" if self.ready.ip else "before it was ready"
         hint = self._driver.failure_hint()
         return (
-            f"VM {handle.name!r}: its VMM (pid {self.process.pid}) {_how(self.process)}, {when}. "
+            f"VM {handle.name!r}: its VMM (pid {self.process.pid}) {_how(self.process, self._keeper)}, {when}. "
             f"Its log {handle.vmm_log} {ends_with(handle.vmm_log)}\n"
             f"The guest's console {console_ends_with(handle.serial_log, self._config)}\n"
             f"To repeat it: {shlex.join(handle.command)}{f'{chr(10)}{hint}' if hint else ''}"
@@ -361,9 +363,9 @@ def has_ended(process: ProcessIdentity) -> bool:
     return start_time_ticks(process.pid) != process.start_time_ticks
 
 
-def _how(process: ProcessIdentity) -> str:
+def _how(process: ProcessIdentity, keeper: Keeper) -> str:
     try:
-        code = keeper().returncode(process)
+        code = keeper.returncode(process)
     except HostError as error:
         return f"ended ({error})"
     return f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"

@@ -77,7 +77,7 @@ def add_share(
     program = find_virtiofsd(virtiofsd)
     path = next(path for number in itertools.count() if not (path := lease.directory / f"fs-{number}.sock").exists())
     lease_lock_file(program, path, lease)
-    sidecar = start_virtiofsd(program, share, path, path.with_suffix(".log"))
+    sidecar = start_virtiofsd(program, share, path, path.with_suffix(".log"), lease.host)
     try:
         device = driver.add_share(handle, share, path)
     except BaseException:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 from pytest_chvm.base.deadline import Deadline
-from pytest_chvm.base.progress import show_progress
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.clones.digests import content_key, file_identity
 from pytest_chvm.clones.store import HeldTemplate, TemplateStore
@@ -23,9 +20,9 @@ from pytest_chvm.drivers.boot import MEMORY_FILE, ROOT_FILE, BootOptions
 from pytest_chvm.drivers.disks import check_was_closed
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.drivers.preflight import preflight
-from pytest_chvm.drivers.process import require_free_name
 from pytest_chvm.errors import BootFailedError, GuestPanicError, HostError, StopFailedError, UnsupportedError, VmError
 from pytest_chvm.host.budget import Share, budget_of, take_share
+from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.limits import processors
 from pytest_chvm.host.virtiofsd import find_virtiofsd
@@ -42,8 +39,6 @@ FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
 # More processors than this for each of the host's, and a VM does little but wait for its own.
 OVERCOMMIT = 4
 
-_numbers = itertools.count(1)
-
 
 class Held(Protocol):
     """Something that a VM has until it ends."""
@@ -58,24 +53,27 @@ def launch(
     settings: Settings | None = None,
     wait: bool = True,
     owner: Owner | None = None,
+    host: Host | None = None,
     **arguments: Unpack[VmArguments],
 ) -> Vm:
     """Boot a VM and return it when it is ready, or at once with `wait=False`; `with launch(...) as vm:` ends it.
 
     `arguments` are the fields of `VmConfig` (in place of those that `config` gives; see `VmConfig.given`) and of the launch: `vmm`,
     `accel`, `network`, `boot`, `boot_timeout` (seconds from the start of the VMM), `ready_marker`. What neither says is from
-    `settings` (default: the environment). `owner` is told of the VM before it is waited for. Raises InvalidConfigError before
-    anything is started, HostError where the host refuses what the VM needs, BootFailedError after; then nothing is left.
+    `settings` (default: the environment). `owner` is told of the VM before it is waited for. `host` is what it is
+    started for and ends with (default: this process's own). Raises InvalidConfigError before anything is started,
+    HostError where the host refuses what the VM needs, BootFailedError after; then nothing is left.
     """
     check_argument_names(arguments)
+    host = host or default_host()
     given: dict[str, Any] = {**arguments}
     settings = (settings or Settings.resolve()).with_arguments({key: given.pop(key, None) for key in LAUNCH_FIELDS})
     # A value of None is one not given, but for a field that has a meaning for it.
     fields = {**(config.given() if config else {}), **{key: value for key, value in given.items() if value is not None}}
     if "name" not in fields:
-        fields["name"] = f"vm{next(_numbers)}"
+        fields["name"] = f"vm{next(host.vm_numbers)}"
     config = VmConfig(**_defaults(settings, fields), **fields)
-    driver = driver_for(settings)
+    driver = driver_for(settings, host)
     guest = choose_guest(config, settings)
     preflight(guest.config)
     driver.binary()
@@ -83,7 +81,7 @@ def launch(
         find_virtiofsd(settings.virtiofsd).check(config.shared_dirs)
     if config.cpus > OVERCOMMIT * processors():
         logger.warning("VM %r has %d processors, and the host %d: it will be slow", config.name, config.cpus, processors())
-    launcher = Launcher(driver, settings, owner)
+    launcher = Launcher(host, driver, settings, owner)
     why = launcher.why_cold(guest, wait=wait)
     template = None
     if why is None:
@@ -118,16 +116,17 @@ def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in defaults.items() if key not in fields}
 
 
-def driver_for(settings: Settings) -> VmDriver:
-    """Return the driver that the settings choose; made once for each choice."""
-    return _driver(settings.vmm, settings.accel, settings.binary, settings.virtiofsd, os.environ.get("PATH", ""))
-
-
-@lru_cache(maxsize=16)
-def _driver(vmm: str, accel: str, binary: Path | None, virtiofsd: Path | None, _path: str) -> VmDriver:
-    if vmm == "auto":
-        vmm, _why = choose_vmm(accel=accel, binary=binary)
-    return make_driver(vmm, accel=accel, binary=binary, virtiofsd=virtiofsd)
+def driver_for(settings: Settings, host: Host | None = None) -> VmDriver:
+    """Return the driver that the settings choose, for VMs of a host (default: this process's); made once for each choice."""
+    host = host or default_host()
+    key = (settings.vmm, settings.accel, settings.binary, settings.virtiofsd, os.environ.get("PATH", ""))
+    if key not in host.drivers:
+        vmm = settings.vmm
+        if vmm == "auto":
+            vmm, _why = choose_vmm(accel=settings.accel, binary=settings.binary)
+        host.drivers[key] = make_driver(vmm, accel=settings.accel, binary=settings.binary, virtiofsd=settings.virtiofsd, host=host)
+    driver: VmDriver = host.drivers[key]
+    return driver
 
 
 class Owner(Protocol):
@@ -172,8 +171,9 @@ class Lent:
 
 @dataclass(frozen=True)
 class Launcher:
-    """Starts VMs with one driver and one set of settings, for an owner (None: the caller ends them)."""
+    """Starts VMs of a host with one driver and one set of settings, for an owner (None: the caller ends them)."""
 
+    host: Host
     driver: VmDriver
     settings: Settings
     owner: Owner | None = None
@@ -284,15 +284,15 @@ class Launcher:
         """Take what a VM needs from the host; `undo` gives it back, and `held` too."""
         for part in held:
             undo.callback(part.release)
-        require_free_name(config)
-        lease = Lease()
+        self.host.names.require_free(config)
+        lease = Lease(self.host)
         undo.callback(_log_failures, lease.release)
         if self.owner is not None:
             self.owner.add_lease(lease)
         lease.describe(name=config.name, vmm=self.driver.vmm, cpus=config.cpus, memory_mb=config.memory_mb)
         budget = budget_of(self.settings.memory_budget_mb, self.settings.max_vms)
         boots_with = config.cpus if origin.saved is None else 0
-        share = take_share(budget, config.memory_mb, boots_with, lease, config.name, show_progress)
+        share = take_share(budget, config.memory_mb, boots_with, lease, config.name, self.host.show_progress)
         undo.callback(share.release)
         return Lent(lease, share, lease_nics(config, self.driver, self.settings, lease, undo), held)
 
@@ -343,7 +343,7 @@ class Launcher:
             why = "it was resized, and a clone would have to be too"
         if why is not None:
             raise UnsupportedError(f"VM {vm.name!r} cannot be saved: {why}", vm_name=vm.name)
-        lease = Lease()
+        lease = Lease(self.host)
         if self.owner is not None:
             self.owner.add_lease(lease)
         try:

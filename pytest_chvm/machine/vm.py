@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import re
 import socket
@@ -53,8 +52,6 @@ HIGHEST_VSOCK_PORT = (1 << 32) - 2
 # What `console` returns at most, from the end.
 CONSOLE_LIMIT = 16 << 20
 
-_clone_numbers = itertools.count(1)
-
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -101,7 +98,7 @@ class Vm:
         self.plugged: dict[str, Device] = {}
         self.resized = False
         # Of all its snapshots' clones; cut so that a clone of a clone of a clone still has a name that a VM may have.
-        self.clone_names = (f"{config.name[:50]}-clone{number}" for number in _clone_numbers)
+        self.clone_names = (f"{config.name[:50]}-clone{number}" for number in lease.host.clone_numbers)
         self._snapshot = snapshot
         self._release = release
         self.closed = False
@@ -115,6 +112,7 @@ class Vm:
             config,
             lambda: self.handle,
             driver,
+            lease.keeper,
             lacks=lacks,
             answers=self._answers,
             console_start=_size(origin.saved / CONSOLE_FILE) if origin.saved else 0,

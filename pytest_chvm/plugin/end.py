@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_chvm.plugin.collection import choices
 from pytest_chvm.plugin.keys import (
-    configurations,
     controller_key,
-    depth_key,
     failures_key,
-    level_key,
     pid_key,
     settings_key,
     sigterm_key,
     summed_up_key,
-    undo_key,
 )
-from pytest_chvm.plugin.run import run_id
+from pytest_chvm.plugin.run import end_host, host_so_far, run_id
 
 if TYPE_CHECKING:
     from pytest_chvm.plugin.xdist import Controller
@@ -42,9 +37,7 @@ def _say_what_is_left(config: pytest.Config) -> None:
     # A child that was forked in a test, and goes on as pytest, has nothing to say of its parent's.
     if reporter is None or summed_up_key in config.stash or config.stash.get(pid_key, None) != os.getpid():
         return
-    # VMs of `launch` alone belong to the outermost run.
-    launched = config.stash[depth_key] == 0 and "pytest_chvm.host.runs" in sys.modules
-    if launched or level_key in config.stash or (controller and controller.journals):
+    if host_so_far(config) is not None or (controller and controller.journals):
         config.stash[summed_up_key] = True
         lines = _summary(config, controller)
         if lines and (reporter.stats.get("failed") or reporter.stats.get("error")):
@@ -55,44 +48,39 @@ def _say_what_is_left(config: pytest.Config) -> None:
 
 
 def _summary(config: pytest.Config, controller: Controller | None) -> list[str]:
-    from pytest_chvm.host import registry, runs
+    from pytest_chvm.host import registry
+    from pytest_chvm.host.runs import KINDS, Started
     from pytest_chvm.report.listing import run_summary
 
-    started = runs.started(controller.journals if controller else ())
+    host = host_so_far(config)
+    started = (host.started if host else Started()).total(controller.journals if controller else ())
     failures = config.stash[failures_key] + (controller.failures if controller else [])
     left = list(dict.fromkeys([*failures, *registry.left_by(run_id(config))]))
-    return run_summary({kind: started[kind] for kind in runs.KINDS}, left) if started or left else []
+    return run_summary({kind: started[kind] for kind in KINDS}, left) if started or left else []
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the keeper process once the last fixture is gone, before the run's summary."""
-    failures = _close_keepers(session.config)
+    failures = _close_host(session.config)
     session.config.stash[failures_key] += failures
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["chvm_failures"] = failures
 
 
-def _close_keepers(config: pytest.Config) -> list[str]:
-    """End the keepers of this run; those of the run around it go on."""
-    processes = sys.modules.get("pytest_chvm.host.processes")
-    level = config.stash.get(level_key, None)
-    if processes is None or (level is None and config.stash[depth_key]):
-        return []
-    failures: list[str] = processes.close_keeper(level if config.stash[depth_key] else None)
-    return failures
+def _close_host(config: pytest.Config) -> list[str]:
+    host = host_so_far(config)
+    return host.close() if host else []
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the keeper process, if one is left, so that nothing outlives the run."""
-    if config not in configurations:
+    if pid_key not in config.stash:
         # It never got as far as ours.
         return
-    _close_keepers(config)
+    _close_host(config)
     # Pytest has no summary after pytest.exit with a status of one's own, as SIGTERM has.
     _say_what_is_left(config)
-    if (undo := config.stash.get(undo_key, None)) is not None:
-        undo.close()
-    configurations.remove(config)
+    end_host(config)
     if (sigterm := config.stash.get(sigterm_key, None)) is not None:
         sigterm.let_go()

@@ -13,6 +13,7 @@ from typing import Any, Unpack
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.errors import StopFailedError
 from pytest_chvm.host import networks
+from pytest_chvm.host.host import Host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import held_under
 from pytest_chvm.machine.launcher import launch
@@ -37,6 +38,7 @@ class VmFactory:
     def __init__(
         self,
         settings: Settings,
+        host: Host,
         *,
         name: str,
         namespace: str,
@@ -47,6 +49,7 @@ class VmFactory:
         test: str | None = None,
     ) -> None:
         self.settings = settings
+        self._host = host
         self._test = test or name
         self._leases: list[Lease] = []
         self.vms: list[Vm] = []
@@ -78,7 +81,7 @@ class VmFactory:
         settings = self.settings.with_arguments({"boot_timeout": given.pop("boot_timeout", None)})
         if self._longest_boot_s is not None and settings.boot_timeout > self._longest_boot_s:
             settings = settings.with_arguments({"boot_timeout": self._longest_boot_s})
-        return launch(settings=settings, owner=self, **given)
+        return launch(settings=settings, owner=self, host=self._host, **given)
 
     def new_log(self, name: str) -> Path:
         """Return where the serial log of a VM goes; an earlier one's of that name is left as it is."""

@@ -12,7 +12,7 @@ import pytest
 from pytest_chvm.plugin.collection import expect_vms
 from pytest_chvm.plugin.keys import factories_key, item_key, settings_key
 from pytest_chvm.plugin.protocol import at_end_of_caller
-from pytest_chvm.plugin.run import enter_run, worker_of
+from pytest_chvm.plugin.run import begin_host, worker_of
 from pytest_chvm.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ def chvm_settings(pytestconfig: pytest.Config) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def chvm_driver(chvm_settings: Settings) -> VmDriver:
+def chvm_driver(pytestconfig: pytest.Config, chvm_settings: Settings) -> VmDriver:
     """The driver in use."""
     from pytest_chvm.machine.launcher import driver_for
 
-    return driver_for(chvm_settings)
+    return driver_for(chvm_settings, begin_host(pytestconfig))
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,6 @@ def _factory(
     from pytest_chvm.plugin.factory import VmFactory
 
     expect_vms(request.config, request.session)
-    enter_run(request.config)
     item = request.config.stash[item_key]
     if item.get_closest_marker("chvm") is None:
         # It was not seen to use a VM when it was collected (`getfixturevalue`).
@@ -101,6 +100,7 @@ def _factory(
     log_dir = cache(lambda: tmp_path_factory.mktemp("chvm"))
     factory = VmFactory(
         settings,
+        begin_host(request.config),
         name=name,
         namespace=worker_of(request.config),
         log_dir=log_dir,

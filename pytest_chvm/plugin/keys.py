@@ -10,7 +10,7 @@ import pytest
 from pytest_chvm.settings import Settings
 
 if TYPE_CHECKING:
-    from pytest_chvm.host.runs import Level
+    from pytest_chvm.host.host import Host
     from pytest_chvm.plugin.sigterm import OrderlyEnd
     from pytest_chvm.plugin.xdist import Controller
 
@@ -27,11 +27,7 @@ attempt_key = pytest.StashKey[int]()
 making_key = pytest.StashKey[list[pytest.FixtureRequest]]()
 teardown_key = pytest.StashKey[ExitStack]()
 pid_key = pytest.StashKey[int]()
-depth_key = pytest.StashKey[int]()
-level_key: pytest.StashKey[Level] = pytest.StashKey()
-undo_key = pytest.StashKey[ExitStack]()
+run_key = pytest.StashKey[str]()
+host_key: pytest.StashKey[Host] = pytest.StashKey()
 controller_key: pytest.StashKey[Controller] = pytest.StashKey()
 sigterm_key: pytest.StashKey[OrderlyEnd] = pytest.StashKey()
-
-# Of this process, those that are configured: a test can have a whole run within it (pytester's `runpytest_inprocess`).
-configurations: list[pytest.Config] = []

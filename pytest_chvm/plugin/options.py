@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from pytest_chvm.plugin.keys import configurations, depth_key, factories_key, failures_key, making_key, pid_key, settings_key
+from pytest_chvm.base.untouched import random_hex
+from pytest_chvm.plugin.keys import factories_key, failures_key, making_key, pid_key, run_key, settings_key
+from pytest_chvm.plugin.run import claim_default_host
 from pytest_chvm.settings import OPTIONS, Settings
 
 
@@ -49,8 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[failures_key] = []
     config.stash[making_key] = []
     config.stash[pid_key] = os.getpid()
-    config.stash[depth_key] = len(configurations)
-    configurations.append(config)
+    config.stash[run_key] = random_hex(8)
+    claim_default_host(config)
     command_line = {option.name: config.getoption(option.ini_key) for option in OPTIONS}
     try:
         config.stash[settings_key] = Settings.resolve(command_line, ini=_ini_values(config))

@@ -1,14 +1,29 @@
-"""Which run, worker and process this is, and the beginning of its VMs."""
+"""Which run, worker and process this is, and the host of its VMs."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_chvm.plugin.keys import depth_key, level_key, pid_key, undo_key
+from pytest_chvm.plugin.keys import host_key, run_key
+
+if TYPE_CHECKING:
+    from pytest_chvm.host.host import Host
+
+# The configuration that the process's default host is for, where VMs are that a test launches without a fixture: the first one. A
+# test can have a whole run within it (pytester's `runpytest_inprocess`), which has a host of its own.
+_with_default_host: pytest.Config | None = None
+
+
+def claim_default_host(config: pytest.Config) -> None:
+    """Have the default host be this configuration's, if it is nobody's."""
+    global _with_default_host
+    if _with_default_host is None:
+        _with_default_host = config
 
 
 def worker_input(config: pytest.Config) -> dict[str, Any]:
@@ -19,29 +34,23 @@ def worker_input(config: pytest.Config) -> dict[str, Any]:
 
 def run_id(config: pytest.Config) -> str:
     """Return what the processes of this run have in common, and no other run has."""
-    given: str | None = worker_input(config).get("run")
-    if given:
-        return given
-    from pytest_chvm.host.keeper.remains import start_time_ticks
-
-    pid, depth = config.stash[pid_key], config.stash[depth_key]
-    return f"{pid}-{start_time_ticks(pid)}{f'-{depth}' if depth else ''}"
+    given: str = worker_input(config).get("run", config.stash[run_key])
+    return given
 
 
 def worker_of(config: pytest.Config) -> str:
-    """Return which of its run's processes this one is, `main` without xdist; a run within a test is not its test's."""
+    """Return which of its run's processes this one is, `main` without xdist."""
     worker: str = getattr(config, "workerinput", {}).get("workerid", "main")
-    depth = config.stash[depth_key]
-    return f"{worker}-within{depth}" if depth else worker
+    return worker
 
 
-def enter_run(config: pytest.Config) -> None:
-    """Have what is started from now on belong to this run; one within a test has a keeper of its own."""
-    if level_key in config.stash:
-        return
-    from pytest_chvm.base.progress import show_progress_with
+def begin_host(config: pytest.Config) -> Host:
+    """Return the host of this run's VMs; what is started from the first call on belongs to the run."""
+    if (begun := config.stash.get(host_key, None)) is not None:
+        return begun
+    from pytest_chvm.host.host import Host, default_host
     from pytest_chvm.host.keeper.remains import boot_id
-    from pytest_chvm.host.runs import Run, begin_run, end_run
+    from pytest_chvm.host.runs import Run
     from pytest_chvm.model import ProcessIdentity
 
     given = worker_input(config)
@@ -49,9 +58,26 @@ def enter_run(config: pytest.Config) -> None:
     here = given.get("boot_id") == boot_id()
     controller = ProcessIdentity(**given["controller"]) if here else None
     journal = Path(given["journal"]) if here and "journal" in given else None
-    undo = config.stash[undo_key] = ExitStack()
-    run = Run(run_id(config), worker_of(config), controller, journal)
-    level = config.stash[level_key] = begin_run(run, within=config.stash[depth_key] > 0)
-    undo.callback(end_run, level)
-    if capture := config.pluginmanager.get_plugin("capturemanager"):
-        undo.callback(show_progress_with, show_progress_with(capture.global_and_fixture_disabled))
+    host = config.stash[host_key] = default_host() if config is _with_default_host else Host()
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    uncaptured = capture.global_and_fixture_disabled if capture else nullcontext
+    host.begin(Run(run_id(config), worker_of(config), controller, journal), uncaptured)
+    return host
+
+
+def host_so_far(config: pytest.Config) -> Host | None:
+    """Return the host of this run's VMs; None where none can have been started."""
+    if (begun := config.stash.get(host_key, None)) is not None:
+        return begun
+    module = sys.modules.get("pytest_chvm.host.host")
+    default: Host | None = module.default_host() if module and config is _with_default_host else None
+    return default
+
+
+def end_host(config: pytest.Config) -> None:
+    """Have what is started from now on in this process, as by another run, not belong to this run."""
+    global _with_default_host
+    if (host := host_so_far(config)) is not None:
+        host.begin()
+    if config is _with_default_host:
+        _with_default_host = None

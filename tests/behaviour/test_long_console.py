@@ -2,7 +2,7 @@
 
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.watch import FileWatch
-from pytest_chvm.host import processes
+from pytest_chvm.host import keeper_client
 
 KIB = 1 << 10
 # No more, since a serial port that is emulated twice is slow.
@@ -10,7 +10,7 @@ PRINT = "dd if=/dev/zero bs=1024 count=48 2>/dev/null | tr '\\0' x >/dev/console
 
 
 def test_a_guest_that_prints_without_end_is_heard_and_does_not_fill_the_disk(boot, monkeypatch):
-    monkeypatch.setattr(processes, "LOG_BOUND", (32 * KIB, 8 * KIB, 8 * KIB))
+    monkeypatch.setattr(keeper_client, "LOG_BOUND", (32 * KIB, 8 * KIB, 8 * KIB))
     vm = boot(network="none")
     vm.check_output(f"echo early >/dev/console; {PRINT}; echo late >/dev/console", timeout=60)
     deadline = Deadline.after(20)

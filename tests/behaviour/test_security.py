@@ -13,8 +13,9 @@ import pytest
 from pytest_chvm import HypervisorError, Settings, SharedDir, VmConfig
 from pytest_chvm.drivers.cloud_hypervisor.landlock import NEEDED_ABI, landlock_abi
 from pytest_chvm.host.directories import runtime_dir
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.keeper.remains import command_line
-from pytest_chvm.host.processes import PASSED_ENVIRONMENT, close_keeper
+from pytest_chvm.host.keeper_client import PASSED_ENVIRONMENT
 from pytest_chvm.machine.guest_choice import choose_guest
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root changes its root directory and makes device nodes")
@@ -45,7 +46,7 @@ def secrets_of_the_test(tmp_path_factory):
             os.set_inheritable(fd, True)
         patch.setenv("CHVM_TEST_SECRET", "of the test's")
         # So that the keeper, of which all are children, starts with them too.
-        close_keeper()
+        default_host().close()
         yield marker, peer
 
 

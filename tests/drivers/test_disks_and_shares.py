@@ -15,6 +15,7 @@ from pytest_chvm.drivers.disks import backing_files
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.host import virtiofsd
 from pytest_chvm.host.directories import LONGEST_RUNTIME_DIR, runtime_dir
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.processes import end_process
 from pytest_chvm.host.virtiofsd import Virtiofsd, find_virtiofsd
 
@@ -197,7 +198,7 @@ def test_stale_socket_is_removed(stand_in_virtiofsd, tmp_path):
     path = tmp_path / "fs.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    process = virtiofsd.start_virtiofsd(find_virtiofsd(), SharedDir("a", tmp_path), path, tmp_path / "fs.log")
+    process = virtiofsd.start_virtiofsd(find_virtiofsd(), SharedDir("a", tmp_path), path, tmp_path / "fs.log", default_host())
     try:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
@@ -215,7 +216,7 @@ def test_a_second_virtiofsd_is_told_from_the_connections_of_the_first(stand_in_v
             connections.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))
             connections.enter_context(first.accept()[0])
         first.close()
-        process = virtiofsd.start_virtiofsd(find_virtiofsd(), SharedDir("a", tmp_path), path, tmp_path / "fs.log")
+        process = virtiofsd.start_virtiofsd(find_virtiofsd(), SharedDir("a", tmp_path), path, tmp_path / "fs.log", default_host())
     end_process(process, ("virtiofsd",), term_timeout_s=1, kill_timeout_s=1)
 
 
@@ -223,7 +224,9 @@ def test_a_virtiofsd_is_there_when_it_listens_and_not_when_it_has_made_its_socke
     stand_in_virtiofsd.does(listens=False)
     monkeypatch.setattr(virtiofsd, "SOCKET_TIMEOUT_S", 0.3)
     with pytest.raises(BootFailedError, match=r"did not listen at its socket within 0.3 s"):
-        virtiofsd.start_virtiofsd(find_virtiofsd(), SharedDir("a", tmp_path), tmp_path / "fs.sock", tmp_path / "fs.log")
+        virtiofsd.start_virtiofsd(
+            find_virtiofsd(), SharedDir("a", tmp_path), tmp_path / "fs.sock", tmp_path / "fs.log", default_host()
+        )
     assert (tmp_path / "fs.sock").exists()
 
 

@@ -13,13 +13,14 @@ import pytest
 
 from pytest_chvm import HostError, HypervisorError, InvalidConfigError, Settings, Tap, UnsupportedError, launch
 from pytest_chvm.host.directories import common_lock_dir
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import lease_tap_nic, make_tap, parse_pool, take_subnet
 
 
 @pytest.fixture
 def lease():
-    lease = Lease()
+    lease = Lease(default_host())
     yield lease
     lease.release()
 
@@ -108,9 +109,10 @@ def test_point_to_point_subnet_of_a_tap(lease, needs_taps, pool):
 
 TAKER = """
 import sys
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import parse_pool, take_subnet
-lease, held = Lease(), []
+lease, held = Lease(default_host()), []
 sys.stdin.readline()
 for _number in range(int(sys.argv[2])):
     held.append(take_subnet(parse_pool(sys.argv[1]), 30, lease))

@@ -13,6 +13,7 @@ import pytest
 from pytest_chvm.host import budget as budget_module
 from pytest_chvm.host import locks
 from pytest_chvm.host.budget import Budget, take_share
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
 from tests.leaks import Sandbox
 from tests.runs import StartPytest
@@ -79,7 +80,7 @@ def test_those_that_are_up_keep_nobody_from_booting(monkeypatch: pytest.MonkeyPa
     for module in (budget_module, locks):
         monkeypatch.setattr(module, "common_lock_dir", lambda: tmp_path)
     budget = Budget(memory_mb=1000, cpus=1)
-    leases = [Lease(), Lease()]
+    leases = [Lease(default_host()), Lease(default_host())]
     try:
         first = take_share(budget, 100, 1, leases[0], "first", lambda said: None)
         said: queue.Queue[str] = queue.Queue()

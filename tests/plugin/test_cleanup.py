@@ -420,21 +420,21 @@ def test_nothing_is_left_of_a_keeper_that_was_killed_while_a_tap_was_in_use(
     pytester.makepyfile(
         """
     import os, signal
+    from pytest_chvm.host.host import default_host
     from pytest_chvm.host.leases import Lease
     from pytest_chvm.host.networks import make_tap, open_tap
-    from pytest_chvm.host.processes import close_keeper, keeper
 
     def test_taps():
-        lease = Lease()
+        lease = Lease(default_host())
         tap = open_tap(make_tap(lease, None, None, None), None, ours=True)
-        killed = keeper()
+        killed = default_host().keeper()
         os.kill(killed.pid, signal.SIGKILL)
         while killed.is_alive:
             pass
-        assert keeper() is not killed
+        assert default_host().keeper() is not killed
         os.close(tap)
         lease.release()
-        assert close_keeper() == []
+        assert default_host().close() == []
     """
     )
     run = start_pytest("--timeout=200")

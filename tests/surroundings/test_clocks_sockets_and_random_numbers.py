@@ -56,10 +56,11 @@ def test_deadlines_end_a_command_while_the_clock_is_frozen(chvm_vm, frozen):
 
 @pytest.mark.timeout(20)
 def test_a_lock_that_somebody_has_is_not_waited_for_while_the_clock_is_frozen(frozen):
+    from pytest_chvm.host.host import default_host
     from pytest_chvm.host.leases import Lease
     from pytest_chvm.host.locks import HeldLock
 
-    lease = Lease()
+    lease = Lease(default_host())
     try:
         name = f"test-{untouched.random_hex(4)}.lock"
         held = HeldLock(name, lease)
@@ -109,22 +110,24 @@ assert ssl.SSLSocket.__mro__[1] is socket.socket, ssl.SSLSocket.__mro__
 
 
 def test_no_directory_is_left_where_the_keeper_cannot_start(monkeypatch):
-    from pytest_chvm.host import processes
+    from pytest_chvm.host import keeper_client
     from pytest_chvm.host.directories import runtime_dir
-    from pytest_chvm.host.runs import current_level
+    from pytest_chvm.host.runs import Run
 
     def refuse(*_arguments):
         raise OSError(24, "Too many open files")
 
     def mine():
         return [
-            place for place in runtime_dir().iterdir() if f'"pid": {processes.os.getpid()},' in (place / "owner.json").read_text()
+            place
+            for place in runtime_dir().iterdir()
+            if f'"pid": {keeper_client.os.getpid()},' in (place / "owner.json").read_text()
         ]
 
     before = mine()
-    monkeypatch.setattr(processes, "socket_pair", refuse)
+    monkeypatch.setattr(keeper_client, "socket_pair", refuse)
     with pytest.raises(OSError, match="Too many"):
-        processes.Keeper(current_level())
+        keeper_client.Keeper(Run())
     assert mine() == before
 
 

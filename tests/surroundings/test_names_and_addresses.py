@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_chvm import InvalidConfigError, MissingRequirementError
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import NETWORK_PREFIX, Subnet, lease_network, lease_network_nic, parse_pool, take_subnet
 from pytest_chvm.machine.snapshot import Snapshot
@@ -14,7 +15,7 @@ from tests.conftest import kept
 
 def test_networks_of_one_name_have_addresses_of_their_own(pool: str) -> None:
     first, second = (lease_network(parse_pool(pool), "lan") for _ in range(2))
-    lease = Lease()
+    lease = Lease(default_host())
     try:
         for leased in (first, second):
             address = lease_network_nic(lease, leased.network).address
@@ -29,7 +30,7 @@ def test_networks_of_one_name_have_addresses_of_their_own(pool: str) -> None:
 
 
 def test_a_pool_without_a_free_subnet_is_a_missing_requirement(pool: str) -> None:
-    lease = Lease()
+    lease = Lease(default_host())
     taken: list[Subnet] = []
     try:
         # Of a /22 networks have the upper half.

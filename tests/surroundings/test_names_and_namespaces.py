@@ -19,6 +19,7 @@ from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import HostError, InvalidConfigError
 from pytest_chvm.host import networks
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.keeper.records import read_lease
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.namespaces import inside
@@ -28,7 +29,7 @@ from pytest_chvm.host.relay import NamespaceRelay
 
 @pytest.fixture
 def lease(needs_taps: None) -> Iterator[Lease]:
-    lease = Lease()
+    lease = Lease(default_host())
     yield lease
     assert lease.release() == []
 
@@ -94,7 +95,7 @@ class Lease:
         print(name, os.path.exists(f"/sys/class/net/{name}"), flush=True)
         os.kill(os.getpid(), 9)
 
-networks.make_tap(Lease(), None, None, None)
+networks.make_tap(Lease(default_host()), None, None, None)
 """
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from pytest_chvm import MissingRequirementError
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import DEFAULT_POOL, FURTHER_POOLS, parse_pool, take_subnet
 
@@ -45,7 +46,7 @@ def host(netns):
 
 @pytest.fixture
 def lease():
-    lease = Lease()
+    lease = Lease(default_host())
     yield lease
     assert lease.release() == []
 

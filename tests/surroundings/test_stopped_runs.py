@@ -18,9 +18,10 @@ from tests.leaks import Sandbox
 TAKES = """
 import sys
 from pytest_chvm.host.budget import Budget, take_share
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
 
-lease = Lease()
+lease = Lease(default_host())
 share = take_share(Budget(512, 4), 512, 1, lease, sys.argv[1], lambda said: print(said, flush=True))
 print("has it", flush=True)
 input()

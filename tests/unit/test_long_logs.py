@@ -12,7 +12,8 @@ from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.drivers.events import EventReader
 from pytest_chvm.guest.ready import CHUNK, LogReader, ReadyScanner
 from pytest_chvm.guest.search import ConsoleSearch
-from pytest_chvm.host import processes
+from pytest_chvm.host import keeper_client
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.keeper import logbound
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.report.sections import VmRecord, keep_logs
@@ -33,7 +34,7 @@ for number, order in enumerate(open(sys.argv[1])):
 
 @pytest.fixture
 def lease():
-    lease = Lease()
+    lease = Lease(default_host())
     yield lease
     assert lease.release(search=True) == []
 
@@ -51,11 +52,11 @@ def wait_until(log, holds):
 
 
 def test_the_keeper_drops_the_middle_of_what_its_programs_print(lease, monkeypatch, tmp_path):
-    monkeypatch.setattr(processes, "LOG_BOUND", BOUND)
+    monkeypatch.setattr(keeper_client, "LOG_BOUND", BOUND)
     orders, log, other = tmp_path / "orders", tmp_path / "log", tmp_path / "other"
     os.mkfifo(orders)
     other.touch()
-    processes.keeper().spawn([sys.executable, "-c", WRITER, str(orders)], log, lease.directory, other_logs=[other])
+    lease.keeper.spawn([sys.executable, "-c", WRITER, str(orders)], log, lease.directory, other_logs=[other])
     search = ConsoleSearch(log, re.compile("written 7"))
     with orders.open("w") as written:
         for number in range(8):

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pytest_chvm.errors import StateFailedError
+from pytest_chvm.host.host import default_host
 from pytest_chvm.host.keeper.records import read_pairs
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.processes import end_process, identity_of, keeper
+from pytest_chvm.host.processes import end_process, identity_of
 from pytest_chvm.model import ProcessIdentity
 
 # Fields 48 and 49 of stat, where the arguments are (proc(5)): what /proc/PID/cmdline shows of a process whose memory is gone.
@@ -58,7 +59,7 @@ ctypes.CDLL(None).syscall(60 if platform.machine() == "x86_64" else 93, 0)
 
 @pytest.fixture
 def lease():
-    lease = Lease()
+    lease = Lease(default_host())
     yield lease
     assert lease.release(search=True) == []
 
@@ -70,9 +71,9 @@ def parent(pid):
 
 @pytest.mark.parametrize("ended_before", [True, False], ids=["that ended by itself", "that is killed"])
 def test_of_a_process_of_the_keeper_s_not_even_a_zombie_is_left(lease, freeze, wait_ended, ended_before):
-    process = keeper().spawn(["sleep", "600"], lease.directory / "log", lease.directory)
+    process = lease.keeper.spawn(["sleep", "600"], lease.directory / "log", lease.directory)
     its_parent = parent(process.pid)
-    assert its_parent in read_pairs(keeper().directory / "lock")
+    assert its_parent in read_pairs(lease.keeper.directory / "lock")
     # A keeper that has other things to do.
     freeze(its_parent)
     with ThreadPoolExecutor(1) as executor:

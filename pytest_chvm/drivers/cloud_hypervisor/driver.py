@@ -26,6 +26,7 @@ from pytest_chvm.drivers.taps import AttachedTap, taps_of
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, UnsupportedError, VmError, VmIOError, VmNotFoundError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
+from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus
@@ -44,11 +45,13 @@ class CloudHypervisorDriver:
     # limit of pty_common_install(), drivers/tty/pty.c) and what is in the line discipline.
     console_piece = 1 << 13
 
-    def __init__(self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None) -> None:
+    def __init__(
+        self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None, host: Host | None = None
+    ) -> None:
         if accel not in ("auto", "kvm"):
             raise InvalidConfigError(f"accel={accel!r}: Cloud Hypervisor has KVM only; use --chvm-vmm=qemu for software")
         self._binary = binary
-        self._process = VmmProcess(self.vmm, ("cloud-hypervisor",), virtiofsd)
+        self._process = VmmProcess(self.vmm, ("cloud-hypervisor",), virtiofsd, host or default_host())
         self._monitors: dict[str, EventMonitor] = {}
         # Of clones, until they are asked for.
         self._consoles: dict[str, int] = {}

@@ -24,6 +24,7 @@ from pytest_chvm.drivers.taps import taps_of
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError, VmNotFoundError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
+from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, mac_for
@@ -44,12 +45,14 @@ class QemuDriver:
     # It drops what does not fit into the socket's buffer.
     console_piece = 1 << 15
 
-    def __init__(self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None) -> None:
+    def __init__(
+        self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None, host: Host | None = None
+    ) -> None:
         if accel not in ("auto", "kvm", "tcg"):
             raise InvalidConfigError(f"accel={accel!r}: expected auto, kvm or tcg")
         self.accel = accel
         self._binary = binary
-        self._process = VmmProcess(self.vmm, ("qemu-system", "qemu-kvm"), virtiofsd)
+        self._process = VmmProcess(self.vmm, ("qemu-system", "qemu-kvm"), virtiofsd, host or default_host())
         self._events: dict[str, qemu_events.QemuEvents] = {}
 
     def binary(self) -> Binary:

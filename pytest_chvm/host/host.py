@@ -1,0 +1,132 @@
+"""What one run has of the host, in this process: a `Host` owns all of it, and two of them do not know of each other."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_chvm.base.progress import show_progress
+from pytest_chvm.host.keeper_client import Keeper
+from pytest_chvm.host.names import LiveNames
+from pytest_chvm.host.runs import Run, Started
+from pytest_chvm.model import ProcessIdentity
+
+if TYPE_CHECKING:
+    from pytest_chvm.host.leases import Lease
+    from pytest_chvm.host.locks import HeldLock
+
+Uncaptured = Callable[[], AbstractContextManager[object]]
+
+
+class Host:
+    """What one run has of the host: the keeper of its processes, its leases and locks, the names of its VMs, and their numbers.
+
+    `close` gives it back; the end of the process does too. Only the process that made it ends anything of it: in a child that was
+    forked from that it begins anew. `uncaptured` is a context in which what is written reaches the person at the terminal.
+    """
+
+    def __init__(self, run: Run | None = None, uncaptured: Uncaptured = nullcontext) -> None:
+        self.begin(run, uncaptured)
+        self.names = LiveNames()
+        # Those that are held, with the leases that they are in.
+        self.locks: dict[HeldLock, Lease] = {}
+        self.lease_numbers = itertools.count(1)
+        # Of VMs without a name.
+        self.vm_numbers = itertools.count(1)
+        self.clone_numbers = itertools.count(1)
+        # Those that were chosen by settings, by what those say.
+        self.drivers: dict[object, Any] = {}
+        self._keepers: list[Keeper] = []
+        self._lock = threading.Lock()
+        _hosts.append(weakref.ref(self, _hosts.remove))
+
+    def begin(self, run: Run | None = None, uncaptured: Uncaptured = nullcontext) -> None:
+        """Have what is started from now on belong to a run (None: to none), and be counted from nothing."""
+        self.run = run or Run()
+        self.started = Started(self.run.journal)
+        self._uncaptured = uncaptured
+
+    def show_progress(self, text: str) -> None:
+        """Tell the person at the terminal what takes long just now."""
+        show_progress(text, self._uncaptured)
+
+    def keeper(self) -> Keeper:
+        """Return the keeper, started at the first call; after one that was killed, or lost its directory, another."""
+        with self._lock:
+            last = self._keepers[-1] if self._keepers else None
+            if last is None or not last.is_alive or not last.has_directory:
+                if not self._keepers:
+                    atexit.register(self.close)
+                self._close(gone=True)
+                last = Keeper(self.run)
+                self._keepers.append(last)
+            return last
+
+    def keeper_of(self, process: ProcessIdentity) -> Keeper | None:
+        """Return the keeper that has started a process; None where it is none of this host's."""
+        return next((keeper for keeper in list(self._keepers) if keeper.has_started(process)), None)
+
+    def close(self) -> list[str]:
+        """End the keepers with all that is left, and wait for them; returns what could not be removed, in words."""
+        with self._lock:
+            failures = self._close()
+        if not self._keepers:
+            atexit.unregister(self.close)
+        return failures
+
+    def _close(self, *, gone: bool = False) -> list[str]:
+        failures = []
+        for keeper in [keeper for keeper in self._keepers if not (gone and keeper.is_alive)]:
+            failed = keeper.close(lambda directory=keeper.directory: self._release_locks(directory))  # type: ignore[misc]
+            # What this process itself has open still cannot be removed yet: the rest goes at the end of the process. Nor is one
+            # forgotten before: an interrupted close is begun again then.
+            if not (gone and failed):
+                self._keepers.remove(keeper)
+            failures += failed
+        return failures
+
+    def _release_locks(self, keeper_directory: Path) -> None:
+        """Give back what is held for the leases of a keeper, which it would leave alone: an interrupted teardown has not."""
+        for lock, lease in list(self.locks.items()):
+            if lease.directory.parent == keeper_directory:
+                lock.release()
+
+    def forget(self) -> None:
+        """Let go of the keepers, in a forked child: they are the parent's."""
+        self._lock = threading.Lock()
+        while self._keepers:
+            self._keepers.pop().forget()
+
+
+# Of this process, whoever has made them: for a forked child to let go of, and to find who has started a process.
+_hosts: list[weakref.ref[Host]] = []
+_default = Host()
+
+
+def default_host() -> Host:
+    """Return the host of VMs that are launched without one; in a test process also that of its run."""
+    return _default
+
+
+def keeper_of(process: ProcessIdentity) -> Keeper | None:
+    """Return the keeper that has started a process; None where it was another process's."""
+    return next((keeper for host in _all_hosts() if (keeper := host.keeper_of(process)) is not None), None)
+
+
+def _all_hosts() -> list[Host]:
+    return [host for reference in list(_hosts) if (host := reference()) is not None]
+
+
+def _forget_all() -> None:
+    for host in _all_hosts():
+        host.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
