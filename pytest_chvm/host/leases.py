@@ -36,7 +36,10 @@ class Lease:
 
     def add_tap(self, name: str, netns: str | None) -> None:
         """Record a TAP that is to be removed."""
-        self._add("taps", {"name": name, "netns": netns})
+        entry: object = {"name": name, "netns": netns}
+        if entry not in self._record.get("taps", []):
+            self.host.started.add("TAP")
+        self._add("taps", entry)
 
     def add_bridge(self, name: str) -> None:
         """Record a bridge that is to be removed."""
