@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pytest_chvm.base.lockfiles import try_lock, wait_for_lock
-from pytest_chvm.base.progress import show_progress
+from pytest_chvm.base.progress import Progress, show_progress
 from pytest_chvm.base.trees import remove_tree
 from pytest_chvm.errors import HostError, InvalidConfigError, VmError
 
@@ -60,6 +60,7 @@ def built_once(
     *,
     mode: int = 0o755,
     try_again: bool = True,
+    progress: Progress = show_progress,
 ) -> Path:
     """Return the directory `target`, filled by `build` if it is not there yet, or is not intact any more.
 
@@ -71,7 +72,7 @@ def built_once(
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target) as waited:
+        with locked(target, progress) as waited:
             if is_intact(target):
                 return target
             # Of a builder that was killed: the lock was its, and is ours now.
@@ -94,14 +95,14 @@ def built_once(
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[bool]:
+def locked(target: Path, progress: Progress = show_progress) -> Iterator[bool]:
     """Hold the lock of what is built at `target`, the file `TARGET.lock`; tells whether somebody else had it.
 
     Raises HostError where who has it has been stopped for half a minute.
     """
     with open(f"{target}.lock", "ab") as lock:
         try:
-            waited = wait_for_lock(lock.fileno(), str(target), show_progress)
+            waited = wait_for_lock(lock.fileno(), str(target), progress)
         except TimeoutError as error:
             raise HostError(str(error)) from error
         yield waited

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+Progress = Callable[[str], None]
+
 logger = logging.getLogger("pytest_chvm")
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pytest_chvm.base.lockfiles import wait_for_lock
-from pytest_chvm.base.progress import show_progress
+from pytest_chvm.base.progress import Progress, show_progress
 from pytest_chvm.drivers.memory import data_extents
 
 # How near a file's last change may be to the reading of it for another change to have left the file's times as they were: those of
@@ -20,7 +20,7 @@ DIGEST = r"[0-9a-f]{64}"
 BLOCK_SIZE = 1 << 16
 
 
-def content_key(file: Path, cache: Path) -> str:
+def content_key(file: Path, cache: Path, progress: Progress = show_progress) -> str:
     """Return the hash of a file's content and length; computed once for each inode, size and time, and kept in the cache.
 
     Raises OSError where the file cannot be read or the cache not be written.
@@ -37,7 +37,7 @@ def content_key(file: Path, cache: Path) -> str:
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a+", errors="replace") as known:
         # Others that want the same wait for it.
-        wait_for_lock(known.fileno(), f"what {str(file)!r} holds", show_progress)
+        wait_for_lock(known.fileno(), f"what {str(file)!r} holds", progress)
         known.seek(0)
         digest = known.read()
         if os.fstat(known.fileno()).st_mtime - found.st_ctime <= RACY_S or not re.fullmatch(DIGEST, digest):

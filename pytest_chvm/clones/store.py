@@ -15,7 +15,7 @@ from typing import Any
 
 from pytest_chvm.base.cache import built_once, remove_unfinished
 from pytest_chvm.base.lockfiles import try_lock, wait_for_lock
-from pytest_chvm.base.progress import show_progress
+from pytest_chvm.base.progress import Progress, show_progress
 from pytest_chvm.base.text import clean
 from pytest_chvm.base.trees import remove_tree
 from pytest_chvm.base.untouched import wall_clock_s
@@ -117,9 +117,10 @@ class HeldTemplate:
 
 
 class TemplateStore:
-    """The templates of one cache directory."""
+    """The templates of one cache directory; `progress` is told what is waited for."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, progress: Progress = show_progress) -> None:
+        self._progress = progress
         self.directory = cache / "templates"
 
     def get(
@@ -158,10 +159,10 @@ class TemplateStore:
             return template.is_intact() and not (template.unfit and try_again)
 
         while True:
-            built_once(directory, build_and_record, will_do, mode=0o700, try_again=try_again)
+            built_once(directory, build_and_record, will_do, mode=0o700, try_again=try_again, progress=self._progress)
             if (unfit := Template(directory).unfit) is not None:
                 raise UnsupportedError(unfit)
-            if (fd := _hold(directory)) is not None:
+            if (fd := _hold(directory, self._progress)) is not None:
                 return HeldTemplate(directory, fd)
 
     def wanted_before(self, made_of: Mapping[str, object]) -> bool:
@@ -217,7 +218,7 @@ class TemplateStore:
         return removed
 
 
-def _hold(directory: Path) -> int | None:
+def _hold(directory: Path, progress: Progress) -> int | None:
     """Return a descriptor that keeps a template from being pruned while it is open; None where it was just pruned."""
     record = directory / RECORD_FILE
     try:
@@ -225,7 +226,7 @@ def _hold(directory: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        wait_for_lock(fd, str(directory), show_progress, shared=True)
+        wait_for_lock(fd, str(directory), progress, shared=True)
         # It may have been removed while the lock was waited for.
         if os.fstat(fd).st_nlink:
             # It may be on a file system that is read-only.

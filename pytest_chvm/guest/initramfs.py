@@ -14,9 +14,10 @@ from importlib import resources
 from pathlib import Path
 
 from pytest_chvm.base.cache import built_once
+from pytest_chvm.base.progress import Progress
 from pytest_chvm.errors import MissingRequirementError
 from pytest_chvm.guest import renew
-from pytest_chvm.guest.kernel import Kernel, Module, PackageError, Progress, fetch_package, modules_in_order
+from pytest_chvm.guest.kernel import Kernel, Module, PackageError, fetch_package, modules_in_order
 
 # Each for a device or file system the built-in guest is promised with; what they depend on is read from the tree.
 WANTED_MODULES = (
@@ -64,7 +65,7 @@ def build_initramfs(
         archive = write_cpio(_entries(busybox, init, tools, modules))
         (directory / "initramfs.cpio").write_bytes(archive)
 
-    return built_once(cache / "initramfs" / key.hexdigest()[:32], build) / "initramfs.cpio"
+    return built_once(cache / "initramfs" / key.hexdigest()[:32], build, progress=progress) / "initramfs.cpio"
 
 
 def add_words(initramfs: Path, words: Sequence[str], target: Path) -> Path:

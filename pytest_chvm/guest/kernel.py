@@ -11,16 +11,15 @@ import re
 import shutil
 import subprocess
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_chvm.base.cache import built_once, locked
+from pytest_chvm.base.progress import Progress
 from pytest_chvm.base.trees import remove_tree
 from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError, VmError
 from pytest_chvm.guest.kernel_image import check_kernel_image
-
-Progress = Callable[[str], None]
 
 # Packages whose kernel is made for VMs, first choice first; the first that the machine's package lists know is taken.
 KERNEL_PACKAGES = {
@@ -220,7 +219,7 @@ def fetch_kernel_package(package: str, cache: Path, progress: Progress) -> Path:
         if not list((directory / "boot").glob("vmlinu*")):
             raise PackageError(f"no kernel image in {', '.join(needed)}")
 
-    return built_once(cache / "packages" / needed[0], build)
+    return built_once(cache / "packages" / needed[0], build, progress=progress)
 
 
 def _real_kernel_packages(package: str) -> list[str]:
@@ -240,7 +239,9 @@ def _real_kernel_packages(package: str) -> list[str]:
 
 def fetch_package(package: str, cache: Path, progress: Progress) -> Path:
     """Return the unpacked tree of one package; raises PackageError where it cannot be had."""
-    return built_once(cache / "packages" / package, lambda directory: _download_and_unpack(package, directory, progress))
+    return built_once(
+        cache / "packages" / package, lambda directory: _download_and_unpack(package, directory, progress), progress=progress
+    )
 
 
 def _apt_cache(*arguments: str) -> str:

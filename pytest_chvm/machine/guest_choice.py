@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.base.cache import default_cache_dir
-from pytest_chvm.base.progress import show_progress
+from pytest_chvm.base.progress import Progress, show_progress
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import InvalidConfigError
@@ -60,12 +60,12 @@ class Guest:
         return words + [f"chvm.share={share.guest_word}" for share in self.config.shared_dirs]
 
 
-def choose_guest(config: VmConfig, settings: Settings) -> Guest:
+def choose_guest(config: VmConfig, settings: Settings, progress: Progress = show_progress) -> Guest:
     """Fill in the built-in guest where the config names none: its kernel, and its initramfs for a kernel without a root.
 
     Raises InvalidConfigError where it cannot be built.
     """
-    kernel = built_in_kernel(settings) if config.kernel is None else None
+    kernel = built_in_kernel(settings, progress) if config.kernel is None else None
     if kernel is not None:
         config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
     if config.initramfs is not None or config.root_disk is not None:
@@ -73,7 +73,7 @@ def choose_guest(config: VmConfig, settings: Settings) -> Guest:
     preflight(config)
     assert config.kernel is not None
     known = kernel or inspect_kernel(config.kernel)
-    initramfs = _built_in_initramfs(known, cache_dir(settings))
+    initramfs = _built_in_initramfs(known, cache_dir(settings), progress)
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
@@ -119,16 +119,16 @@ def cache_dir(settings: Settings) -> Path:
     return settings.cache_dir or default_cache_dir()
 
 
-def built_in_kernel(settings: Settings) -> Kernel:
+def built_in_kernel(settings: Settings, progress: Progress = show_progress) -> Kernel:
     """Return the built-in guest's kernel, fetched at the first call; raises InvalidConfigError where there is none."""
-    return _built_in_kernel(cache_dir(settings))
+    return _built_in_kernel(cache_dir(settings), progress)
 
 
 @lru_cache(maxsize=4)
-def _built_in_kernel(cache: Path) -> Kernel:
-    return default_kernel(cache, platform.machine(), show_progress)
+def _built_in_kernel(cache: Path, progress: Progress) -> Kernel:
+    return default_kernel(cache, platform.machine(), progress)
 
 
 @lru_cache(maxsize=16)
-def _built_in_initramfs(kernel: Kernel, cache: Path) -> Path:
-    return build_initramfs(kernel, cache, show_progress)
+def _built_in_initramfs(kernel: Kernel, cache: Path, progress: Progress) -> Path:
+    return build_initramfs(kernel, cache, progress)

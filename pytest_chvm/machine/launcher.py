@@ -74,7 +74,7 @@ def launch(
         fields["name"] = f"vm{next(host.vm_numbers)}"
     config = VmConfig(**_defaults(settings, fields), **fields)
     driver = driver_for(settings, host)
-    guest = choose_guest(config, settings)
+    guest = choose_guest(config, settings, host.show_progress)
     preflight(guest.config)
     driver.binary()
     if config.shared_dirs:
@@ -208,7 +208,7 @@ class Launcher:
 
     @property
     def _store(self) -> TemplateStore:
-        return TemplateStore(cache_dir(self.settings))
+        return TemplateStore(cache_dir(self.settings), self.host.show_progress)
 
     def _made_of(self, guest: Guest, identify: Callable[[Path], str]) -> dict[str, object]:
         mode, _why = network_mode(self.settings, self.driver, outbound=guest.config.outbound)
@@ -252,7 +252,7 @@ class Launcher:
                 raise UnsupportedError(f"its template did not boot: {str(error)[:500]}") from error
 
         def identify(file: Path) -> str:
-            return content_key(file, cache)
+            return content_key(file, cache, self.host.show_progress)
 
         insists = self.settings.boot == "clone"
         cache = cache_dir(self.settings)

@@ -134,7 +134,6 @@ def test_who_waits_for_what_a_stopped_run_builds_is_told_and_gives_up(tmp_path: 
     monkeypatch.setattr(lockfiles, "PATIENCE_BEFORE_MESSAGE_S", 0.1)
     monkeypatch.setattr(lockfiles, "STOPPED_TIMEOUT_S", 0.5)
     said: list[str] = []
-    monkeypatch.setattr(cache, "show_progress", said.append)
     command = [sys.executable, "-c", BUILDS, tmp_path / "thing"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as builder:
         assert builder.stdout is not None
@@ -142,7 +141,7 @@ def test_who_waits_for_what_a_stopped_run_builds_is_told_and_gives_up(tmp_path: 
         builder.send_signal(signal.SIGSTOP)
         has_it = rf"pid {builder.pid}, which is stopped \(go on with 'kill -CONT {builder.pid}', or end it\), has it"
         with pytest.raises(HostError, match=has_it):
-            cache.built_once(tmp_path / "thing", lambda directory: None)
+            cache.built_once(tmp_path / "thing", lambda directory: None, progress=said.append)
         assert [text for text in said if str(builder.pid) in text] == said != []
         builder.send_signal(signal.SIGCONT)
         builder.communicate("\n")
