@@ -33,7 +33,8 @@ class Host:
     """
 
     def __init__(self, run: Run | None = None, uncaptured: Uncaptured = nullcontext) -> None:
-        self.begin(run, uncaptured)
+        self.end_run()
+        self.begin_run(run or Run(), uncaptured)
         self.names = LiveNames()
         # Those that are held, with the leases that they are in.
         self.locks: dict[HeldLock, Lease] = {}
@@ -47,11 +48,16 @@ class Host:
         self._lock = threading.Lock()
         _hosts.append(weakref.ref(self, _hosts.remove))
 
-    def begin(self, run: Run | None = None, uncaptured: Uncaptured = nullcontext) -> None:
-        """Have what is started from now on belong to a run (None: to none), and be counted from nothing."""
-        self.run = run or Run()
-        self.started = Started(self.run.journal)
+    def begin_run(self, run: Run, uncaptured: Uncaptured = nullcontext) -> None:
+        """Have what is started from now on belong to a run."""
+        self.run = run
+        self.started.journal = run.journal
         self._uncaptured = uncaptured
+
+    def end_run(self) -> None:
+        """Have what is started from now on belong to no run, and be counted from nothing."""
+        self.started = Started()
+        self.begin_run(Run())
 
     def show_progress(self, text: str) -> None:
         """Tell the person at the terminal what takes long just now."""

@@ -43,7 +43,6 @@ class Keeper:
     """
 
     def __init__(self, run: Run) -> None:
-        self.owner_pid = os.getpid()
         # Before anything is started: what a run left that was killed together with its keeper.
         for place in runtime_dirs():
             for failure in records.remove_abandoned(place)[1]:
@@ -53,7 +52,8 @@ class Keeper:
         self._started: dict[int, ProcessIdentity] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        owners = [ProcessIdentity(self.owner_pid, remains.start_time_ticks(self.owner_pid))]
+        me = os.getpid()
+        owners = [ProcessIdentity(me, remains.start_time_ticks(me))]
         owners += [run.controller] if run.controller else []
         # The directory last of what may fail: from here on whatever fails removes it.
         self._socket, theirs = socket_pair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

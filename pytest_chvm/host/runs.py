@@ -30,10 +30,10 @@ class Run:
 
 
 class Started:
-    """How many of each of `KINDS` this process has started for a run."""
+    """How many of each of `KINDS` this process has started for a run, and the file in which that is taken down too."""
 
-    def __init__(self, journal: Path | None = None) -> None:
-        self._journal = journal
+    def __init__(self) -> None:
+        self.journal: Path | None = None
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -41,8 +41,8 @@ class Started:
         """Take down that one of `KINDS` was started."""
         with self._lock:
             self._counts[kind] += 1
-            if self._journal is not None:
-                fd = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if self.journal is not None:
+                fd = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 os.write(fd, f"{kind}\n".encode())
                 os.close(fd)
 

@@ -61,7 +61,7 @@ def begin_host(config: pytest.Config) -> Host:
     host = config.stash[host_key] = default_host() if config is _with_default_host else Host()
     capture = config.pluginmanager.get_plugin("capturemanager")
     uncaptured = capture.global_and_fixture_disabled if capture else nullcontext
-    host.begin(Run(run_id(config), worker_of(config), controller, journal), uncaptured)
+    host.begin_run(Run(run_id(config), worker_of(config), controller, journal), uncaptured)
     return host
 
 
@@ -78,6 +78,6 @@ def end_host(config: pytest.Config) -> None:
     """Have what is started from now on in this process, as by another run, not belong to this run."""
     global _with_default_host
     if (host := host_so_far(config)) is not None:
-        host.begin()
+        host.end_run()
     if config is _with_default_host:
         _with_default_host = None

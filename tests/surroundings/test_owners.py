@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 
 from .conftest import RunPytest
@@ -95,6 +98,41 @@ def test_a_run_within_a_test_ends_its_own_vms_only(
     result = run_pytest(*arguments)
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["chvm: 2 VMs, 2 TAPs started; all gone"])
+
+
+def test_runs_of_one_process_have_each_what_they_started_themselves(
+    pytester: pytest.Pytester, user_environment: pytest.MonkeyPatch
+) -> None:
+    """Two runs, one after the other, each with one within it."""
+    pytester.makepyfile(
+        test_outer="""
+        import pytest
+        from pytest_chvm import launch
+
+        def test_with_a_run_within():
+            # Left running: its run ends it.
+            vm = launch(name="same", networks=[])
+            assert pytest.main(["test_inner.py", "-pno:cacheprovider"]) == 0
+            assert vm.check_output("echo here") == "here\\n"
+
+        def test_fixture(chvm_vm):
+            chvm_vm(networks=[])
+        """,
+        test_inner="def test_inner(chvm_vm): chvm_vm(name='same', networks=[])",
+        run="""
+        import pytest
+        from pytest_chvm import launch
+        from pytest_chvm.host.host import Host
+
+        # The template is not to be counted.
+        launch(networks=[], host=Host()).close()
+        for number in range(2):
+            assert pytest.main(["test_outer.py", "-s"]) == 0
+        """,
+    )
+    result = pytester.run(sys.executable, "run.py")
+    counts = re.findall(r"^chvm: (\d+) VM.* started; all gone$", result.stdout.str(), re.M)
+    assert counts == ["1", "2", "1", "2"], result.stdout.str() + result.stderr.str()
 
 
 def test_a_clone_ends_with_the_fixture_or_test_that_made_it(pytester: pytest.Pytester, run_pytest: RunPytest) -> None:
