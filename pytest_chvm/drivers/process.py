@@ -29,7 +29,7 @@ from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import remove_taps
 from pytest_chvm.host.processes import end_all, end_process, is_running
 from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
-from pytest_chvm.host.virtiofsd import ServedShare, find_virtiofsd, lease_lock_file, start_virtiofsd
+from pytest_chvm.host.virtiofsd import ServedShare, find_virtiofsd, serve_share
 from pytest_chvm.model import VmConfig, VmHandle, VmState, VmStatus
 
 STOP_TIMEOUT_S = 10.0
@@ -124,8 +124,7 @@ class VmmProcess:
             assert program is not None
             path = boot.socket(f"fs{index}.sock")
             logger.debug("%s: starting virtiofsd for %s", config.name, share.tag)
-            lease_lock_file(program, path, lease)
-            sidecars.append(start_virtiofsd(program, share, path, lease.directory / f"fs{index}.log", self.host))
+            sidecars.append(serve_share(program, share, path, self.host, lease).process)
             boot.share_sockets.append(path)
         command = build(boot)
         argv = [*command.machine, *command.control]
@@ -227,7 +226,7 @@ class VmmProcess:
         fresh = []
         for served in shares:
             assert program is not None
-            fresh.append(replace(served, process=start_virtiofsd(program, served.share, served.socket, served.log, self.host)))
+            fresh.append(serve_share(program, served.share, served.socket, self.host))
         return replace(handle, sidecars=(*handle.sidecars, *(served.process for served in fresh))), fresh
 
     def set_paused(self, handle: VmHandle, paused: bool) -> None:

@@ -187,11 +187,15 @@ def check_shared_dir(share: SharedDir) -> None:
         raise InvalidConfigError(f"shared dir {share.tag!r}: {str(path)!r} {what}")
 
 
-def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log: Path, host: Host) -> ProcessIdentity:
+def serve_share(program: Virtiofsd, share: SharedDir, socket_path: Path, host: Host, lease: Lease | None = None) -> ServedShare:
     """Start a virtiofsd and wait until it listens at its socket, for at most 5 s.
 
+    What it will leave behind goes with the lease; None: an earlier one at the same socket has seen to that.
     Raises BootFailedError naming tag and path; the process is then already gone.
     """
+    if lease is not None:
+        _lease_lock_file(program, socket_path, lease)
+    log = socket_path.with_suffix(".log")
     socket_path.unlink(missing_ok=True)
     # The Rust one locks it beside the socket; one that still serves an earlier connection holds it.
     Path(f"{socket_path}.pid").unlink(missing_ok=True)
@@ -206,7 +210,7 @@ def start_virtiofsd(program: Virtiofsd, share: SharedDir, socket_path: Path, log
             # From its file's coming to its listening is a moment, whose end nothing tells of.
             ended = watch.wait(Deadline.after(LISTEN_S) if socket_path.exists() else deadline, process.pid)
     host.started.add("share")
-    return process
+    return ServedShare(share, process, socket_path)
 
 
 def _listens(socket_path: Path) -> bool:
@@ -222,7 +226,7 @@ def _listens(socket_path: Path) -> bool:
     return not flags or any(flag & 0x10000 for flag in flags)
 
 
-def lease_lock_file(program: Virtiofsd, socket_path: Path, lease: Lease) -> None:
+def _lease_lock_file(program: Virtiofsd, socket_path: Path, lease: Lease) -> None:
     """Have the lock file that a virtiofsd will leave behind removed with the VM."""
     # As another user it has no place to write to, and says so itself.
     if program.is_rust or not os.access(STATE_DIR.parent, os.W_OK):

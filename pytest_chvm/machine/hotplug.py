@@ -13,7 +13,7 @@ from pytest_chvm.errors import InvalidConfigError, UnsupportedError
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap
 from pytest_chvm.host.processes import end_process
-from pytest_chvm.host.virtiofsd import PROGRAMS, ServedShare, check_shared_dir, find_virtiofsd, lease_lock_file, start_virtiofsd
+from pytest_chvm.host.virtiofsd import PROGRAMS, ServedShare, check_shared_dir, find_virtiofsd, serve_share
 from pytest_chvm.model import ProcessIdentity, SharedDir, Tap, VmConfig, VmHandle, checked_mac, mac_for
 
 SIDECAR_TIMEOUT_S = 1.0
@@ -29,8 +29,12 @@ class Device:
     kind: str
     tap: str | None = None
     mac: str | None = None
-    sidecar: ProcessIdentity | None = None
     served: ServedShare | None = None
+
+    @property
+    def sidecar(self) -> ProcessIdentity | None:
+        """The virtiofsd of a shared dir."""
+        return self.served.process if self.served else None
 
 
 def require_room(config: VmConfig) -> None:
@@ -76,23 +80,21 @@ def add_share(
     check_shared_dir(share)
     program = find_virtiofsd(virtiofsd)
     path = next(path for number in itertools.count() if not (path := lease.directory / f"fs-{number}.sock").exists())
-    lease_lock_file(program, path, lease)
-    sidecar = start_virtiofsd(program, share, path, path.with_suffix(".log"), lease.host)
+    served = serve_share(program, share, path, lease.host, lease)
     try:
         device = driver.add_share(handle, share, path)
     except BaseException:
-        _end(sidecar)
+        _end(served)
         raise
-    served = ServedShare(share, sidecar, path)
-    return Device(device, "fs", sidecar=sidecar, served=served), replace(handle, sidecars=(*handle.sidecars, sidecar))
+    return Device(device, "fs", served=served), replace(handle, sidecars=(*handle.sidecars, served.process))
 
 
 def remove(driver: VmDriver, handle: VmHandle, device: Device) -> None:
     """Unplug a device; its virtiofsd ends with it, its TAP stays until the VM ends."""
     driver.remove_device(handle, device.id)
-    if device.sidecar is not None:
-        _end(device.sidecar)
+    if device.served is not None:
+        _end(device.served)
 
 
-def _end(sidecar: ProcessIdentity) -> None:
-    end_process(sidecar, PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
+def _end(served: ServedShare) -> None:
+    end_process(served.process, PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)

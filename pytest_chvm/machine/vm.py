@@ -416,7 +416,7 @@ class Vm:
             # By another virtiofsd after a reboot; its end is no trouble from now on.
             now = [each for each in before if each.socket == device.served.socket]
             self._health.shares = [each for each in before if each not in now]
-            device = replace(device, sidecar=now[0].process if now else device.sidecar)
+            device = replace(device, served=now[0] if now else device.served)
         try:
             hotplug.remove(self._driver, self.handle, device)
         except BaseException:
@@ -494,7 +494,7 @@ class Vm:
                 # Its virtiofsd's end is no trouble from now on.
                 self._health.shares = shares[index + 1 :]
                 unplugged.append(index)
-                hotplug.remove(self._driver, self.handle, Device(share_id(served.share), "fs", sidecar=served.process))
+                hotplug.remove(self._driver, self.handle, Device(share_id(served.share), "fs", served=served))
             yield
         finally:
             for index in unplugged:

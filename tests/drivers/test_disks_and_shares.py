@@ -198,12 +198,12 @@ def test_stale_socket_is_removed(stand_in_virtiofsd, tmp_path):
     path = tmp_path / "fs.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    process = virtiofsd.start_virtiofsd(find_virtiofsd(), SharedDir("a", tmp_path), path, tmp_path / "fs.log", default_host())
+    served = virtiofsd.serve_share(find_virtiofsd(), SharedDir("a", tmp_path), path, default_host())
     try:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
     finally:
-        end_process(process, ("virtiofsd",), term_timeout_s=1, kill_timeout_s=1)
+        end_process(served.process, ("virtiofsd",), term_timeout_s=1, kill_timeout_s=1)
 
 
 def test_a_second_virtiofsd_is_told_from_the_connections_of_the_first(stand_in_virtiofsd, tmp_path):
@@ -216,17 +216,15 @@ def test_a_second_virtiofsd_is_told_from_the_connections_of_the_first(stand_in_v
             connections.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))
             connections.enter_context(first.accept()[0])
         first.close()
-        process = virtiofsd.start_virtiofsd(find_virtiofsd(), SharedDir("a", tmp_path), path, tmp_path / "fs.log", default_host())
-    end_process(process, ("virtiofsd",), term_timeout_s=1, kill_timeout_s=1)
+        served = virtiofsd.serve_share(find_virtiofsd(), SharedDir("a", tmp_path), path, default_host())
+    end_process(served.process, ("virtiofsd",), term_timeout_s=1, kill_timeout_s=1)
 
 
 def test_a_virtiofsd_is_there_when_it_listens_and_not_when_it_has_made_its_socket(stand_in_virtiofsd, tmp_path, monkeypatch):
     stand_in_virtiofsd.does(listens=False)
     monkeypatch.setattr(virtiofsd, "SOCKET_TIMEOUT_S", 0.3)
     with pytest.raises(BootFailedError, match=r"did not listen at its socket within 0.3 s"):
-        virtiofsd.start_virtiofsd(
-            find_virtiofsd(), SharedDir("a", tmp_path), tmp_path / "fs.sock", tmp_path / "fs.log", default_host()
-        )
+        virtiofsd.serve_share(find_virtiofsd(), SharedDir("a", tmp_path), tmp_path / "fs.sock", default_host())
     assert (tmp_path / "fs.sock").exists()
 
 
