@@ -16,8 +16,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pytest_chvm.host.registry import running_vms
     from pytest_chvm.report.listing import duration, table
+    from pytest_chvm.report.running import running_vms
 
     vms, problems = running_vms()
     for problem in problems:

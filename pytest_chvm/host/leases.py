@@ -29,7 +29,7 @@ class Lease:
         self.directory.mkdir(mode=0o700)
 
     def describe(self, **facts: object) -> None:
-        """Record what people are to know of the VM: `test`, `worker`, `name`, `vmm`, `memory_mb`, `console`, `ip`, `pid`..."""
+        """Record what people are to know of the VM: `test`, `worker`, `name`, `vmm`, `memory_mb`, `events` (its event log)..."""
         with self._lock:
             self._vm.update(facts)
             self._write()

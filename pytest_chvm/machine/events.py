@@ -7,32 +7,40 @@ process ends. All text in a line is ASCII: what a guest or a test wrote cannot r
 from __future__ import annotations
 
 import json
+import math
 import os
+import shlex
 import stat
 import threading
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_chvm.base.untouched import monotonic_s, wall_clock_s
 from pytest_chvm.drivers.base import logger
+from pytest_chvm.errors import GuestOopsError, GuestPanicError, GuestRebootError, GuestShutdownError, VmError
+from pytest_chvm.model import VmHandle
 
 # The kinds of events, and what their details have.
-SPAWNED = "spawned"  # vmm, pid, start_time_ticks, command, console (the serial log's path), origin
+SPAWNED = "spawned"  # vmm, pid, start_time_ticks, command, console (the serial log's path), origin (in words)
 VIRTIOFSD = "virtiofsd started"  # pid, tag, host_path
 PLUGGED = "plugged"  # id, device ("disk", "nic", "fs")
 UNPLUGGED = "unplugged"  # id, device
 READY = "ready"  # ip
-COMMAND = "command"  # command, returncode (None: it did not end), duration_s
-PUT = "put"  # source, destination, duration_s
-GET = "get"  # source, destination, duration_s
-SNAPSHOT = "snapshot"  # directory
+# Of these, `error` is the name of the exception where one was raised.
+COMMAND = "command"  # command, returncode, duration_s, error
+PUT = "put"  # source, destination, duration_s, error
+GET = "get"  # source, destination, duration_s, error
+SNAPSHOT = "snapshot"  # duration_s, error
 CLONE = "clone"  # name of the clone
 PAUSED = "paused"
 RESUMED = "resumed"
-REBOOT = "reboot"  # asked_for
+REBOOT = "reboot"  # text, where nobody asked for it
 PANIC = "panic"  # text
 OOPS = "oops"  # text
+TROUBLE = "trouble"  # text; a virtiofsd that ended, for instance
 ENDED = "ended"  # how
 
 # Of a text, how many characters are kept.
@@ -70,6 +78,7 @@ class EventLog:
         self._lock = threading.Lock()
         self._fd: int | None = None
         self._size = 0
+        self._told: set[str] = set()
         try:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(path, flags, 0o600)
@@ -84,6 +93,9 @@ class EventLog:
 
     def add(self, kind: str, *, at_s: float | None = None, **details: object) -> None:
         """Add an event that happens now, or happened at `at_s` (seconds of the monotonic clock). Never raises for a file."""
+        self._add(kind, details, at_s)
+
+    def _add(self, kind: str, details: Mapping[str, object], at_s: float | None = None) -> None:
         now_s, wall_s = monotonic_s(), wall_clock_s()
         at_s = now_s if at_s is None else at_s
         event = Event(at_s, wall_s - (now_s - at_s), kind, {key: _bounded(value) for key, value in details.items()})
@@ -101,12 +113,76 @@ class EventLog:
                 os.close(self._fd)
                 self._fd = None
 
+    @contextmanager
+    def timed(self, kind: str, **details: object) -> Iterator[dict[str, object]]:
+        """Add an event at the end of the block, with how long that took; what is put in the dict is added to its details."""
+        started_s, outcome = monotonic_s(), dict(details)
+        try:
+            yield outcome
+        except BaseException as error:
+            outcome["error"] = type(error).__name__
+            raise
+        finally:
+            self._add(kind, {**outcome, "duration_s": round(monotonic_s() - started_s, 6)})
+
+    def add_spawned(self, handle: VmHandle, origin: str, tags: Iterable[str]) -> None:
+        """Add the start of a VMM and of the virtiofsd of each of its shared dirs, whose tags these are."""
+        process = handle.process
+        assert process is not None
+        self.add(
+            SPAWNED,
+            at_s=_started_at_s(process.start_time_ticks),
+            vmm=handle.vmm,
+            pid=process.pid,
+            start_time_ticks=process.start_time_ticks,
+            command=shlex.join(handle.command),
+            console=os.fspath(handle.serial_log),
+            origin=origin,
+        )
+        for tag, sidecar in zip(tags, handle.sidecars, strict=True):
+            self.add(VIRTIOFSD, at_s=_started_at_s(sidecar.start_time_ticks), pid=sidecar.pid, tag=tag)
+
+    def add_ready(self, ip: str) -> None:
+        """Add that the guest is ready, once for each time that it has started."""
+        last = last_of(self.events, READY, SPAWNED, REBOOT, PANIC)
+        if last is None or last.kind != READY:
+            self._told.clear()
+            self.add(READY, ip=ip)
+
+    def add_trouble(self, error: VmError, *, vmm_ended: bool) -> None:
+        """Add what an error says of a guest or its VMM, once for each time that the guest has started."""
+        text = str(error).partition("\n")[0].removeprefix(f"VM {error.vm_name!r}: ")
+        if text in self._told:
+            return
+        self._told.add(text)
+        for kind, errors in ((PANIC, GuestPanicError), (OOPS, GuestOopsError), (REBOOT, GuestRebootError)):
+            if isinstance(error, errors):
+                self.add(kind, text=text)
+                return
+        if vmm_ended or isinstance(error, GuestShutdownError):
+            self.add_ended(text)
+        else:
+            self.add(TROUBLE, text=text)
+
+    def add_ended(self, how: str) -> None:
+        """Add the end of the VM; the first one that is told of counts."""
+        if last_of(self.events, ENDED) is None:
+            self.add(ENDED, how=how)
+
     def close(self) -> None:
         """Let go of the file; what is added afterwards is in memory only."""
         with self._lock:
             if self._fd is not None:
                 os.close(self._fd)
                 self._fd = None
+
+
+def _started_at_s(start_time_ticks: int | None) -> float | None:
+    """Return when a process started, by the monotonic clock: the kernel says it by the one that goes on in a suspended machine."""
+    if start_time_ticks is None:
+        return None
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_time_ticks / os.sysconf("SC_CLK_TCK")
+    return monotonic_s() - max(0.0, age_s)
 
 
 def _bounded(value: object) -> object:
@@ -136,7 +212,9 @@ def _event_of(line: bytes) -> Event | None:
     if not isinstance(fields, dict):
         return None
     at_s, wall_s, kind, details = (fields.get(key) for key in ("at_s", "wall_s", "kind", "details"))
-    if type(at_s) is not float or type(wall_s) is not float or not isinstance(kind, str) or not isinstance(details, dict):
+    if type(at_s) is not float or type(wall_s) is not float or not math.isfinite(at_s) or not math.isfinite(wall_s):
+        return None
+    if not isinstance(kind, str) or not isinstance(details, dict):
         return None
     return Event(at_s, wall_s, kind, details)
 

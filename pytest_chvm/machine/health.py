@@ -41,7 +41,8 @@ class Health:
     """Of one VM, until `close`; `handle` returns its handle as it is now.
 
     `keeper` has started its processes. `lacks` says why the guest may lack drivers. `answers` tells whether the guest's shell still
-    does something (None: it cannot be asked now). `console_start`: how much of the console's log is of a VM that was saved.
+    does something (None: it cannot be asked now). `noticed` is told of each error of the guest or its VMM. `console_start`: how
+    much of the console's log is of a VM that was saved.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Health:
         *,
         lacks: str | None,
         answers: Callable[[], bool | None],
+        noticed: Callable[[VmError], None],
         console_start: int,
     ) -> None:
         first = handle()
@@ -69,6 +71,7 @@ class Health:
         self._driver = driver
         self._keeper = keeper
         self._answers = answers
+        self._noticed = noticed
         self._panic = PanicScanner(first.serial_log, start=console_start)
         self._oops = PanicScanner(first.serial_log, OOPS, console_start)
         # The text of a panic is one where it is expected: a crash kernel that takes over leaves the panic device no time to tell.
@@ -113,10 +116,12 @@ class Health:
         if taint is not None and not taint & TAINT_DIE:
             return None
         log = self._handle().serial_log
-        return GuestOopsError(
+        oops = GuestOopsError(
             f"VM {self._config.name!r}: the guest's kernel had an oops and went on: {text}. Its console {log} {ends_with(log)}",
             vm_name=self._config.name,
         )
+        self._noticed(oops)
+        return oops
 
     def explain(self, error: VmError) -> None:
         """Raise what lies behind an error of a guest that did not answer in time; else add to it what the VMM says of the guest."""
@@ -126,6 +131,7 @@ class Health:
                 raise self._panicked(text)
         except VmError as cause:
             self.told = True
+            self._noticed(cause)
             raise cause from error
         try:
             state = self._driver.run_state(self._handle())
@@ -196,13 +202,15 @@ class Health:
     def _raise_trouble(self) -> None:
         if self._asking:
             return
-        if self._expected is not None and not self.ready.scan():
+        # Until `started_anew`: of a guest that has just become ready, the driver still tells of the panic.
+        if self._expected is not None:
             self._raise_after_panic()
             return
         try:
             self._look_for_trouble()
-        except VmError:
+        except VmError as error:
             self.told = True
+            self._noticed(error)
             raise
 
     def _raise_after_panic(self) -> None:

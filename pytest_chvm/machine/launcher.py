@@ -317,9 +317,7 @@ class Launcher:
         boot_deadline = Deadline.after(settings.boot_timeout)
         handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
         undo.callback(driver.kill, handle)
-        assert handle.process is not None
-        pid, ticks = handle.process.pid, handle.process.start_time_ticks
-        lent.lease.describe(pid=pid, start_time_ticks=ticks, console=os.fspath(handle.serial_log))
+        lent.lease.describe(events=os.fspath(handle.event_log))
         return Vm(
             config,
             handle,

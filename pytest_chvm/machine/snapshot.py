@@ -26,6 +26,8 @@ class Snapshot:
         self._start = start
         self._remove = remove
         self._closed = False
+        # Told of the name of each clone.
+        self.on_clone: Callable[[str], None] = lambda _name: None
 
     def clone(self, name: str | None = None, *, wait: bool = True) -> Vm:
         """Start a VM from the snapshot, a machine of its own, and return it when it is ready, or at once with `wait=False`.
@@ -36,6 +38,7 @@ class Snapshot:
         name = next(self._names) if name is None else name
         if self._closed:
             raise VmIOError(f"VM {name!r} cannot be cloned: its snapshot was closed; close it after its last clone()", vm_name=name)
+        self.on_clone(name)
         return self._start(name, self.directory, wait)
 
     def close(self) -> list[str]:

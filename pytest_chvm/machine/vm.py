@@ -35,6 +35,20 @@ from pytest_chvm.guest.shell import GuestShell, shown_outputs
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.machine import hotplug, liveness
+from pytest_chvm.machine.events import (
+    CLONE,
+    COMMAND,
+    GET,
+    PAUSED,
+    PLUGGED,
+    PUT,
+    REBOOT,
+    RESUMED,
+    SNAPSHOT,
+    UNPLUGGED,
+    Event,
+    EventLog,
+)
 from pytest_chvm.machine.health import Health, Telling, console_ends_with, ends_with
 from pytest_chvm.machine.hotplug import Device
 from pytest_chvm.machine.snapshot import Snapshot
@@ -89,6 +103,8 @@ class Vm:
     ) -> None:
         self.config = config
         self.handle = handle
+        self._log = EventLog(handle.event_log)
+        self._log.add_spawned(handle, origin.in_words, [share.tag for share in config.shared_dirs])
         self._driver = driver
         self._boot_deadline = boot_deadline
         self._lease = lease
@@ -115,6 +131,7 @@ class Vm:
             lease.keeper,
             lacks=lacks,
             answers=self._answers,
+            noticed=lambda error: self._log.add_trouble(error, vmm_ended=self._health.has_ended()),
             console_start=_size(origin.saved / CONSOLE_FILE) if origin.saved else 0,
         )
         self._driver = cast("VmDriver", Telling(driver, self._health))
@@ -181,6 +198,14 @@ class Vm:
             return self._last_console
         return read_tail(self.serial_log, CONSOLE_LIMIT).decode(errors="replace")
 
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What has happened to the VM so far, in order, with times; see `pytest_chvm.machine.events` for the kinds.
+
+        Of more than 10 000 events the first 100 and the latest are kept.
+        """
+        return self._log.events
+
     def wait_ready(self, timeout: float | None = None) -> Self:
         """Block until the guest has printed its ready marker; returns the VM.
 
@@ -207,7 +232,7 @@ class Vm:
             self._started_anew()
         if (failed := self._health.not_set_up()) is not None:
             raise failed
-        self._lease.describe(ip=ip)
+        self._log.add_ready(ip)
         return self
 
     def _started_anew(self) -> None:
@@ -303,6 +328,12 @@ class Vm:
         the command and all that it started in the guest are killed.
         Raises a GuestError, HypervisorError at once when the guest dies meanwhile, VmIOError where no shell answers.
         """
+        with self._log.timed(COMMAND, command=str(command), returncode=None) as outcome:
+            done = self._run(command, timeout=timeout, input=input)
+            outcome["returncode"] = done.returncode
+        return done
+
+    def _run(self, command: str | Sequence[str], *, timeout: float | None, input: str | bytes | None) -> CommandResult:
         data = input.encode(errors="surrogateescape") if isinstance(input, str) else input
         self.check_alive()
         if (silent := self._health.no_shell()) is not None:
@@ -335,17 +366,19 @@ class Vm:
 
         `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit).
         """
-        files.put(lambda script, data: self.run(script, input=data, timeout=timeout), Path(src), os.fspath(dst))
+        with self._log.timed(PUT, source=os.fspath(src), destination=os.fspath(dst)):
+            files.put(lambda script, data: self._run(script, input=data, timeout=timeout), Path(src), os.fspath(dst))
 
     def get(self, src: str, dst: str | os.PathLike[str], *, timeout: float | None = RUN_TIMEOUT_S) -> Path:
         """Copy a file or directory of the guest's to the host and return its path there; see `pytest_chvm.guest.fetch.get`.
 
         `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit).
         """
-        return fetch.get(lambda script, data: self.run(script, input=data, timeout=timeout), os.fspath(src), Path(dst))
+        with self._log.timed(GET, source=os.fspath(src), destination=os.fspath(dst)):
+            return fetch.get(lambda script, data: self._run(script, input=data, timeout=timeout), os.fspath(src), Path(dst))
 
     def _run_for_files(self, script: str, data: bytes | None) -> CommandResult:
-        return self.run(script, input=data, timeout=RUN_TIMEOUT_S)
+        return self._run(script, input=data, timeout=RUN_TIMEOUT_S)
 
     def address(self, port: int) -> tuple[str, int]:
         """Return a host and port reachable from the test that lead to a TCP port of the guest's.
@@ -407,6 +440,7 @@ class Vm:
         self.plugged[device.id] = device
         if device.served is not None:
             self._health.shares.append(device.served)
+        self._log.add(PLUGGED, id=device.id, device=device.kind)
         return device
 
     def remove(self, device: Device) -> None:
@@ -423,6 +457,7 @@ class Vm:
             self._health.shares = before
             raise
         self.plugged.pop(device.id, None)
+        self._log.add(UNPLUGGED, id=device.id, device=device.kind)
 
     def resize(self, *, cpus: int | None = None, memory_mb: int | None = None) -> None:
         """Give the VM another number of processors or MiB of memory, up to `max_cpus` and `max_memory_mb` of its config.
@@ -457,7 +492,10 @@ class Vm:
         UnsupportedError for a VM with disks other than a root disk, with devices that were plugged in, that was resized or is
         paused, or that cannot be renewed: an image of its own without a root shell on its console, for instance.
         """
-        return self._snapshot(self)
+        with self._log.timed(SNAPSHOT):
+            snapshot = self._snapshot(self)
+        snapshot.on_clone = lambda name: self._log.add(CLONE, name=name)
+        return snapshot
 
     def save(self, directory: Path, *, go_on: bool = True) -> None:
         """Save the VM to an empty directory; without `go_on` it stays paused. Raises what `snapshot` does."""
@@ -510,6 +548,7 @@ class Vm:
     def pause(self) -> None:
         """Stop the guest's processors; raises UnsupportedError where the VMM cannot."""
         self._driver.pause(self.handle)
+        self._log.add(PAUSED)
 
     def resume(self) -> None:
         """Let a paused guest go on, with its clock set to the host's where it has a shell that was used, or is the built-in one.
@@ -517,6 +556,7 @@ class Vm:
         Elsewhere its clock stays behind by the time that it was paused.
         """
         self._driver.resume(self.handle)
+        self._log.add(RESUMED)
         self._health.told = False
         if self._built_in_guest or self._shell.is_connected:
             try:
@@ -531,6 +571,7 @@ class Vm:
         if not self._built_in_guest:
             # It was told of a nonce when it was made of a saved one, by us.
             self.handle = replace(self.handle, nonce=None)
+        self._log.add(REBOOT)
         self._health.start_anew(self.handle.nonce)
         self._shell.tell("sync; reboot -f", timeout)
         self.wait_ready(timeout)
@@ -556,15 +597,15 @@ class Vm:
                 "stop() ends the VMM without asking the guest.",
                 vm_name=self.name,
             )
-        self._finish(self._driver.kill)
+        self._finish(self._driver.kill, "shutdown()")
 
     def stop(self) -> None:
         """End the VMM with SIGTERM, without asking the guest; raises StopFailedError where it needed SIGKILL."""
-        self._finish(self._driver.stop)
+        self._finish(self._driver.stop, "stop()")
 
     def kill(self) -> None:
         """End the VMM with SIGKILL."""
-        self._finish(self._driver.kill)
+        self._finish(self._driver.kill, "kill()")
 
     def _require_owner(self) -> None:
         if os.getpid() != self._owner_pid:
@@ -574,17 +615,18 @@ class Vm:
                 vm_name=self.name,
             )
 
-    def _finish(self, end: Callable[[VmHandle], None]) -> None:
+    def _finish(self, end: Callable[[VmHandle], None], how: str) -> None:
         self._require_owner()
         if not self._ended:
             try:
-                self._end(end)
+                self._end(end, how)
             finally:
                 self.close()
 
-    def _end(self, end: Callable[[VmHandle], None]) -> None:
+    def _end(self, end: Callable[[VmHandle], None], how: str) -> None:
         """Take each step whatever becomes of those before it: the test may be interrupted in any of them."""
         try:
+            self._log.add_ended(how)
             # The log may go with the run directory.
             self._last_console = self._last_console or self.console
         finally:
@@ -617,12 +659,13 @@ class Vm:
 
         # The last one first, and each whatever becomes of the others.
         with ExitStack() as steps:
+            steps.callback(self._log.close)
             steps.callback(attempt, lambda: failures.extend(self._release()))
             steps.callback(attempt, self._health.close)
             for relay in self._relays.values():
                 steps.callback(attempt, relay.close)
             if not self._removed:
-                steps.callback(attempt, lambda: self._end(self._driver.kill))
+                steps.callback(attempt, lambda: self._end(self._driver.kill, "close()"))
         if failures:
             raise StopFailedError("; ".join(failures), vm_name=self.name)
 

@@ -65,6 +65,11 @@ class VmHandle:
         """Where the VMM's own stdout and stderr go."""
         return self.serial_log.with_suffix(".vmm.log")
 
+    @property
+    def event_log(self) -> Path:
+        """Where what happens to the VM is written down, as JSON lines; see `pytest_chvm.machine.events`."""
+        return self.serial_log.with_suffix(".events.jsonl")
+
     def to_json(self) -> str:
         """Return the handle as a JSON object."""
         values = asdict(self)

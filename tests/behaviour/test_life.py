@@ -5,7 +5,16 @@ import signal
 
 import pytest
 
-from pytest_chvm import BootFailedError, GuestPanicError, GuestShutdownError, HypervisorError, InvalidConfigError, VmHandle, VmState
+from pytest_chvm import (
+    BootFailedError,
+    GuestPanicError,
+    GuestRebootError,
+    GuestShutdownError,
+    HypervisorError,
+    InvalidConfigError,
+    VmHandle,
+    VmState,
+)
 from pytest_chvm.base.deadline import Deadline, wait_readable
 from pytest_chvm.host.keeper.remains import start_time_ticks
 
@@ -84,7 +93,7 @@ def test_a_guest_that_powers_itself_off_is_an_error_at_once(boot):
 
 def test_a_guest_that_reboots_unasked_is_an_error_at_once(boot):
     vm = boot()
-    with pytest.raises(HypervisorError):
+    with pytest.raises(GuestRebootError):
         vm.run("reboot -f; sleep 60", timeout=40)
 
 

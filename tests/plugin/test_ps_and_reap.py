@@ -23,6 +23,7 @@ TWO_VMS = """
 
     def test_two(chvm_vm):
         ready = chvm_vm(name="ready", memory_mb=128, boot="cold")
+        ready.run("true # done")
         booting = chvm_vm(name="booting", networks=[], cmdline="console=ttyS0", wait=False, boot="cold")
         with open(os.environ["NEWS"], "w") as news:
             print(ready.ip, ready.pid, ready.serial_log, booting.pid, file=news)
@@ -76,6 +77,8 @@ def test_ps_lists_vms_with_what_one_needs_to_find_them(
         "vmm": "qemu",
     }
     assert 0 < ready["age_s"] < time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    assert 0 < ready["ready_after_s"] < ready["age_s"]
+    assert ready["last_command"] == "true # done"
     heads, *rows = chvm(sandbox, "ps").stdout.splitlines()
     first = next(row for row in rows if console in row)
     assert heads.split() == ["VM", "STATE", "TEST", "WORKER", "AGE", "MIB", "IP", "VMM", "PID", "CONSOLE"]

@@ -116,7 +116,16 @@ def test_a_full_disk_or_no_place_is_no_error_of_the_vms(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"{", b"[]", b"1", b'{"at_s": 1.0}', b'{"at_s": "x", "wall_s": 1.0, "kind": "ready", "details": {}}', b"[" * 100_000],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"1",
+        b'{"at_s": 1.0}',
+        b'{"at_s": NaN, "wall_s": 1.0, "kind": "ready", "details": {}}',
+        b'{"at_s": "x", "wall_s": 1.0, "kind": "ready", "details": {}}',
+        b"[" * 100_000,
+    ],
 )
 def test_lines_that_are_no_events_are_left_out(log: EventLog, path: Path, line: bytes) -> None:
     log.add(READY, ip="192.0.2.1")
