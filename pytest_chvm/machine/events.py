@@ -123,7 +123,7 @@ class EventLog:
             outcome["error"] = type(error).__name__
             raise
         finally:
-            self._add(kind, {**outcome, "duration_s": round(monotonic_s() - started_s, 6)})
+            self._add(kind, {**outcome, "duration_s": round(monotonic_s() - started_s, 3)})
 
     def add_spawned(self, handle: VmHandle, origin: str, tags: Iterable[str]) -> None:
         """Add the start of a VMM and of the virtiofsd of each of its shared dirs, whose tags these are."""

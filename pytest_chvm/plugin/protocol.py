@@ -148,7 +148,7 @@ def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[Vm
     settings = item.config.stash[settings_key]
     # A template and the VM it was booted for have one log.
     vms = {vm.serial_log: vm for factory in factories for vm in factory.vms}
-    records = [VmRecord(vm.name, vm.serial_log, vm.vmm_log, vm.origin.in_words) for vm in vms.values()]
+    records = [VmRecord(vm.name, vm.serial_log, vm.vmm_log, vm.handle.event_log, vm.events) for vm in vms.values()]
     if report.failed:
         report.sections.extend(sections_of(records))
     if report.when == "teardown":

@@ -1,4 +1,4 @@
-"""The logs of a test's VMs: as sections of its report, and as files that are kept. All of it is cleaned and bounded."""
+"""The logs and events of a test's VMs: as sections of its report, cleaned and bounded, and as files that are kept."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 
 from pytest_chvm.base.text import last_lines
 from pytest_chvm.drivers.memory import copy_data
+from pytest_chvm.machine.events import Event
+from pytest_chvm.report.history import how_it_started, last_events
 
 CONSOLE_LINES = 60
 VMM_LINES = 20
+EVENTS = 12
 # With what is added, a directory name has at most 255 bytes.
 LONGEST_NAME = 150
 
@@ -25,16 +28,19 @@ class VmRecord:
     name: str
     serial_log: Path
     vmm_log: Path
-    origin: str
+    event_log: Path
+    events: tuple[Event, ...]
 
 
 def sections_of(records: Iterable[VmRecord]) -> Iterator[tuple[str, str]]:
-    """Yield title and text of the report sections for VMs: the console, and the VMM's log where it has anything."""
+    """Yield title and text of the report sections for VMs: the console, the last events, the VMM's log where it has anything."""
     for record in records:
         yield (
-            f"console of VM {record.name}, {record.origin}",
+            ", ".join([f"console of VM {record.name}", *how_it_started(record.events)]),
             last_lines(record.serial_log, CONSOLE_LINES) or f"(nothing in {record.serial_log})",
         )
+        if record.events:
+            yield f"events of VM {record.name}", last_events(record.events, EVENTS)
         said = last_lines(record.vmm_log, VMM_LINES)
         if said:
             yield f"VMM log of VM {record.name}", said
@@ -61,7 +67,7 @@ def keep_logs(records: Iterable[VmRecord], place: Path) -> list[Path]:
     for record in records:
         seen[record.serial_log.name] += 1
         number = seen[record.serial_log.name]
-        for log in (record.serial_log, record.vmm_log):
+        for log in (record.serial_log, record.vmm_log, record.event_log):
             if log.exists():
                 place.mkdir(parents=True, exist_ok=True)
                 copy = place / f"{f'{number}-' if number > 1 else ''}{log.name}"

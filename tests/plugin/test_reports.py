@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from pytest_chvm.machine.events import read_events
+
 from .conftest import RunPytest
 
 # As in a terminal's output: nothing but line ends and tabs.
@@ -47,9 +49,14 @@ def test_a_failed_test_s_report_has_the_console_cleaned_and_bounded_and_keeps_th
     assert not CONTROL_CHARACTERS.search("\n".join(section))
     assert sum(map(len, section)) < 20_000
     assert not CONTROL_CHARACTERS.search(result.stdout.str().replace("\n", ""))
+    assert re.search(r"console of VM loud, .*, ready after \d+\.\d s", result.stdout.str())
+    history = _section(result, "events of VM loud")
+    assert re.fullmatch(r" +0\.0 s  spawned: qemu, pid \d+", history[0])
+    assert any(re.fullmatch(r" +\d+\.\d s  command: returned 0 after \d+\.\d+ s: cat >/dev/console", line) for line in history)
     # The kept log is the guest's own, whole.
     (log,) = pytester.path.glob("logs/*/loud.serial.log")
     assert log.stat().st_size > 1 << 20
+    assert any(event.kind == "ready" for event in read_events(log.with_suffix(".events.jsonl")))
 
 
 def test_a_failure_in_set_up_and_one_in_an_xdist_worker_have_the_console_too(

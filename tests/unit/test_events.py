@@ -15,6 +15,7 @@ import pytest
 
 from pytest_chvm.machine import events
 from pytest_chvm.machine.events import COMMAND, ENDED, PAUSED, READY, SPAWNED, EventLog, last_of, read_events, ready_after_s
+from pytest_chvm.report.history import how_it_started, last_events
 
 
 @pytest.fixture
@@ -163,3 +164,19 @@ def _time_of_100(log: EventLog) -> float:
     for _ in range(100):
         log.add(COMMAND, command="cat /proc/cpuinfo", returncode=0, duration_s=0.01)
     return time.perf_counter() - started
+
+
+def test_events_in_a_report_are_a_clean_line_each(log: EventLog) -> None:
+    log.add(SPAWNED, at_s=100.0, vmm="qemu", pid=7, origin="a clone")
+    log.add(READY, at_s=102.54, ip="192.0.2.1")
+    log.add(COMMAND, at_s=103.0, command="echo \x1b[31mred\n\udcff" + "x" * 1000, returncode=3, duration_s=0.5)
+    log.add(COMMAND, at_s=104.0, command="sleep 9", returncode=None, duration_s=1.0, error="CommandTimeoutError")
+    log.add(ENDED, at_s=105.0, how="kill()")
+    assert how_it_started(log.events) == ["a clone", "ready after 2.5 s"]
+    first, *lines = last_events(log.events, 4).split("\n")
+    assert first == "(1 before these)"
+    assert lines[0] == "    2.5 s  ready: ip 192.0.2.1"
+    assert lines[1].startswith("    3.0 s  command: returned 3 after 0.5 s: echo red ")
+    assert len(lines[1]) < 250
+    assert lines[2:] == ["    4.0 s  command: CommandTimeoutError after 1.0 s: sleep 9", "    5.0 s  ended: kill()"]
+    assert how_it_started([]) == []

@@ -97,7 +97,7 @@ def test_readers_pass_over_what_was_dropped(shortened):
 
 
 def test_a_kept_log_has_no_hole(shortened, tmp_path):
-    (copy,) = keep_logs([VmRecord("vm", shortened, tmp_path / "none", "")], tmp_path / "kept")
+    (copy,) = keep_logs([VmRecord("vm", shortened, tmp_path / "none", tmp_path / "none", ())], tmp_path / "kept")
     content = copy.read_bytes()
     assert len(content) < MIB
     assert b"\0" not in content
