@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ from pytest_chvm.base.progress import show_progress
 from pytest_chvm.host.keeper_client import Keeper
 from pytest_chvm.host.names import LiveNames
 from pytest_chvm.host.runs import Run, Started
-from pytest_chvm.model import ProcessIdentity
+from pytest_chvm.model import Network, ProcessIdentity
 
 if TYPE_CHECKING:
+    from ipaddress import IPv4Address
+
     from pytest_chvm.host.leases import Lease
     from pytest_chvm.host.locks import HeldLock
 
@@ -26,7 +28,7 @@ Uncaptured = Callable[[], AbstractContextManager[object]]
 
 
 class Host:
-    """What one run has of the host: the keeper of its processes, its leases and locks, the names of its VMs, and their numbers.
+    """What one run has of the host: its keeper, leases and locks, the names and numbers of its VMs, its networks' addresses.
 
     `close` gives it back; the end of the process does too. Only the process that made it ends anything of it: in a child that was
     forked from that it begins anew. `uncaptured` is a context in which what is written reaches the person at the terminal.
@@ -42,6 +44,8 @@ class Host:
         # Of VMs without a name.
         self.vm_numbers = itertools.count(1)
         self.clone_numbers = itertools.count(1)
+        # Of each network of several VMs, not of each name: two may have the same.
+        self.next_addresses: dict[Network, Iterator[IPv4Address]] = {}
         # Those that were chosen by settings, by what those say.
         self.drivers: dict[object, Any] = {}
         self._keepers: list[Keeper] = []

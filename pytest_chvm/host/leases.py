@@ -7,7 +7,7 @@ import os
 import threading
 from pathlib import Path
 
-from pytest_chvm.host.host import Host, default_host
+from pytest_chvm.host.host import Host
 from pytest_chvm.host.keeper import records, remains
 
 
@@ -18,8 +18,8 @@ class Lease:
     added before the thing itself is made. Only the process that made it gives it back, not one that was forked from that.
     """
 
-    def __init__(self, host: Host | None = None) -> None:
-        host = self.host = host or default_host()
+    def __init__(self, host: Host) -> None:
+        self.host = host
         self._owner_pid = os.getpid()
         self.keeper = host.keeper()
         self.directory = self.keeper.directory / str(next(host.lease_numbers))
@@ -36,10 +36,7 @@ class Lease:
 
     def add_tap(self, name: str, netns: str | None) -> None:
         """Record a TAP that is to be removed."""
-        entry: object = {"name": name, "netns": netns}
-        if entry not in self._record.get("taps", []):
-            self.host.started.add("TAP")
-        self._add("taps", entry)
+        self._add("taps", {"name": name, "netns": netns})
 
     def add_bridge(self, name: str) -> None:
         """Record a bridge that is to be removed."""

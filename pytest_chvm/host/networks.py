@@ -19,12 +19,12 @@ from pathlib import Path
 from pytest_chvm.base.untouched import random_below, random_hex
 from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError
 from pytest_chvm.host.capabilities import missing
+from pytest_chvm.host.host import Host
 from pytest_chvm.host.keeper import remains
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import HeldLock
 from pytest_chvm.host.namespaces import inside
 from pytest_chvm.host.netlink import Routes, route_socket
-from pytest_chvm.host.runs import count_started
 from pytest_chvm.model import Network, NicAddress, Tap, UserNetwork
 
 IPv4Net = ipaddress.IPv4Network
@@ -191,7 +191,7 @@ def make_tap(
         raise HostError(f"the TAP {chosen!r} cannot be made: {error}") from error
     finally:
         os.close(fd)
-    count_started("TAP")
+    lease.host.started.add("TAP")
     return chosen
 
 
@@ -266,13 +266,9 @@ def lease_user_nic(lease: Lease, pool: IPv4Net, *, outbound: bool) -> tuple[Nic,
     return Nic(UserNetwork(subnet.network, subnet.host, subnet.guest, outbound=outbound), guest), subnet
 
 
-# Of each network, not of each name: two may have the same.
-_next_hosts: dict[Network, Iterator[ipaddress.IPv4Address]] = {}
-
-
 def lease_network_nic(lease: Lease, network: Network) -> Nic:
     """Return a NIC on a network of several VMs, with the next address that none of them has had."""
-    hosts = _next_hosts.setdefault(network, iter(list(network.subnet.hosts())[1:]))
+    hosts = lease.host.next_addresses.setdefault(network, iter(list(network.subnet.hosts())[1:]))
     address = next(hosts, None)
     if address is None:
         raise InvalidConfigError(f"network {network.name!r} has no address left in {network.subnet}")
@@ -292,19 +288,21 @@ class LeasedNetwork:
 
     def close(self) -> list[str]:
         """Remove it; returns what could not be removed, in words."""
-        _next_hosts.pop(self.network, None)
+        self._lease.host.next_addresses.pop(self.network, None)
         try:
             return self._lease.release()
         finally:
             self._subnet.release()
 
 
-def lease_network(pool: IPv4Net, name: str | None = None, on_lease: Callable[[Lease], None] = lambda _lease: None) -> LeasedNetwork:
+def lease_network(
+    host: Host, pool: IPv4Net, name: str | None = None, on_lease: Callable[[Lease], None] = lambda _lease: None
+) -> LeasedNetwork:
     """Make an isolated network: a bridge of the host's where one can be made, else multicast on loopback (QEMU only).
 
     Raises HostError where the kernel refuses.
     """
-    lease = Lease()
+    lease = Lease(host)
     try:
         on_lease(lease)
         has_bridge = why_no_taps() is None

@@ -53,7 +53,3 @@ class Started:
             if journal.exists():
                 total.update(word for word in journal.read_text().split() if word in KINDS)
         return total
-
-
-def count_started(kind: str) -> None:
-    """TAPs are counted with their leases."""

@@ -110,7 +110,7 @@ class VmFactory:
 
     def network(self, name: str | None = None) -> Network:
         """Make an isolated network for several VMs; see `host.networks.lease_network`."""
-        leased = networks.lease_network(networks.parse_pool(self.settings.subnet_pool), name, self.add_lease)
+        leased = networks.lease_network(self._host, networks.parse_pool(self.settings.subnet_pool), name, self.add_lease)
         self._networks.append(leased)
         return leased.network
 

@@ -14,7 +14,7 @@ from tests.conftest import kept
 
 
 def test_networks_of_one_name_have_addresses_of_their_own(pool: str) -> None:
-    first, second = (lease_network(parse_pool(pool), "lan") for _ in range(2))
+    first, second = (lease_network(default_host(), parse_pool(pool), "lan") for _ in range(2))
     lease = Lease(default_host())
     try:
         for leased in (first, second):
