@@ -63,8 +63,7 @@ class Lease:
                 return
             self._record[kind].append(entry)
             self._write()
-            if kind in ("taps", "bridges", "paths"):
-                self.keeper.remember(self.directory, self._record)
+            self.keeper.remember(self.directory, self._record)
 
     def _write(self) -> None:
         unfinished = self.directory / "lease.new"

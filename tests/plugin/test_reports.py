@@ -106,7 +106,7 @@ def test_a_boot_gives_up_before_pytest_timeout_does_and_says_what_the_console_sa
         def test_limit_of_the_run(chvm_vm, silent):
             chvm_vm(**silent)
 
-        @pytest.mark.timeout(2)
+        @pytest.mark.timeout(4)
         def test_limit_of_the_marker(chvm_vm, silent):
             chvm_vm(**silent)
 
@@ -117,12 +117,12 @@ def test_a_boot_gives_up_before_pytest_timeout_does_and_says_what_the_console_sa
             chvm_vm(boot_timeout=50, **silent)
         """
     )
-    user_environment.setenv("PYTEST_TIMEOUT", "3")
+    user_environment.setenv("PYTEST_TIMEOUT", "6")
     result = run_pytest("--chvm-boot-timeout=40")
     result.assert_outcomes(failed=4)
     limits = re.findall(r"E +pytest_chvm.errors.BootFailedError: VM '[^']*' was not ready within ([\d.]+) s", result.stdout.str())
     assert len(limits) == 4, result.stdout.str()
-    assert [float(limit) for limit in limits] == pytest.approx([2.4, 1.6, 2.4, 2.4], abs=0.4)
+    assert [float(limit) for limit in limits] == pytest.approx([4.8, 3.2, 4.8, 4.8], abs=0.4)
 
 
 def test_the_header_says_which_vmm_and_network_and_why(pytester: pytest.Pytester, run_pytest: RunPytest) -> None:

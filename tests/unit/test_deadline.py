@@ -5,12 +5,12 @@ import select
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from pytest_chvm.base import deadline
 from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.base.untouched import monotonic_s
 from pytest_chvm.host.keeper import remains
 
 # Waits for its input within 1.5 s, by the one kind of wait or the other.
@@ -53,8 +53,8 @@ def test_what_comes_after_a_stop_that_was_longer_than_the_wait_is_not_missed(kin
 def test_a_stop_counts_once_however_many_waits_it_was_in():
     clock = deadline._Clock()
     before = clock.now_s()
-    clock.woke(time.monotonic() - 600)
-    clock.woke(time.monotonic() - 600)
+    clock.woke(monotonic_s() - 600)
+    clock.woke(monotonic_s() - 600)
     assert clock.now_s() - before == pytest.approx(-600, abs=30)
 
 
