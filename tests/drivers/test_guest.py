@@ -26,6 +26,7 @@ from pytest_chvm import (
     launch,
 )
 from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.machine.events import read_events
 from tests.conftest import AT_ONCE_S
 
 ANY_BYTES = bytes(range(256)) * 3
@@ -320,6 +321,31 @@ def test_panic_during_a_command_is_an_error_at_once(own_vm):
     assert not isinstance(caught.value, BootFailedError)
     with pytest.raises(GuestPanicError):
         own_vm.run("true")
+
+
+def test_events_say_what_has_happened_to_a_vm(own_vm):
+    own_vm.run("exit 3")
+    with pytest.raises(CommandTimeoutError):
+        own_vm.run("sleep 60", timeout=0.2)
+    own_vm.pause()
+    own_vm.resume()
+    with pytest.raises(GuestPanicError):
+        own_vm.run("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger; sleep 60")
+    # It is told once, however often it is asked for.
+    with pytest.raises(GuestPanicError):
+        own_vm.check_alive()
+    own_vm.kill()
+    kinds = [event.kind for event in own_vm.events]
+    assert kinds == ["spawned", "ready", "command", "command", "paused", "resumed", "panic", "command", "ended"]
+    spawned, ready, failed, late, *_, panic, _, ended = own_vm.events
+    assert spawned.details["pid"] == own_vm.pid
+    assert 0 < ready.at_s - spawned.at_s < 60
+    assert ready.details["ip"] == own_vm.ip
+    assert (failed.details["command"], failed.details["returncode"]) == ("exit 3", 3)
+    assert (late.details["error"], late.details["returncode"]) == ("CommandTimeoutError", None)
+    assert "sysrq triggered crash" in panic.details["text"]
+    assert ended.details["how"] == "kill()"
+    assert read_events(own_vm.handle.event_log) == own_vm.events
 
 
 def test_vmm_that_dies_during_a_command_is_an_error_at_once(own_vm, wait_ended):
