@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pytest_chvm.base.steps import take_all
 from pytest_chvm.base.text import last_lines
 from pytest_chvm.drivers.base import logger
 from pytest_chvm.drivers.boot import CONSOLE_FILE, MEMORY_FILE, Boot, BootOptions, VmmCommand
@@ -187,16 +188,20 @@ class VmmProcess:
             raise StopFailedError(f"VM {handle.name!r}: {'; '.join(failures)}", vm_name=handle.name)
 
     def _remove(self, handle: VmHandle) -> list[str]:
-        ended = end_all(handle.sidecars, SIDECAR_PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
-        failures = [f"virtiofsd: {failure}" for failure in ended]
-        failures += remove_taps(handle.taps, handle.netns)
-        if handle.run_dir is not None:
-            failures += records.remove_lease(handle.run_dir, search=False)
+        return take_all(
+            [
+                lambda: _end_sidecars(handle),
+                lambda: remove_taps(handle.taps, handle.netns),
+                lambda: records.remove_lease(handle.run_dir, search=False) if handle.run_dir is not None else None,
+                lambda: self._forget(handle),
+            ]
+        )
+
+    def _forget(self, handle: VmHandle) -> None:
         self.host.names.free(handle.namespace, handle.name, handle.process)
         self._scanners.pop(handle.machine_id, None)
         self._paused.discard(handle.machine_id)
         self._booted_here.discard(handle.machine_id)
-        return failures
 
     def state(self, handle: VmHandle) -> VmStatus:
         """STOPPED when the process is gone or another one; READY once the marker was seen; else RUNNING."""
@@ -232,6 +237,11 @@ class VmmProcess:
     def set_paused(self, handle: VmHandle, paused: bool) -> None:
         """Remember whether a VM is paused."""
         (self._paused.add if paused else self._paused.discard)(handle.machine_id)
+
+
+def _end_sidecars(handle: VmHandle) -> list[str]:
+    ended = end_all(handle.sidecars, SIDECAR_PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
+    return [f"virtiofsd: {failure}" for failure in ended]
 
 
 def _restored_memory(boot: Boot, snapshot: Path) -> Memory | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.steps import take_all
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.clones.digests import content_key, file_identity
 from pytest_chvm.clones.store import HeldTemplate, TemplateStore
@@ -159,14 +160,8 @@ class Lent:
 
     def release(self) -> list[str]:
         """Give all of it back; returns what could not be, in words."""
-        failures = []
         held: Sequence[Held] = (self.share, *self.nics.held, *self.others, self.lease)
-        for part in held:
-            try:
-                failures += part.release() or []
-            except Exception as error:  # one that fails must not keep the others
-                failures.append(f"{part}: {error}")
-        return failures
+        return take_all([part.release for part in held])
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
 from pytest_chvm.base.deadline import Deadline, checked_timeout
+from pytest_chvm.base.steps import Step, take_all
 from pytest_chvm.base.text import read_tail
 from pytest_chvm.base.untouched import Socket
 from pytest_chvm.drivers.base import VmDriver, logger, share_id
@@ -649,24 +650,9 @@ class Vm:
         if self.closed or os.getpid() != self._owner_pid:
             return
         self.closed = True
-        failures: list[str] = []
-
-        def attempt(step: Callable[[], None]) -> None:
-            try:
-                step()
-            except Exception as error:
-                failures.append(str(error))
-
-        # The last one first, and each whatever becomes of the others.
-        with ExitStack() as steps:
-            steps.callback(self._log.close)
-            steps.callback(attempt, lambda: failures.extend(self._release()))
-            steps.callback(attempt, self._health.close)
-            for relay in self._relays.values():
-                steps.callback(attempt, relay.close)
-            if not self._removed:
-                steps.callback(attempt, lambda: self._end(self._driver.kill, "close()"))
-        if failures:
+        steps: list[Step] = [] if self._removed else [lambda: self._end(self._driver.kill, "close()")]
+        steps += [relay.close for relay in self._relays.values()]
+        if failures := take_all([*steps, self._health.close, self._release, self._log.close]):
             raise StopFailedError("; ".join(failures), vm_name=self.name)
 
 

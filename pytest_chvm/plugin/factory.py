@@ -7,10 +7,12 @@ import os
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.steps import Step, take_all
 from pytest_chvm.errors import StopFailedError
 from pytest_chvm.host import networks
 from pytest_chvm.host.host import Host
@@ -123,32 +125,14 @@ class VmFactory:
         """End all VMs, at once, then the networks; raises StopFailedError with everything that is left."""
         if os.getpid() != self._owner_pid:
             return
-        failures: list[str] = []
         self.closed = True
-
-        def end(what: Vm | Snapshot | networks.LeasedNetwork) -> None:
-            try:
-                failures.extend(what.close() or ())
-            except Exception as error:  # one that fails must not keep the others
-                failures.append(str(error))
-
+        ends = [_End(vm) for vm in self.vms[1:]]
         deadline = Deadline.after(TEARDOWN_S)
-        threads = [(vm.name, threading.Thread(target=end, args=(vm,), daemon=True)) for vm in self.vms[1:]]
-        try:
-            for _name, thread in threads:
-                thread.start()
-            for vm in self.vms[:1]:
-                end(vm)
-        finally:
-            for name, thread in threads:
-                thread.join(deadline.remaining_s)
-                if thread.is_alive():
-                    failures.append(f"VM {name!r} is still being ended after {deadline.total_s:g} s")
-            for snapshot in self._snapshots:
-                end(snapshot)
-            for network in self._networks:
-                end(network)
-        if failures:
+        steps: list[Step] = [end.start for end in ends]
+        steps += [vm.close for vm in self.vms[:1]]
+        steps += [partial(end.failures, deadline) for end in ends]
+        steps += [*(snapshot.close for snapshot in self._snapshots), *(network.close for network in self._networks)]
+        if failures := take_all(steps):
             raise StopFailedError("; ".join(failures))
 
     def end_what_is_left(self) -> list[str]:
@@ -161,3 +145,22 @@ class VmFactory:
                 lock.release()
             left += [f"it cannot be removed: {failure}" for failure in lease.release(search=True)]
         return left
+
+
+class _End(threading.Thread):
+    """The end of a VM beside those of others."""
+
+    def __init__(self, vm: Vm) -> None:
+        super().__init__(daemon=True)
+        self._vm = vm
+        self._failures: list[str] = []
+
+    def run(self) -> None:
+        """End it."""
+        self._failures += take_all([self._vm.close])
+
+    def failures(self, deadline: Deadline) -> list[str]:
+        """Wait for the end; returns what went wrong, in words."""
+        self.join(deadline.remaining_s)
+        late = [f"VM {self._vm.name!r} is still being ended after {deadline.total_s:g} s"] if self.is_alive() else []
+        return self._failures + late
