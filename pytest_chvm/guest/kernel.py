@@ -24,7 +24,6 @@ from pytest_chvm.guest.kernel_image import check_kernel_image
 # Packages whose kernel is made for VMs, first choice first; the first that the machine's package lists know is taken.
 KERNEL_PACKAGES = {
     "x86_64": ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64"),
-    "aarch64": ("linux-image-cloud-arm64", "linux-image-virtual", "linux-image-arm64"),
 }
 DOWNLOAD_TIMEOUT_S = 300.0
 

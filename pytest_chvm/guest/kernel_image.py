@@ -16,12 +16,12 @@ from typing import BinaryIO
 
 from pytest_chvm.errors import InvalidConfigError
 
-# COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h and include/uapi/asm-generic/setup.h for arm64, less the final NUL.
+# COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h, less the final NUL.
 DEFAULT_CMDLINE_BYTES = 2047
 # elf(5): e_machine.
 MACHINES = {3: "i386", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 # Which kernels a VMM for a machine can boot.
-BOOTABLE = {"x86_64": ("x86_64", "i386"), "aarch64": ("aarch64",)}
+BOOTABLE = {"x86_64": ("x86_64", "i386")}
 # What a kernel may be packed with, by how such a file begins, and what unpacks it.
 PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -50,8 +50,8 @@ class KernelImage:
 def check_kernel_image(image: Path, machine: str = platform.machine()) -> KernelImage:
     """Return what is known of a kernel image; raises InvalidConfigError where no VMM for `machine` can boot it.
 
-    The formats are those that VMMs take: bzImage (Documentation/arch/x86/boot.rst), ELF (elf(5)), the arm64 Image
-    (Documentation/arch/arm64/booting.rst).
+    The formats are those that VMMs take: bzImage (Documentation/arch/x86/boot.rst) and ELF (elf(5)). Those of other machines
+    (Documentation/arch/arm64/booting.rst, Documentation/arch/riscv/boot-image-header.rst) are known to be named.
     """
     try:
         with image.open("rb") as file:
@@ -85,8 +85,8 @@ def _read(file: BinaryIO, machine: str) -> KernelImage:
         return KernelImage("RISC-V Image", "riscv64")
     if head[:2] == b"MZ" and head[4:8] == b"zimg":
         raise _NoKernelError(
-            "is an EFI zboot image, which only firmware can unpack: name the Image that it is made of (arch/arm64/boot/Image of "
-            "the kernel's build), or unpack it with 'unzboot'"
+            "is an EFI zboot image, which only firmware can unpack: name the image that it is made of, in the kernel's build, or "
+            "unpack it with 'unzboot'"
         )
     if head[:2] == b"MZ":
         raise _NoKernelError(
@@ -94,14 +94,10 @@ def _read(file: BinaryIO, machine: str) -> KernelImage:
             "('objcopy -O binary --only-section=.linux IMAGE vmlinuz')"
         )
     for magic, (name, tool) in PACKED.items():
-        # QEMU for arm64 unpacks gzip, as that kernel's own Image.gz.
         if head.startswith(magic):
-            if (name, machine) == ("gzip", "aarch64"):
-                return KernelImage("arm64 Image.gz", machine)
             raise _NoKernelError(f"is packed with {name}, which no VMM unpacks: run '{tool}' on it, and name what comes out")
     raise _NoKernelError(
-        f"is not a kernel: expected a bzImage, an ELF vmlinux or an arm64 Image, and it begins with "
-        f"{head[:8].hex(' ') or 'nothing: it is empty'}"
+        f"is not a kernel: expected a bzImage or an ELF vmlinux, and it begins with {head[:8].hex(' ') or 'nothing: it is empty'}"
     )
 
 
@@ -199,9 +195,9 @@ def why_silent(cmdline: str | None) -> str:
     words = (cmdline or "").split()
     causes = []
     if not any(word.startswith("console=") for word in words):
-        causes.append("its command line has no console= (x86: console=ttyS0, arm64: console=ttyAMA0)")
+        causes.append("its command line has no console=ttyS0")
     if "quiet" in words or any(word.startswith("loglevel=") for word in words):
-        causes.append("it was told to be quiet: leave out 'quiet' and 'loglevel=', or add 'earlyprintk=ttyS0' (arm64: 'earlycon')")
-    causes.append("it has no driver for the serial port (CONFIG_SERIAL_8250_CONSOLE, arm64: CONFIG_SERIAL_AMBA_PL011_CONSOLE)")
+        causes.append("it was told to be quiet: leave out 'quiet' and 'loglevel=', or add 'earlyprintk=ttyS0'")
+    causes.append("it has no driver for the serial port (CONFIG_SERIAL_8250_CONSOLE)")
     causes.append("the image is damaged, or for another processor than the VM's")
     return f"The kernel printed nothing; likely causes: {'; '.join(causes)}."

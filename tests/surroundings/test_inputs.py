@@ -59,7 +59,7 @@ KERNELS = {
     "arm64": (lambda _: bytes(56) + b"ARM\x64" + bytes(5000), "is a arm64 Image for aarch64, and this machine is x86_64"),
     "arm64 ELF": (lambda _: elf(183, segments=[(1, 0, 64)]), "is a ELF file for aarch64"),
     "riscv": (lambda _: b"MZ" + bytes(54) + b"RSC\x05" + bytes(5000), "for riscv64"),
-    "EFI zboot": (lambda _: b"MZ\0\0zimg" + bytes(5000), "is an EFI zboot image.*name the Image"),
+    "EFI zboot": (lambda _: b"MZ\0\0zimg" + bytes(5000), "is an EFI zboot image.*name the image"),
     "unified": (lambda _: b"MZ" + bytes(5000), "is an EFI program.*--only-section=.linux"),
     "program": (lambda _: Path("/bin/ls").read_bytes(), "is a program for Linux"),
     "static program": (lambda _: elf(segments=[(1, 0, 64)]), "note that says where a VMM enters"),
@@ -96,10 +96,6 @@ def test_kernels_of_each_format_are_taken(vmlinuz, guest, tmp_path):
     multiboot = elf(3, bits=32, segments=[(1, 0, 84)])
     image.write_bytes(multiboot + bytes(-len(multiboot) % 4) + b"\x02\xb0\xad\x1b")
     assert check_kernel_image(image).machine == "i386"
-    image.write_bytes(bytes(56) + b"ARM\x64" + bytes(5000))
-    assert check_kernel_image(image, "aarch64").format == "arm64 Image"
-    image.write_bytes(b"\x1f\x8b" + bytes(100))
-    assert check_kernel_image(image, "aarch64").format == "arm64 Image.gz"
 
 
 def any_file(*beginnings):
