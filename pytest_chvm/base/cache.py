@@ -18,12 +18,12 @@ from pytest_chvm.errors import HostError, InvalidConfigError, VmError
 def default_cache_dir() -> Path:
     """Return the user's cache directory (XDG Base Directory Specification).
 
-    Where there is no home that can be written, as in many containers, it is one among the temporary files. Raises
-    InvalidConfigError where somebody else has that.
+    Without a writable home, as in many containers, it is a directory below the temporary directory. Raises InvalidConfigError
+    where that directory belongs to somebody else.
     """
     homes = [home for home in (os.environ.get("HOME", ""), _home_of_user()) if home.strip("/")]
     for place in [Path(os.environ.get("XDG_CACHE_HOME", "")), *(Path(home, ".cache") for home in homes)]:
-        # A relative one would be another in each directory, and is not to be used (the specification).
+        # The specification has relative paths ignored: each working directory would have a cache of its own.
         if place.is_absolute() and (os.access(place / "pytest-chvm", os.R_OK | os.X_OK) or _can_be_written(place)):
             return place / "pytest-chvm"
     directory = Path(tempfile.gettempdir(), f"pytest-chvm-cache-{os.geteuid()}")
@@ -62,11 +62,11 @@ def built_once(
     try_again: bool = True,
     progress: Progress = show_progress,
 ) -> Path:
-    """Return the directory `target`, filled by `build` if it is not there yet, or is not intact any more.
+    """Return the directory `target`, filled by `build` if it does not exist yet or is no longer intact.
 
     `build` gets an empty directory, which becomes `target` by one rename, so that nobody ever sees half of it;
-    others that want the same wait at a file lock. Raises HostError where the cache cannot be written, and without
-    `try_again` where the one that was waited for has failed (not: was killed).
+    others that want the same target wait for a file lock. Raises HostError where the cache cannot be written and, without
+    `try_again`, where this call waited for another builder and that builder failed (being killed is no failure).
     """
     if is_intact(target):
         return target
@@ -75,7 +75,7 @@ def built_once(
         with locked(target, progress) as waited:
             if is_intact(target):
                 return target
-            # Of a builder that was killed: the lock was its, and is ours now.
+            # Left by a builder that was killed: its lock is ours now.
             left = [path for path in (target, *target.parent.glob(f".{target.name}.*")) if path.exists()]
             if waited and not left and not try_again:
                 raise HostError(f"{str(target)!r} is not there: whoever was building it has just failed")
@@ -96,9 +96,9 @@ def built_once(
 
 @contextmanager
 def locked(target: Path, progress: Progress = show_progress) -> Iterator[bool]:
-    """Hold the lock of what is built at `target`, the file `TARGET.lock`; tells whether somebody else had it.
+    """Hold the lock of `target`, the file `TARGET.lock`; yields whether this call had to wait for another holder.
 
-    Raises HostError where who has it has been stopped for half a minute.
+    Raises HostError where the holder has been stopped (Ctrl-Z) for half a minute.
     """
     with open(f"{target}.lock", "ab") as lock:
         try:
@@ -120,7 +120,7 @@ def _build(target: Path, build: Callable[[Path], None], mode: int) -> None:
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Remove what builders of `built_once` left below `parent` that were killed: whose lock nobody holds."""
+    """Remove what killed builders of `built_once` left below `parent`: unfinished directories whose lock nobody holds."""
     for left in parent.glob(".*.*"):
         with suppress(OSError), (parent / f"{left.name.split('.')[1]}.lock").open("rb") as lock:
             if try_lock(lock.fileno()):

@@ -1,4 +1,4 @@
-"""A moment by which something must have happened, on a clock that goes on only while this process can.
+"""Deadlines on a clock that stands still while this process is stopped.
 
 Ctrl-Z and fg, a paused or migrated virtual machine, a frozen container: the monotonic clock goes on meanwhile, and what is waited
 for has had no chance to happen. So a wait that wakes much later than it asked to sets the clock back by what it overslept.
@@ -16,7 +16,7 @@ from pytest_chvm.errors import InvalidConfigError
 
 # The longest wait at once, and so the longest time that a stop may take of a deadline.
 LONGEST_WAIT_S = 0.5
-# What is shorter is a busy machine, whose deadlines are meant to pass.
+# A shorter delay is a busy machine's, and counts.
 SHORTEST_STOP_S = 2.0
 
 
@@ -31,8 +31,8 @@ class _Clock:
         return monotonic_s() - self._stopped_s
 
     def woke(self, due_s: float) -> None:
-        """Take note that a wait is over that was to be so at `due_s` of the monotonic clock, or before."""
-        # Of several threads that were stopped, the first that wakes counts it. Without a lock, which a forked child would inherit.
+        """Take note that a wait has ended which was to end by `due_s` of the monotonic clock."""
+        # Of several threads that were stopped, the first to wake counts the stop. No lock: a forked child would inherit it.
         seen_s, self._seen_s = self._seen_s, monotonic_s()
         overslept_s = self._seen_s - max(due_s, seen_s)
         if overslept_s > SHORTEST_STOP_S:
@@ -77,7 +77,7 @@ class Deadline:
 
 
 def checked_timeout(seconds: float | None) -> float:
-    """Return a timeout as seconds, infinity for None; raises InvalidConfigError for what is no time to wait."""
+    """Return a timeout as seconds, infinity for None; raises InvalidConfigError for anything but a number of 0 or more."""
     if seconds is None:
         return math.inf
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or math.isnan(seconds) or seconds < 0:
@@ -94,7 +94,7 @@ def wait_readable(fds: Iterable[int], deadline: Deadline) -> set[int]:
 
 
 def poll_until(poll: select.poll, deadline: Deadline) -> list[tuple[int, int]]:
-    """Block until a poll object has something, or the deadline passes; returns what `poll` of it does."""
+    """Block until a poll object reports events or the deadline passes; returns the result of its `poll()`."""
     while True:
         due_s = monotonic_s() + deadline.wait_s
         ready = poll.poll(deadline.wait_ms)

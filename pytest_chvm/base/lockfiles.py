@@ -1,4 +1,4 @@
-"""Locked files (flock(2)): taking a lock, waiting for one, who has it, and removing those that nobody has.
+"""Lock files (flock(2)): taking and waiting for a lock, finding its holder, removing lock files that nobody holds.
 
 Standard library only, as little of it as possible, and nothing of this package: the keeper runs it too. Locks of the whole machine,
 which are in a lease, are in `pytest_chvm.host.locks`, by filelock: their files come and go, and other users' are among them.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LOOK_AGAIN_S = 0.05
 PATIENCE_BEFORE_MESSAGE_S = 3.0
-# Who has a lock may be building something for long, but not while it is stopped.
+# A holder may be building something for long, but not while it is stopped.
 STOPPED_TIMEOUT_S = 30.0
 
 
@@ -31,9 +31,10 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 
 
 def wait_for_lock(fd: int, what: str, tell: Callable[[str], None], *, shared: bool = False) -> bool:
-    """Lock an open file, and wait while somebody else has it; returns whether that was so.
+    """Lock an open file, waiting while another process holds the lock; returns whether it had to wait.
 
-    After a few seconds `tell` is told who has it. Raises TimeoutError where that one has been stopped (Ctrl-Z) for half a minute.
+    After a few seconds `tell` is told who the holder is. Raises TimeoutError where the holder has been stopped (Ctrl-Z) for half a
+    minute.
     """
     if try_lock(fd, shared=shared):
         return False
@@ -41,7 +42,7 @@ def wait_for_lock(fd: int, what: str, tell: Callable[[str], None], *, shared: bo
     told = False
     pause = select.poll()
     while not try_lock(fd, shared=shared):
-        # Of its being given back nothing tells but waiting without an end.
+        # Nothing but waiting without a deadline is woken when the lock is given back, so it is tried again and again.
         pause.poll(LOOK_AGAIN_S * 1000)
         now = time.clock_gettime(time.CLOCK_MONOTONIC)
         if now - begun < PATIENCE_BEFORE_MESSAGE_S:
@@ -63,13 +64,13 @@ def holder(fd: int) -> int | None:
     inode = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with open("/proc/locks") as table:
         rows = [line.split() for line in table]
-    # "->" is one that waits.
+    # "->" marks a process that waits for the lock.
     pids = [int(row[4]) for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == inode]
     return next((pid for pid in pids if pid > 0), None)
 
 
 def holder_in_words(pid: int | None) -> str:
-    """Say who has a lock, and what to do where it is stopped."""
+    """Say who holds a lock, and what to do where that process is stopped."""
     if pid is None:
         return "another process"
     if is_stopped(pid):
@@ -78,7 +79,7 @@ def holder_in_words(pid: int | None) -> str:
 
 
 def is_stopped(pid: int) -> bool:
-    """Tell whether a process was stopped by a signal or a debugger; one that is not there was not."""
+    """Tell whether a process is stopped by a signal or a debugger; False where there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             stat = file.read()
@@ -89,7 +90,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def is_locked(path: str) -> bool:
-    """Tell whether a process holds a lock on a file; nobody does on one that is not there."""
+    """Tell whether a process holds a lock on a file; False where there is no such file."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -109,12 +110,12 @@ def remove_free_lock(path: str) -> list[str]:
     except OSError as error:
         return [f"{path}: {error}"]
     try:
-        # What was removed before it was locked here is not what is at the path now.
+        # The file was removed before this process had locked it: another file is at the path now.
         if try_lock(fd) and os.fstat(fd).st_nlink:
             os.unlink(path)
             os.rmdir(os.path.dirname(path))
     except OSError:
-        # Another user's, or another lock is beside it: theirs to remove.
+        # The directory is another user's, or has other locks in it: theirs to remove.
         return []
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""What takes long just now, for the person at the terminal."""
+"""Telling the person at the terminal what takes long."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger("pytest_chvm")
 
 
 def show_progress(text: str, uncaptured: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
-    """Tell the person at the terminal what takes long just now, within a context in which it gets there."""
+    """Tell the person at the terminal what takes long now; `uncaptured` is a context in which output gets there."""
     logger.info("%s", text)
     # What takes half a minute must not be silent.
     stream = sys.__stderr__

@@ -1,4 +1,4 @@
-"""Text that came from a guest or a file, made fit for a person: no escape sequences, no control characters, bounded."""
+"""Text of a guest or a file made safe to show: bounded, without escape sequences and control characters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 def read_tail(path: Path, limit: int) -> bytes:
-    """Return the last `limit` bytes of a file; none where it is not there."""
+    """Return the last `limit` bytes of a file; empty where there is no such file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -23,11 +23,11 @@ def read_tail(path: Path, limit: int) -> bytes:
 
 
 def data_from(fd: int, offset: int) -> int:
-    """Return where a file has data from `offset` on: there, or where the hole ends that it is in (see host/logbound.py)."""
+    """Return the first position from `offset` on that has data: `offset`, or the end of the hole it is in (see logbound.py)."""
     try:
         return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError:
-        # At its end; or what this is has no holes.
+        # The end of the file, or a file system without holes.
         return offset
 
 

@@ -1,4 +1,4 @@
-"""Removing directory trees, but nothing of what is mounted in them.
+"""Removing directory trees, without descending into anything that is mounted in them.
 
 Standard library only, as little of it as possible, and nothing of this package: the keeper runs it too.
 """
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def remove_tree(path: str | os.PathLike[str], *, keep: Collection[str] = ()) -> list[str]:
-    """Remove a file or directory tree; returns failures in words. One that is not there is no failure.
+    """Remove a file or directory tree; returns failures in words. A path that does not exist is no failure.
 
-    What is mounted below it, or on it, is left, and that is a failure. With `keep`, it and its entries of these names are
-    left.
+    Anything mounted on it or below it is left alone and reported as a failure. With `keep`, the directory itself and its entries
+    of these names stay.
     """
     place = os.path.abspath(path)
     directory, name = os.path.split(place)
@@ -36,12 +36,12 @@ def remove_tree(path: str | os.PathLike[str], *, keep: Collection[str] = ()) -> 
 
 
 def _remove(parent: int, name: str, place: str, keep: Collection[str] = ()) -> list[str]:
-    """Remove an entry of the directory `parent`, by descriptors: no link is followed, whoever replaces what meanwhile."""
+    """Remove an entry of the directory `parent`, by descriptors: no link is followed, whatever is replaced meanwhile."""
     try:
         try:
             directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         except NotADirectoryError:
-            # Links too: ELOOP is for those that are to be no directory.
+            # ELOOP: a symbolic link where a directory was expected.
             os.unlink(name, dir_fd=parent)
             return []
         try:
@@ -56,7 +56,7 @@ def _remove(parent: int, name: str, place: str, keep: Collection[str] = ()) -> l
     except FileNotFoundError:
         return []
     except OSError as error:
-        # A file that something is mounted on.
+        # Something is mounted on this file.
         return [mounted_on(place) if error.errno == errno.EBUSY else f"{place}: {error.strerror}"]
     return failures
 
@@ -68,13 +68,13 @@ def mounted_on(place: str) -> str:
 
 
 def _mount_id(fd: int) -> int:
-    """Return which mount an open file is reached by (proc(5), fdinfo); its device is the same on both sides of a bind mount."""
+    """Return the id of the mount an open file is reached by (proc(5), fdinfo); the device number cannot tell bind mounts apart."""
     with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
         return next(int(line.split()[1]) for line in info if line.startswith(b"mnt_id:"))
 
 
 def is_mount_point(path: str) -> bool:
-    """Tell whether something is mounted on a directory; False where it is not there or may not be looked at."""
+    """Tell whether something is mounted on a directory; False where there is no such directory or it may not be opened."""
     fds: list[int] = []
     try:
         for place in (path, os.path.join(path, "..")):

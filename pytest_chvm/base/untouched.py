@@ -22,7 +22,7 @@ from typing import Any
 CLOCK_REALTIME_COARSE = 5
 SECOND_NS = 10**9
 
-# A `partial` is none of the functions that a freezer looks for.
+# freezegun looks for the functions of `time` themselves, and does not find them in a `partial`.
 monotonic_s = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 monotonic_ns = partial(time.clock_gettime_ns, time.CLOCK_MONOTONIC)
 _tai_ns = partial(time.clock_gettime_ns, time.CLOCK_TAI)
@@ -31,7 +31,7 @@ random_bytes = partial(os.urandom)
 
 
 def wall_clock_ns() -> int:
-    """Return the host's time in nanoseconds since the epoch, also where a test has another.
+    """Return the host's time in nanoseconds since the epoch, also while a test has frozen or moved the clock.
 
     time-machine replaces CLOCK_REALTIME; CLOCK_TAI is ahead of it by a whole number of seconds.
     """
@@ -56,13 +56,13 @@ def random_below(limit: int) -> int:
 
 
 class Socket(socket.socket):
-    """A socket that works where a test may have none: the true one, with what others patch of it taken from below."""
+    """A socket that works where a test forbids sockets: the original class, its patched methods taken from its base."""
 
     connect = _socket.socket.connect
     connect_ex = _socket.socket.connect_ex
 
     def accept(self) -> tuple[Socket, Any]:
-        """Return a connection and its peer's address; the inherited one would make it of what `socket.socket` is by then."""
+        """Return a connection and its peer's address; the inherited method would use whatever `socket.socket` is by then."""
         fd, address = self._accept()  # type: ignore[attr-defined]
         return Socket(fileno=fd), address
 
@@ -81,16 +81,16 @@ _guard: type[socket.socket] = socket.socket
 
 @contextmanager
 def sockets_for_libraries() -> Iterator[None]:
-    """Let libraries have sockets in the block, which make them by the name that a test may have replaced.
+    """Let libraries make sockets in the block: they use the name `socket.socket`, which a test may have replaced by a guard.
 
-    A guard that a test takes away or puts up meanwhile stays as the test wants it.
+    If the test itself sets or removes the guard meanwhile, its choice stays.
     """
     global _depth, _guard
     with _lock:
         if _depth == 0:
             _guard = socket.socket
             if "ssl" not in sys.modules:
-                # It has a class of its own of what this name is when it is imported, for good.
+                # Its own class is derived from `socket.socket` at its import, when that must be the true one.
                 socket.socket = _true_socket  # type: ignore[misc]
                 import ssl  # noqa: F401
             socket.socket = Socket  # type: ignore[misc]

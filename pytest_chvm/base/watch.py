@@ -15,9 +15,9 @@ CLOCK_MONOTONIC = 1
 
 
 class FileWatch:
-    """Wakes on every change below directories, or of files; a context manager.
+    """Wakes on every change in directories or of files; a context manager.
 
-    By inotify(7); where the user may have no more of that, every 50 ms.
+    By inotify(7); where the user has no instance left, it wakes every 50 ms instead.
     """
 
     def __init__(self, *paths: Path) -> None:
@@ -28,7 +28,7 @@ class FileWatch:
         return self._source.fileno()
 
     def clear(self) -> set[str]:
-        """Take note of the changes so far; returns the names of the files in watched directories that they may be of."""
+        """Take note of the changes so far; returns the names of the files in watched directories that may have changed."""
         return self._source.clear()
 
     def wait(self, deadline: Deadline, pid: int | None = None) -> bool:

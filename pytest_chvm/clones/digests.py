@@ -1,4 +1,4 @@
-"""Which file one is: by its content, computed once, or without reading it."""
+"""Identities of files: by content, computed once, or without reading them."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def content_key(file: Path, cache: Path, progress: Progress = show_progress) -> 
     identity = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
     kept = cache / DIGESTS_DIR / f"{identity}-sized.blake2b"
     with suppress(OSError):
-        # Without a lock, and where nothing can be written.
+        # No lock, and the cache may not be writable.
         if kept.stat().st_mtime - found.st_ctime > RACY_S and re.fullmatch(DIGEST, digest := kept.read_text(errors="replace")):
             with suppress(OSError):
                 os.utime(kept)
             return digest
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a+", errors="replace") as known:
-        # Others that want the same wait for it.
+        # Others that want the same digest wait for this one.
         wait_for_lock(known.fileno(), f"what {str(file)!r} holds", progress)
         known.seek(0)
         digest = known.read()
         if os.fstat(known.fileno()).st_mtime - found.st_ctime <= RACY_S or not re.fullmatch(DIGEST, digest):
-            # Of the moment before the reading: what is changed during it must not be taken for what was read.
+            # Taken before the file is read: a change during the reading must show.
             os.utime(known.fileno())
             begun_ns = os.fstat(known.fileno()).st_mtime_ns
             digest = digest_of(file)
@@ -53,7 +53,7 @@ def content_key(file: Path, cache: Path, progress: Progress = show_progress) -> 
 
 
 def file_identity(file: Path) -> str:
-    """Return what tells a file from another without reading it."""
+    """Return what identifies a file without reading it."""
     found = file.stat()
     return f"{file}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
 
@@ -66,13 +66,13 @@ def identity_of(file: Path) -> tuple[int, int, int, str]:
 
 
 def digest_of(file: Path) -> str:
-    """Return the BLAKE2 hash of a file's length and of what it holds where: of its blocks that are not zeros, without its holes."""
+    """Return the BLAKE2 hash of a file's length and of its blocks that are not all zeros, with their places."""
     digest = hashlib.blake2b(digest_size=32)
     next_block = 0
     with file.open("rb") as source:
         digest.update(b"%d bytes " % os.fstat(source.fileno()).st_size)
         for start, end in data_extents(source.fileno()):
-            # What a file system calls data may differ from one day to the next, but not what a block holds.
+            # Which parts a file system reports as data may change, but not what a block holds.
             for block in range(max(next_block, start // BLOCK_SIZE), -(-end // BLOCK_SIZE)):
                 source.seek(block * BLOCK_SIZE)
                 content = source.read(BLOCK_SIZE)

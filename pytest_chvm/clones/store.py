@@ -25,9 +25,9 @@ from pytest_chvm.host.keeper.remains import boot_id
 
 RECORD_FILE = "template.json"
 CHECKED_FILE = "checked"
-# What a record raises that is none.
+# What a malformed record raises.
 NO_RECORD = (ValueError, KeyError, TypeError, IndexError, AttributeError)
-# What all templates of a user may take of the disk; one is 100 MB or so.
+# The disk space of all of a user's templates; one takes about 100 MB.
 LIMIT_MB = 4096
 WANTED_FOR_S = 30 * 86400.0
 UNFIT_FOR_S = 3600.0
@@ -62,7 +62,7 @@ class Template:
 
     @property
     def unfit(self) -> str | None:
-        """Why there can be no template of these, or None where this is one."""
+        """Why no template can be made of these parts; None where this is a template."""
         with suppress(OSError, *NO_RECORD):
             record = _record(self.directory)
             return str(record["unfit"]) if record["unfit"] else None
@@ -77,13 +77,13 @@ class Template:
                 if (found.st_size, found.st_ino, found.st_mtime_ns) != (size, inode, mtime_ns):
                     return False
             if record["unfit"]:
-                # It may have been the machine's fault, which had other things to do.
+                # The failure may have been a busy machine's.
                 return wall_clock_s() - (self.directory / RECORD_FILE).stat().st_mtime < UNFIT_FOR_S
-            # What was still to be written to the disk when the host went down is lost, sizes and times or not.
+            # A crash of the host may have lost data that sizes and times do not show.
             if wholly or boot_id() not in (record["boot_id"], self._checked_in()):
                 if any(digest_of(self.directory / name) != digest for name, (_, _, _, digest) in record["files"].items()):
                     return False
-                # It is read once a boot only.
+                # All content is read only once in each boot of the host.
                 with suppress(OSError):
                     (self.directory / CHECKED_FILE).write_text(boot_id())
         except (OSError, *NO_RECORD):
@@ -105,10 +105,10 @@ class HeldTemplate:
     _fd: int
 
     def call_unfit(self, why: str) -> None:
-        """Have no more clones started from it for an hour, unless somebody insists; also when it was released."""
+        """Have no more clones started from it for an hour, except by `boot="clone"`; also works after `release`."""
         with suppress(OSError, *NO_RECORD):
             record = _record(self.directory)
-            # In its place: those that hold it have a lock on this file.
+            # Overwritten in place: holders of the template have a lock on this file.
             (self.directory / RECORD_FILE).write_text(json.dumps({**record, "unfit": why}))
 
     def release(self) -> None:
@@ -166,14 +166,14 @@ class TemplateStore:
                 return HeldTemplate(directory, fd)
 
     def wanted_before(self, made_of: Mapping[str, object]) -> bool:
-        """Tell whether `want` was called before for the same, within a month; never, where the store cannot be written."""
+        """Tell whether `want` was called for the same parts within the last month; False where the store cannot be written."""
         wanted = self._place(made_of).with_suffix(".wanted").exists()
         if wanted:
             self.want(made_of)
         return wanted
 
     def want(self, made_of: Mapping[str, object]) -> None:
-        """Remember that a template of these would have been of use."""
+        """Remember that a template of these parts was wanted."""
         with suppress(OSError):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._place(made_of).with_suffix(".wanted").touch()
@@ -183,7 +183,7 @@ class TemplateStore:
         return self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def all(self) -> list[Template]:
-        """Return all templates, the one used last first; a directory that is none is passed over."""
+        """Return all templates, the most recently used first; entries that are no templates are skipped."""
         found = []
         for record in self.directory.glob(f"[0-9a-f]*/{RECORD_FILE}"):
             # Another process may be removing it.
@@ -192,9 +192,9 @@ class TemplateStore:
         return [template for _, template in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
     def prune(self, limit_mb: int = LIMIT_MB) -> list[Template]:
-        """Remove the templates that were used longest ago until the rest takes `limit_mb` or less, never one in use.
+        """Remove the least recently used templates until the rest takes `limit_mb` or less; those in use stay.
 
-        Returns those that were removed.
+        Returns the removed ones.
         """
         remove_unfinished(self.directory)
         for directory in self.directory.glob("[0-9a-f]*/"):
@@ -227,9 +227,9 @@ def _hold(directory: Path, progress: Progress) -> int | None:
         return None
     try:
         wait_for_lock(fd, str(directory), progress, shared=True)
-        # It may have been removed while the lock was waited for.
+        # It may have been removed during the wait for the lock.
         if os.fstat(fd).st_nlink:
-            # It may be on a file system that is read-only.
+            # Its file system may be read-only.
             with suppress(OSError):
                 os.utime(fd)
             return fd
@@ -269,9 +269,9 @@ def _remove_unused(template: Template) -> bool:
         return False
     try:
         if not try_lock(fd) or not os.fstat(fd).st_nlink:
-            # It is in use; or it was removed meanwhile, and what is there now is another, which may be in use.
+            # It is in use, or was removed meanwhile and its place has another template, which may be in use.
             return False
-        # From here on it is no template; what is left when this process is killed goes with the next pruning.
+        # From here on it is no template; if this process is killed now, the next pruning removes the rest.
         (template.directory / RECORD_FILE).unlink()
         remove_tree(template.directory)
         return True

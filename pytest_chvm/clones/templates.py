@@ -23,7 +23,7 @@ KVM_MODULES = Path("/sys/module")
 
 
 def why_no_clone(config: VmConfig, *, built_in_guest: bool, network_mode: str) -> str | None:
-    """Return why a VM has to be booted, or None where it can be a clone of one that was.
+    """Return why a VM has to be booted, or None where it can be a clone.
 
     `network_mode` is that of a VM whose config names no networks.
     """
@@ -42,7 +42,7 @@ def why_no_clone(config: VmConfig, *, built_in_guest: bool, network_mode: str) -
 
 
 def _why_no_clone_of_an_image(config: VmConfig, network_mode: str) -> str | None:
-    # What the built-in guest's set-up does in a clone too, an image has done when it was booted.
+    # The built-in guest sets these up in a clone too; an image has set them up in its boot.
     if config.seed_iso is not None or config.data_disk is not None or config.shared_dirs:
         return "what it does with a seed_iso, a data_disk or shared dirs it does when it boots"
     if config.root_disk is not None:
@@ -63,7 +63,7 @@ def _why_no_clone_of_an_image(config: VmConfig, network_mode: str) -> str | None
 
 
 def why_no_snapshot(config: VmConfig, plugged: Iterable[str], *, is_clone: bool, vmm: str) -> str | None:
-    """Return why a running VM, of a kind that can be a clone, cannot be saved for clones to start from, or None where it can."""
+    """Return why a running VM of a kind that can be cloned cannot be saved, or None where it can."""
     if config.root_disk is not None and vmm != "qemu":
         return "Cloud Hypervisor has all of a root disk in its file only when it has ended"
     if config.data_disk is not None:
@@ -76,13 +76,13 @@ def why_no_snapshot(config: VmConfig, plugged: Iterable[str], *, is_clone: bool,
 
 
 def template_config(config: VmConfig) -> VmConfig:
-    """Return what is booted for the template of a VM: the VM without what comes fresh to each clone."""
+    """Return the config of a VM's template: the VM without what each clone gets fresh."""
     networks = None if config.networks is None else [Tap() for _ in config.networks]
     return clone_config(config).replace(networks=networks, data_disk=None, shared_dirs=(), netns=None)
 
 
 def clone_config(config: VmConfig) -> VmConfig:
-    """Return what a clone is made of: disks and shared dirs are plugged in, and the template needs places for them too."""
+    """Return a clone's config: disks and shared dirs are plugged in, for which the template needs places too."""
     return config.replace(hotplug=config.hotplug or config.data_disk is not None or bool(config.shared_dirs))
 
 
@@ -100,7 +100,7 @@ def made_of(
     Raises OSError where a file cannot be read.
     """
     return {
-        # How a VM is started, saved and renewed: what one version has saved, another may not know how to go on with.
+        # Another version of this package may start, save and renew VMs in another way.
         "code": _code(),
         "vmm": driver.snapshot_key(),
         "host": [platform.machine(), platform.release(), platform.version(), _processor(), _kvm_parameters()],
@@ -108,7 +108,7 @@ def made_of(
         "guest": ["built-in"] if built_in_guest else ["image", ready_marker],
         "kernel": identify(config.kernel) if config.kernel else None,
         "initramfs": identify(config.initramfs) if config.initramfs else None,
-        # With its name: a template's own overlay of it has that in it.
+        # Its path too, which is in the template's overlay.
         "root_disk": [[os.fspath(image), identify(image)] for image in plain_images(config.root_disk)]
         if config.root_disk
         else None,
@@ -139,7 +139,7 @@ def _package_files() -> Iterator[tuple[str, bytes]]:
 
 @lru_cache(maxsize=1)
 def _processor() -> str:
-    # A guest sees the host's processor with KVM, and a microcode update may take features away.
+    # With KVM a guest sees the host's processor, and a microcode update may remove features.
     lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
     return "\n".join(line for line in lines if line.startswith(PROCESSOR_FACTS))
 

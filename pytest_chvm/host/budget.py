@@ -1,12 +1,12 @@
-"""How much of the machine all VMs of all runs may have at once, and waiting for one's turn.
+"""The budget of all VMs of all runs on this machine, and waiting for room in it.
 
 Each VM that runs has a *share*: a file in the directory of locks common to all users, named after what it takes and locked by
-the process that holds it, so that the kernel gives back the share of one that crashed. One that boots has a second one, until it is
-up. Who waits has a ticket, a file of the same kind; the oldest ticket that is held goes first, so that a large VM is not passed for
-ever by small ones. One whose process is stopped (Ctrl-Z) is passed over.
+the process that holds it, so that the kernel gives back the share of a process that crashed. While it boots, a VM has a second
+share for its processors. A waiting process has a *ticket*, a file of the same kind; the oldest ticket that is held goes first, so
+that small VMs cannot pass a large one for ever. Tickets of stopped processes (Ctrl-Z) are passed over.
 
-No lock is held while somebody looks and takes, so that nobody can be stopped with one. Instead who has taken a share looks again
-and gives it back where there is too much then: of those who take at the same time, the last one to look sees all others.
+No lock is held between looking and taking, so no process can be stopped while it holds one. Instead a process that has taken a
+share looks again, and gives it back if the budget is exceeded: of several that take at once, the last one to look sees all others.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from pytest_chvm.host.locks import HeldLock
 
 # Of the memory that this process may have at all: the rest is for the host, and for what a VMM needs beside its guest.
 DEFAULT_PART = 0.9
-# Of VMs that boot: with more than this each becomes so slow that its boot may time out. A VM that has more by itself boots alone.
+# Of booting VMs: with more, each becomes so slow that its boot may time out. A VM with more processors than that boots alone.
 # Once they are up, guests in tests wait more than they compute.
 VCPUS_PER_PROCESSOR = 4
 PATIENCE_BEFORE_MESSAGE_S = 3.0
-# Against a holder that ends without an event, which none should.
+# In case a holder ends without an event, which should not happen.
 LOOK_AGAIN_S = 5.0
 FILE_PATTERN = re.compile(r"(share|boot|ticket)-(\d+)-(\d+)-(\d+)-(\d+)-(\d+)\.lock")
 
@@ -72,12 +72,12 @@ class Share:
     _boot: HeldLock | None
 
     def booted(self) -> None:
-        """Give the part back that only a VM that boots has."""
+        """Give back the share that the VM had for booting."""
         if self._boot is not None:
             self._boot.release()
 
     def release(self) -> None:
-        """Give it back; whoever waits is woken by its file's end."""
+        """Give it back; the removal of its file wakes those who wait."""
         try:
             self.booted()
         finally:
@@ -102,7 +102,7 @@ def take_share(budget: Budget, memory_mb: int, cpus: int, lease: Lease, vm_name:
     try:
         if (share := _try_to_take(directory, budget, memory_mb, cpus, ticket, lease)) is not None:
             return share
-        # Only now: the kernel takes its time to end a watch.
+        # Only now, since ending an inotify watch takes the kernel some time.
         with FileWatch(directory) as watch:
             tell_at = Deadline.after(PATIENCE_BEFORE_MESSAGE_S)
             told_of: set[int] | None = None
@@ -119,7 +119,7 @@ def take_share(budget: Budget, memory_mb: int, cpus: int, lease: Lease, vm_name:
 
 
 def _hold(kind: str, memory_mb: int, cpus: int, lease: Lease) -> HeldLock:
-    # Ordered by the clock that no one sets; the pid is whose end is waited for.
+    # Ordered by the monotonic clock; those who wait watch for the end of the process `pid`.
     return HeldLock(f"{kind}-{monotonic_ns():020}-{os.getpid()}-{next(_numbers)}-{memory_mb}-{cpus}.lock", lease)
 
 
@@ -129,7 +129,7 @@ def _try_to_take(directory: Path, budget: Budget, memory_mb: int, cpus: int, tic
         return None
     if not _has_room(files, budget, boots=bool(cpus), memory_mb=memory_mb, cpus=cpus):
         return None
-    # Where nobody else has a VM there is nobody to wait for.
+    # Nobody else has a VM: there is nobody to wait for.
     if _others(files) and budget.reserve_mb and memory_mb + budget.reserve_mb > limits.memory_available() >> 20:
         return None
     with ExitStack() as undo:
@@ -151,13 +151,13 @@ def _next_ticket(files: list[str]) -> str | None:
 
 
 def _stopped(files: list[str]) -> set[int]:
-    """Return the processes among those that hold these files that are stopped; this one is not."""
+    """Return which of the processes that hold these files are stopped."""
     pids = {int(match[3]) for name in files if (match := FILE_PATTERN.fullmatch(name))}
     return {pid for pid in pids - {os.getpid()} if is_stopped(pid)}
 
 
 def _has_room(files: list[str], budget: Budget, *, boots: bool, memory_mb: int = 0, cpus: int = 0) -> bool:
-    """Tell whether what is held, and so much more, is within the budget; processors count for one that boots."""
+    """Tell whether what is held, plus this much, is within the budget; processors count for VMs that boot."""
     memory, booting = _taken(files)
     memory += [memory_mb] if memory_mb else []
     few_enough = budget.max_vms is None or len(memory) <= budget.max_vms
@@ -184,7 +184,7 @@ def _held(directory: Path) -> list[str]:
         if FILE_PATTERN.fullmatch(name):
             path = os.fspath(directory / name)
             remove_free_lock(path)
-            # Another user's cannot be removed, and does not count for that.
+            # Another user's file cannot be removed; nobody holds it, so it does not count.
             try:
                 if is_locked(path):
                     held.append(name)
@@ -210,17 +210,17 @@ def _stopped_in_words(files: list[str]) -> str:
 
 
 def _wait(directory: Path, watch: FileWatch, deadline: Deadline) -> None:
-    """Block until a file of the directory's goes, or a process that holds one ends."""
+    """Block until a file in the directory is removed, or a process that holds one ends."""
     pidfds = []
     try:
         for pid in {int(match[3]) for name in os.listdir(directory) if (match := FILE_PATTERN.fullmatch(name))} - {os.getpid()}:
             try:
                 pidfds.append(os.pidfd_open(pid))
             except ProcessLookupError:
-                # It ended after the look: look again.
+                # It ended since its file was seen: look again.
                 return
         while ready := wait_readable([watch.fileno(), *pidfds], deadline):
-            # Subnets are locked there too.
+            # Locks of subnets are in the same directory.
             if watch.fileno() not in ready or any(FILE_PATTERN.fullmatch(name) for name in watch.clear()):
                 return
     finally:

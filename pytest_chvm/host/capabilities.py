@@ -1,4 +1,4 @@
-"""Which of root's rights this process has: in a container or a user namespace root may have few, or none."""
+"""Which capabilities this process has: root in a container or a user namespace may have few, or none."""
 
 from __future__ import annotations
 

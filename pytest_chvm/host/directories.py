@@ -29,8 +29,8 @@ logger = logging.getLogger("pytest_chvm")
 def runtime_dir() -> Path:
     """Return the private directory (0700) that holds the run directories of this user's processes.
 
-    Short whatever the test's own directories are, so that socket paths below it fit. Raises
-    InvalidConfigError where somebody else owns it, HostError where it cannot be made.
+    It is short wherever the test's own directories are, so that paths of sockets below it fit. Raises InvalidConfigError
+    where somebody else owns it, HostError where it cannot be made.
     """
     base = os.environ.get("XDG_RUNTIME_DIR") or ("/run" if os.geteuid() == 0 else "")
     if base and len(base) <= LONGEST_RUNTIME_DIR and os.access(base, os.W_OK | os.X_OK):
@@ -52,7 +52,7 @@ def runtime_dir() -> Path:
 
 
 def runtime_dirs() -> list[Path]:
-    """Return the directories of that kind that there are, whichever environment the processes had that made them."""
+    """Return all existing runtime directories of this user, in whichever environment they were made."""
     user = os.geteuid()
     bases = [os.environ.get("XDG_RUNTIME_DIR"), "/run" if user == 0 else None, f"/run/user/{user}"]
     places = [Path(base, "pytest-chvm") for base in bases if base]
@@ -79,7 +79,7 @@ def make_owner_dir(run: Run) -> Path:
             directory.mkdir(mode=0o700)
             (directory / records.OWNER_FILE).write_text(record)
         except (FileExistsError, FileNotFoundError):
-            # Taken, or the last worker of another run has just removed the directory above.
+            # The name is taken, or the last worker of another run has just removed the parent directory.
             continue
         except OSError as error:
             # A full disk, most likely.
@@ -95,10 +95,10 @@ def make_owner_dir(run: Run) -> Path:
 def common_lock_dir() -> Path:
     """Return the directory of locks that all users of the machine share; it is as open as /tmp.
 
-    Where it is does not depend on who asks, if there is a place that all may write in. Raises HostError where there is
-    none that this user may, or can trust.
+    All users get the same one wherever there is a place that all can write to. Raises HostError where this user can write to
+    no such place, or cannot trust it.
     """
-    # /run/lock is root's alone on some distributions: the budget of root would be another than that of the others.
+    # On some distributions only root can write to /run/lock: root and other users would have two budgets.
     open_to_all = [base for base in LOCK_PLACES if _is_open_to_all(base)]
     if not open_to_all:
         _say_once(
@@ -126,12 +126,12 @@ def _is_open_to_all(base: str) -> bool:
 
 
 def _is_mine_or_roots(found: os.stat_result) -> bool:
-    # In a user namespace root is one of those that are not known there.
+    # In a user namespace the host's root has the overflow id.
     return found.st_uid in (0, os.geteuid(), OVERFLOW_UID)
 
 
 def _why_no_lock_dir(directory: Path) -> str | None:
-    """Return why locks in a directory would not be safe from other users, or could not be made; None where all is well."""
+    """Return why locks in a directory could not be made or trusted; None where they can."""
     try:
         found = directory.lstat()
     except OSError as error:
@@ -157,5 +157,5 @@ def _make_open(directory: Path) -> None:
     try:
         unfinished.rename(directory)
     except OSError:
-        # Somebody else has made it meanwhile, and locks are in it.
+        # Another process has made it meanwhile, and has locks in it.
         unfinished.rmdir()

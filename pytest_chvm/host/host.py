@@ -1,4 +1,4 @@
-"""What one run has of the host, in this process: a `Host` owns all of it, and two of them do not know of each other."""
+"""`Host`: all that one run uses of the host in this process. Two hosts in one process do not know of each other."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Uncaptured = Callable[[], AbstractContextManager[object]]
 class Host:
     """What one run has of the host: its keeper, leases and locks, the names and numbers of its VMs, its networks' addresses.
 
-    `close` gives it back; the end of the process does too. Only the process that made it ends anything of it: in a child that was
-    forked from that it begins anew. `uncaptured` is a context in which what is written reaches the person at the terminal.
+    `close` gives it back, as does the end of the process. Only the process that made a host ends what belongs to it: in a forked
+    child it starts empty. `uncaptured` is a context in which what is written reaches the person at the terminal.
     """
 
     def __init__(self, run: Run | None = None, uncaptured: Uncaptured = nullcontext) -> None:
@@ -68,7 +68,7 @@ class Host:
         show_progress(text, self._uncaptured)
 
     def keeper(self) -> Keeper:
-        """Return the keeper, started at the first call; after one that was killed, or lost its directory, another."""
+        """Return the keeper, started at the first call, and anew after a keeper was killed or lost its directory."""
         with self._lock:
             last = self._keepers[-1] if self._keepers else None
             if last is None or not last.is_alive or not last.has_directory:
@@ -80,7 +80,7 @@ class Host:
             return last
 
     def keeper_of(self, process: ProcessIdentity) -> Keeper | None:
-        """Return the keeper that has started a process; None where it is none of this host's."""
+        """Return the keeper that has started a process; None where this host has not started it."""
         return next((keeper for keeper in list(self._keepers) if keeper.has_started(process)), None)
 
     def close(self) -> list[str]:
@@ -121,7 +121,7 @@ _default = Host()
 
 
 def default_host() -> Host:
-    """Return the host of VMs that are launched without one; in a test process also that of its run."""
+    """Return this process's default host: that of `launch` without `host=`, and of the outermost pytest run."""
     return _default
 
 

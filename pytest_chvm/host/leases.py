@@ -1,4 +1,4 @@
-"""A lease: what one VM has from the host, written down before it is made, and given back in reverse."""
+"""A lease: all that one VM uses of the host, recorded before it is made and removed in reverse order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Lease:
     """The run directory of one VM, and the record of all that it has elsewhere.
 
     Whoever outlives this process (the keeper, a later run) removes what the record names, so each entry is
-    added before the thing itself is made. Only the process that made it gives it back, not one that was forked from that.
+    added before the thing itself is made. Only the process that made the lease releases it, never a forked child.
     """
 
     def __init__(self, host: Host) -> None:
@@ -43,7 +43,7 @@ class Lease:
         self._add("bridges", name)
 
     def forget_bridge(self, name: str) -> None:
-        """Take a bridge out of the record that was not made: one of that name is somebody else's."""
+        """Take a bridge out of the record that could not be made because somebody else has one of that name."""
         with self._lock:
             self._record["bridges"].remove(name)
             self._write()
@@ -75,7 +75,7 @@ class Lease:
             return
 
     def left(self) -> list[str]:
-        """Return what of it is still there, in words, also where somebody has removed the directory."""
+        """Return in words what of it still exists, also where somebody has removed the directory."""
         with self._lock:
             taps, bridges, paths = (list(self._record.get(kind, ())) for kind in ("taps", "bridges", "paths"))
         left = records.left_of(os.fspath(self.directory))
@@ -87,7 +87,7 @@ class Lease:
     def release(self, *, search: bool = False) -> list[str]:
         """End and remove all that is left of it; returns what could not be removed, in words.
 
-        With `search` processes of it that nobody has ended are looked for.
+        `search`: look for processes of the lease that still run, and end them.
         """
         if os.getpid() != self._owner_pid:
             return []

@@ -12,7 +12,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def memory_limit() -> int:
-    """Return the bytes of memory that this process and its like may have at once."""
+    """Return the bytes of memory that the processes of this control group may have together."""
     import psutil
 
     return min([int(psutil.virtual_memory().total), *cgroup_memory_limits()])
@@ -34,7 +34,7 @@ def cgroup_memory_limits(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP)
     """Return the limits in bytes of this process's control groups and those above them, of both versions of cgroups(7)."""
     texts = [_read(group / "memory.max") for group in _groups("", cgroups, membership)]
     texts += [_read(group / "memory.limit_in_bytes") for group in _groups("memory", cgroups, membership)]
-    # "max" is none; version 1 has a number beyond all memory for that.
+    # "max" means no limit; version 1 has a number larger than any memory for that.
     return [int(text) for text in texts if text.isdigit()]
 
 
@@ -54,7 +54,7 @@ def _groups(controller: str, cgroups: Path, membership: Path) -> Iterator[Path]:
         if controller in controllers.split(","):
             top = cgroups / controller if controller else cgroups
             group = top / path.strip("/")
-            # In a container the path may be the host's, and what is mounted begins further down: those are not there.
+            # In a container the path may be the host's while only a part of the tree is mounted: directories above are missing.
             yield from (place for place in (group, *group.parents) if place.is_relative_to(top))
 
 

@@ -1,4 +1,4 @@
-"""Locks common to all users of the machine: files that are there only while somebody holds them."""
+"""Locks common to all users of the machine: files that exist only while somebody holds them."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ class HeldLock:
         while True:
             path = common_lock_dir() / name
             lease.add_lock(path)
-            # It follows no links, and what somebody has removed while it waited it makes anew: from 3.24 on.
+            # From 3.24 on filelock follows no links, and makes a file anew that was removed while it waited.
             self._lock = FileLock(
                 path, timeout=deadline.remaining_s, mode=0o666, is_singleton=False, thread_local=False, poll_interval=0.01
             )
             try:
-                # Without a wait where none is wanted: it would be one by a clock that a test may have frozen.
+                # No wait at all for a timeout of 0: filelock would wait by a clock that a test may have frozen.
                 self._lock.acquire(blocking=timeout_s != 0)
                 break
             except FileNotFoundError:
-                # The last one who left took the directory along.
+                # The last holder has removed the directory.
                 continue
             except TimeoutError:
                 if timeout_s == 0:
                     raise
                 raise HostError(f"{path} was not to be had within {timeout_s:g} s: {_holder(path)} has it") from None
             except PermissionError:
-                # Another user's, whose file the kernel keeps from us (fs.protected_regular): it goes when they let go.
+                # Another user's file, which the kernel does not let us open (fs.protected_regular); its holder removes it.
                 if deadline.expired:
                     kind = TimeoutError if timeout_s == 0 else HostError
                     raise kind(f"{path} is held by another user") from None
@@ -61,9 +61,9 @@ class HeldLock:
         return Path(self._lock.lock_file).name
 
     def release(self) -> None:
-        """Give it back; its file goes too. Once more, or in a forked child, it does nothing."""
+        """Release the lock and remove its file. Does nothing a second time, or in a forked child."""
         self._host.locks.pop(self, None)
-        # The file may be somebody else's by now.
+        # The file at the path may belong to another holder by now.
         if not self._lock.is_locked or self._owner_pid != os.getpid():
             return
         self._lock.release()
@@ -82,12 +82,12 @@ def _wait_until_gone(path: Path, deadline: Deadline) -> None:
     try:
         with FileWatch(path.parent) as watch:
             if path.exists():
-                # One who was killed leaves it without an event.
+                # A holder that is killed leaves the file, without an event.
                 watch.wait(Deadline.after(min(1.0, deadline.remaining_s)))
     except FileNotFoundError:
         return
 
 
 def held_under(lease: Lease) -> list[HeldLock]:
-    """Return the locks that are in a lease and have not been given back."""
+    """Return the locks in a lease that are still held."""
     return [lock for lock, its_lease in list(lease.host.locks.items()) if its_lease is lease]

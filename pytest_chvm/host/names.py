@@ -1,4 +1,4 @@
-"""The names of VMs that run."""
+"""The names of running VMs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LiveNames:
         key = (config.namespace, config.name)
         if key in self._holders:
             holder = self._holders[key]
-            # Held without a process: it is being booted. One that is gone holds nothing.
+            # A name without a process belongs to a VM that is being booted; a process that has ended holds no name.
             if holder is None or remains.start_time_ticks(holder.pid) == holder.start_time_ticks:
                 raise InvalidConfigError(
                     f"a VM named {config.name!r} in namespace {config.namespace!r} is running already: "
@@ -41,7 +41,7 @@ class LiveNames:
             self._holders[config.namespace, config.name] = process
 
     def free(self, namespace: str, name: str, process: ProcessIdentity | None) -> None:
-        """Give a name back, unless another process has it by now."""
+        """Give a name back, unless another VM has taken it meanwhile."""
         with self._lock:
             if (namespace, name) in self._holders and self._holders[namespace, name] in (None, process):
                 del self._holders[namespace, name]

@@ -1,7 +1,7 @@
-"""The bound of logs that grow while nobody reads them: of one that is too long, the middle is given back to the file system.
+"""Bounds for logs that grow: the middle of a log that is too long is given back to the file system.
 
-Its length stays (a hole is punched), so that whoever writes at its end, or reads on from where he was, notices nothing. Used by the
-keeper, which loads it at its start: standard library only, and of that what is small.
+A hole is punched, so the log keeps its length and neither its writer nor its readers notice. The keeper loads this module at its
+start: small parts of the standard library only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# Of a log so long, the first and the last bytes are kept. What `vm.console` reads is less than the last ones.
+# How much is kept of the beginning and the end of such a log; `vm.console` reads less than the end.
 LIMIT = 256 << 20
 HEAD = 1 << 20
 TAIL = 64 << 20
@@ -33,7 +33,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class BoundedLogs:
-    """The logs of the programs that run, and up to where each has been given back; `check` when it is due."""
+    """The logs of running programs, and the position up to which each was given back; call `check` after `wait_ms`."""
 
     def __init__(self) -> None:
         self.bounds: dict[str, tuple[int, int, int]] = {}
@@ -49,19 +49,19 @@ class BoundedLogs:
             self.dropped_to.setdefault(log, 0)
 
     def forget(self, pid: int) -> None:
-        """A program has ended, and writes no more."""
+        """Stop watching the logs of a program that has ended."""
         ended = set(self.logs_of.pop(pid, []))
-        # Of two virtiofsds that serve a share one after the other, the log is one.
+        # Two virtiofsds that serve a share one after the other have the same log.
         for log in ended.difference(*self.logs_of.values()):
             self.bounds.pop(log, None)
             self.dropped_to.pop(log, None)
 
     def wait_ms(self) -> int | None:
-        """Return how long may be waited until the next look, in ms; None without logs."""
+        """Return in how many ms `check` is due; None without logs."""
         return max(0, int((self.due - time.monotonic()) * 1000) + 1) if self.bounds else None
 
     def check(self) -> None:
-        """Look at the length of each, if that is due. One that cannot be shortened says so itself, and is let alone."""
+        """Shorten logs that are too long, if that is due. A log that cannot be shortened gets a line saying so, and stays."""
         if not self.bounds or time.monotonic() < self.due:
             return
         self.due = time.monotonic() + INTERVAL_S
@@ -86,7 +86,7 @@ def shorten(log: str, bound: tuple[int, int, int], dropped_to: int) -> int:
         return 0
     start = head - head % BLOCK
     if status.st_size < dropped_to:
-        # The VMM began anew.
+        # The VMM has truncated it.
         dropped_to = 0
     if status.st_size - max(0, dropped_to - start) <= limit:
         return dropped_to
@@ -115,7 +115,7 @@ def say(log: str, what: str) -> None:
     try:
         os.write(fd, b"pytest-chvm: %s\n" % what.encode(errors="replace"))
     except OSError:
-        # As full as the disk is; whoever reads it sees that.
+        # The disk is full; the log's end shows it.
         return
     finally:
         os.close(fd)

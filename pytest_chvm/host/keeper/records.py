@@ -1,4 +1,4 @@
-"""What is written down of the VMs of a process, read strictly; and what is left of a process that has gone.
+"""The records of a process's VMs, read strictly, and the removal of what a dead process left.
 
 Standard library only, and of this package only what is so too: the keeper runs it. Each process that has VMs has a
 directory below the runtime directory:
@@ -38,14 +38,14 @@ LOCK_FILE = "lock"
 PROCESSES_FILE = "processes"
 LARGEST_RECORD = 1 << 20
 KILLED_TIMEOUT_S = 1.5
-# A directory without a record is one whose owner was killed between two lines, unless it is about to write it.
+# The owner of a directory without a record was killed before it wrote one, or is about to write it.
 BIRTH_S = 60.0
 # linux/time.h
 CLOCK_REALTIME_COARSE = 5
 
 
 def read_record(path: str) -> dict[str, Any]:
-    """Return a record; raises ValueError, in words, where it is none, and OSError where it cannot be read."""
+    """Return a record; raises ValueError, in words, for malformed ones, and OSError where it cannot be read."""
     import json
 
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -104,7 +104,7 @@ def _is_plain_name(name: object, longest: int) -> bool:
 
 
 def read_pairs(path: str) -> dict[int, int]:
-    """Return pid and start time of each line of a file; lines that are none do not count, and one that is not there has none."""
+    """Return pid and start time from each line of a file; malformed lines are skipped, and a missing file has no lines."""
     try:
         with open(path, "rb") as file:
             lines = file.read(LARGEST_RECORD).split(b"\n")
@@ -115,7 +115,7 @@ def read_pairs(path: str) -> dict[int, int]:
 
 
 def leases_of(directory: str) -> list[str]:
-    """Return the directories of an owner's leases; none where its own is gone."""
+    """Return the directories of an owner's leases; empty where the owner's directory is gone."""
     try:
         paths = [os.path.join(directory, entry) for entry in sorted(os.listdir(directory))]
     except FileNotFoundError:
@@ -137,7 +137,7 @@ def remove_lease(place: str | os.PathLike[str], *, search: bool = True, same_boo
     """
     directory = os.fspath(place)
     if trees.is_mount_point(os.path.dirname(directory)):
-        # It is not what was recorded.
+        # Another process than the recorded one has the pid.
         return [trees.mounted_on(os.path.dirname(directory))]
     failures = []
     if search and same_boot:
@@ -145,7 +145,7 @@ def remove_lease(place: str | os.PathLike[str], *, search: bool = True, same_boo
     try:
         lease = read_lease(directory)
     except (OSError, ValueError) as error:
-        # Nobody will ever understand it.
+        # A damaged record stays damaged.
         return [
             *failures,
             f"{directory}/{LEASE_FILE} cannot be read ({error}): what it named is left",
@@ -209,7 +209,7 @@ def is_abandoned(directory: str, owner: dict[str, Any]) -> bool:
     """Tell whether both the owner of a directory and its keeper are gone."""
     if owner["boot_id"] == remains.boot_id() and remains.start_time_ticks(owner["pid"]) == owner["start_time_ticks"]:
         return False
-    # There is no lock where the owner died before its keeper was there.
+    # Without a lock file the owner died before its keeper had started.
     return not lockfiles.is_locked(os.path.join(directory, LOCK_FILE))
 
 
@@ -250,5 +250,5 @@ def _was_stillborn(directory: str) -> bool:
     record = os.path.join(directory, OWNER_FILE)
     if os.listdir(directory) not in ([], [OWNER_FILE]) or (os.path.exists(record) and os.path.getsize(record)):
         return False
-    # By the clock that files have, which no test freezes; one that was set back only makes it wait for the next time.
+    # By the clock of file times, which no test freezes; if it was set back, the directory is left for a later look.
     return time.clock_gettime(CLOCK_REALTIME_COARSE) - os.stat(directory).st_mtime > BIRTH_S

@@ -1,4 +1,4 @@
-"""Processes of the host, told apart for certain, and the removal of what a VM leaves behind, piece by piece.
+"""Identities of processes that no reused pid confuses, and the removal of what a VM leaves behind.
 
 Standard library only, as little of it as possible, and nothing of this package: the keeper, which must start in
 milliseconds and stay small, runs it as well as the process that owns the VM.
@@ -76,9 +76,9 @@ def interface_is_there(name: str, netns: str | None) -> bool:
 
 
 def processes_of_sessions(leaders: dict[int, int], directory: str) -> dict[int, int]:
-    """Return pid and start time of the processes of sessions, which are told by pid and start time of those that began them.
+    """Return pid and start time of the processes of sessions, given by pid and start time of their leaders.
 
-    Where that one is gone, its pid may have been another's since, and only those count that name a path below `directory`.
+    Where the leader is gone its pid may have been reused: then only processes that name a path below `directory` count.
     """
     needle = directory + "/"
     found = {}
@@ -96,7 +96,7 @@ def processes_of_sessions(leaders: dict[int, int], directory: str) -> dict[int, 
 
 
 def kill_and_wait(processes: dict[int, int], timeout_s: float) -> list[int]:
-    """SIGKILL processes, told by pid and start time, and wait for their end; returns the pids still there at the deadline."""
+    """SIGKILL processes, given by pid and start time, and wait for their end; returns the pids still there at the deadline."""
     descriptors: dict[int, int] = {}
     for pid, started in processes.items():
         try:
@@ -107,7 +107,7 @@ def kill_and_wait(processes: dict[int, int], timeout_s: float) -> list[int]:
                 continue
             signal.pidfd_send_signal(descriptors[pid], signal.SIGKILL)
         except OSError:
-            # Gone, or not ours to signal: it then survives, and that is told.
+            # Gone, or not ours to signal: then it is reported as still there.
             continue
     there = wait_for_ends(descriptors.values(), timeout_s)
     for fd in descriptors.values():
@@ -123,7 +123,7 @@ def pidfd_ended(pidfd: int, timeout_s: float) -> bool:
 def wait_for_ends(pidfds: Iterable[int], timeout_s: float) -> set[int]:
     """Wait for processes to end; returns the descriptors of those still there when the time is over.
 
-    What a wait overslept does not count: the processes stood still as well.
+    Time in which this process was stopped does not count: the others were stopped too.
     """
     poll = select.poll()
     there = set(pidfds)
