@@ -151,18 +151,19 @@ class EventLog:
 
     def add_trouble(self, error: VmError, *, vmm_ended: bool) -> None:
         """Add what an error says of a guest or its VMM, once for each time that the guest has started."""
-        text = str(error).partition("\n")[0].removeprefix(f"VM {error.vm_name!r}: ")
-        if text in self._told:
+        # Without the logs that are quoted after it.
+        text = str(error).partition("\n")[0].partition(". Its ")[0].removeprefix(f"VM {error.vm_name!r}: ")
+        kinds = ((PANIC, GuestPanicError), (OOPS, GuestOopsError), (REBOOT, GuestRebootError), (ENDED, GuestShutdownError))
+        kind = next((kind for kind, errors in kinds if isinstance(error, errors)), ENDED if vmm_ended else TROUBLE)
+        # A panic is told of in other words once its text is on the console.
+        what = text if kind == TROUBLE else kind
+        if what in self._told:
             return
-        self._told.add(text)
-        for kind, errors in ((PANIC, GuestPanicError), (OOPS, GuestOopsError), (REBOOT, GuestRebootError)):
-            if isinstance(error, errors):
-                self.add(kind, text=text)
-                return
-        if vmm_ended or isinstance(error, GuestShutdownError):
+        self._told.add(what)
+        if kind == ENDED:
             self.add_ended(text)
         else:
-            self.add(TROUBLE, text=text)
+            self.add(kind, text=text)
 
     def add_ended(self, how: str) -> None:
         """Add the end of the VM; the first one that is told of counts."""

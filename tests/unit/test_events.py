@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_chvm.errors import GuestPanicError, HypervisorError
 from pytest_chvm.machine import events
 from pytest_chvm.machine.events import COMMAND, ENDED, PAUSED, READY, SPAWNED, EventLog, last_of, read_events, ready_after_s
 from pytest_chvm.report.history import how_it_started, last_events
@@ -180,3 +181,23 @@ def test_events_in_a_report_are_a_clean_line_each(log: EventLog) -> None:
     assert len(lines[1]) < 250
     assert lines[2:] == ["    4.0 s  command: CommandTimeoutError after 1.0 s: sleep 9", "    5.0 s  ended: kill()"]
     assert how_it_started([]) == []
+
+
+def test_what_befell_a_guest_is_told_once_for_each_time_that_it_started(log: EventLog) -> None:
+    log.add_ready("192.0.2.1")
+    for text in ("as its panic device says", "Kernel panic - not syncing"):
+        log.add_trouble(GuestPanicError(f"VM 'v': {text}. Its console ends with:\nx", vm_name="v"), vmm_ended=False)
+    log.add_ready("192.0.2.1")
+    log.add_ready("192.0.2.1")
+    log.add_trouble(GuestPanicError("again", vm_name="v"), vmm_ended=False)
+    log.add_trouble(HypervisorError("virtiofsd ended", vm_name="v"), vmm_ended=False)
+    log.add_trouble(HypervisorError("its VMM ended", vm_name="v"), vmm_ended=True)
+    log.add_ended("close()")
+    assert [(event.kind, *event.details.values()) for event in log.events] == [
+        ("ready", "192.0.2.1"),
+        ("panic", "as its panic device says"),
+        ("ready", "192.0.2.1"),
+        ("panic", "again"),
+        ("trouble", "virtiofsd ended"),
+        ("ended", "its VMM ended"),
+    ]
