@@ -171,7 +171,7 @@ class Settings:
                 text = given[option.variable]
                 value = text.split(os.pathsep) if option.many else text
                 source = option.variable
-            # A number of a TOML file's is one, and 0 too.
+            # A TOML file's number counts as set, also 0.
             if value is None and (ini or {}).get(option.ini_key) not in (None, "", []):
                 value = (ini or {})[option.ini_key]
                 source = option.ini_key

@@ -1,4 +1,4 @@
-"""Files out of a guest: what it sends is not trusted."""
+"""Copying files out of a guest, which is not trusted."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if not hasattr(tarfile, "data_filter"):
 # Mode, size, blocks, time of the last change and name, of a path that has no "//" in it.
 STAT = "//%f %s %b %Y %n"
 ENTRY = re.compile(rb"([0-9a-f]{1,8}) (\d{1,18}) (\d{1,18}) (-?\d{1,12})(?:\.\d*)? (.+)\n", re.S)
-# Of the files of /proc and the like, which do not say how large they are.
+# For files of /proc and the like, which do not say how large they are.
 LARGEST_UNSIZED = 32 << 20
 HOLE_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the guest's, as its `stat` said: `path` is relative to what is got, "." for itself."""
+    """A file in the guest as its `stat` describes it: `path` is relative to the copied directory, "." for that itself."""
 
     path: str
     mode: int
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass
 class Fetch:
-    """One `get`, to a directory of the host's that is nobody else's; `left` says what could not be taken, and why."""
+    """One `get` into a private directory of the host; `left` says what could not be copied, and why."""
 
     run: Run
     source: str
@@ -64,7 +64,7 @@ class Fetch:
         for entry in files:
             if entry.size > PIECE:
                 self._take_pieces(entry)
-        # What has no blocks is empty, or has a size that says nothing.
+        # A file without blocks is empty, or its size means nothing (/proc).
         self._take_unsized([entry for entry in files if entry.size <= PIECE and not entry.blocks])
         self._take_archives([*(entry for entry in files if entry.size <= PIECE and entry.blocks), *links])
         for others in kinds.values():
@@ -152,7 +152,7 @@ class Fetch:
         for batch in _batches(entries):
             wanted = {str(PurePosixPath(entry.path)): entry for entry in batch}
             names = " ".join(shlex.quote(f"./{entry.path}") for entry in batch)
-            # Its status tells of files that changed meanwhile too; what is missing is seen below.
+            # tar's status also tells of files that changed meanwhile; missing ones are found below.
             done = self.run(f"{self.enter} && tar -cf - {names}", None)
             with tarfile.open(fileobj=io.BytesIO(done.stdout_bytes)) as tar:
                 for member in tar:
@@ -183,7 +183,7 @@ def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 
 def _listed(run: Run, source: str) -> tuple[bool, list[Entry]]:
-    """Return whether it is a directory, and what the guest says that there is."""
+    """Return whether the source is a directory, and the entries that the guest lists."""
     path = shlex.quote(source)
     done = run(
         f"if [ -d {path} ]; then cd {path} && echo d && find . -print0 | xargs -0 stat -c '{STAT}'\n"

@@ -1,6 +1,6 @@
 """Files into and out of a guest over its shell, in pieces of a MiB: neither side holds more of them in its memory.
 
-Small files go as tar archives; large ones, those with holes, and those whose size is not what it says they are, go by themselves.
+Small files go as tar archives; large files, files with holes and files whose stated size is wrong (/proc) go one by one.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _put_steps(source: Path, directory: str, left: list[str]) -> Iterator[tuple[
     unpack = f"tar -xpf - -C {directory}"
     archive = bytearray()
     touches = []
-    # It knows which files are one, of all that it is asked about.
+    # One object for all files, since it recognises hard links among those it has seen.
     tar = tarfile.TarFile(fileobj=io.BytesIO(), mode="w", format=tarfile.GNU_FORMAT)
     for path in _walk(source):
         name = os.path.join("chvm-put", os.path.relpath(path, source)) if path != source else "chvm-put"
@@ -80,7 +80,7 @@ def _put_steps(source: Path, directory: str, left: list[str]) -> Iterator[tuple[
         if member is None:
             left.append(f"{os.path.relpath(path, source)} is a socket")
             continue
-        # By number: the guest's names are others.
+        # Owners by number: the guest has other names.
         member.uname = member.gname = ""
         status = os.lstat(path)
         apart = member.isreg() and (member.size > PIECE or status.st_blocks * 512 < member.size)
@@ -99,7 +99,7 @@ def _put_steps(source: Path, directory: str, left: list[str]) -> Iterator[tuple[
             with path.open("rb") as file:
                 yield from _put_data(file, size, int(status.st_mtime), f"{directory}/{shlex.quote(name)}")
     yield unpack, _ended(archive)
-    # What is put into a directory changes its time.
+    # Directories get their times last: adding files changes them.
     for start in range(0, len(touches), AT_ONCE):
         yield "".join(touches[::-1][start : start + AT_ONCE]), b""
 

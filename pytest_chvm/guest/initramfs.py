@@ -69,10 +69,10 @@ def build_initramfs(
 
 
 def add_words(initramfs: Path, words: Sequence[str], target: Path) -> Path:
-    """Write the built-in guest's initramfs with the words in it that a kernel command line has no room for; returns `target`."""
+    """Write the built-in guest's initramfs to `target`, with the words for which the command line has no room; returns `target`."""
     built_in = initramfs.read_bytes()
     told = Entry("lib/chvm/words", stat.S_IFREG | 0o644, "".join(f"{word}\n" for word in words).encode())
-    # Of two archives, one after the other, the kernel unpacks both.
+    # The kernel unpacks concatenated archives one after the other.
     target.write_bytes(built_in + bytes(-len(built_in) % 512) + write_cpio(iter([told])))
     return target
 

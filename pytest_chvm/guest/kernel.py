@@ -38,7 +38,7 @@ class Kernel:
 
 
 def inspect_kernel(image: Path) -> Kernel:
-    """Return a kernel image's release and modules; raises InvalidConfigError where the file is none.
+    """Return a kernel image's release and modules; raises InvalidConfigError where the file is no kernel image.
 
     Whether a VMM can boot it is for `kernel_image.check_kernel_image` to say.
     """
@@ -82,8 +82,8 @@ def _banner_release(image: Path) -> str | None:
 def find_modules(image: Path, release: str | None) -> Path | None:
     """Return the module tree that belongs to a kernel image, or None where there is none.
 
-    Looked for beside the image, and beside what it is a link to, as in an unpacked package (`boot/` next to `lib/modules/`), below
-    its folder, then where the host has its own.
+    Looked for beside the image and beside the target of a link, as in an unpacked package (`boot/` next to `lib/modules/`), then
+    below the image's directory, then among the host's own.
     """
     if release is None or "/" in release:
         return None
@@ -125,7 +125,7 @@ def modules_in_order(tree: Path, wanted: Iterable[str]) -> list[Module]:
     """Return the wanted modules and all they depend on, each after what it depends on.
 
     Read from the modules themselves (`depends=` and `softdep=pre:` in their `.modinfo`, see modinfo(8)),
-    so that no depmod must have been run. What the tree does not have is built in, or not to be had: left out.
+    so that no depmod is needed. Modules that the tree does not have are left out: they are built in or do not exist.
     """
     paths: dict[str, Path] = {}
     for path in sorted(tree.glob("kernel/**/*.ko*")):
@@ -176,7 +176,7 @@ def _decompressed(path: Path) -> bytes:
 def default_kernel(cache: Path, machine: str, progress: Progress) -> Kernel:
     """Return the kernel of the built-in guest: one from a package, else the host's own where readable.
 
-    Raises InvalidConfigError with what to do where neither is to be had.
+    Raises InvalidConfigError that says what to do where there is neither.
     """
     refused = []
     cached = sorted((cache / "packages").glob("linux-*/boot/vmlinu*"))

@@ -22,7 +22,7 @@ DEFAULT_CMDLINE_BYTES = 2047
 MACHINES = {3: "i386", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 # Which kernels a VMM for a machine can boot.
 BOOTABLE = {"x86_64": ("x86_64", "i386")}
-# What a kernel may be packed with, by how such a file begins, and what unpacks it.
+# Magic numbers of compressed files, and the programs that unpack them.
 PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"\xfd7zXZ\0": ("xz", "unxz"),
@@ -40,7 +40,7 @@ LARGEST_NOTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class KernelImage:
-    """What a kernel image says of itself: its format and machine, and the bytes that its command line may have at most."""
+    """A kernel image's format and machine, and the most bytes that its command line may have."""
 
     format: str
     machine: str
@@ -69,7 +69,7 @@ def check_kernel_image(image: Path, machine: str = platform.machine()) -> Kernel
 
 
 class _NoKernelError(Exception):
-    """The file is no kernel that can be booted; the message goes on after its name."""
+    """The file cannot be booted; the message continues after the file's name."""
 
 
 def _read(file: BinaryIO, machine: str) -> KernelImage:
@@ -102,7 +102,7 @@ def _read(file: BinaryIO, machine: str) -> KernelImage:
 
 
 def _bzimage(head: bytes, size: int) -> KernelImage:
-    # A file that is cut off within its header has zeros for the rest.
+    # The rest of a header that is cut off reads as zeros.
     head = head.ljust(0x268, b"\0")
     (version,) = struct.unpack_from("<H", head, 0x206)
     (paragraphs,) = struct.unpack_from("<I", head, 0x1F4)
@@ -110,7 +110,7 @@ def _bzimage(head: bytes, size: int) -> KernelImage:
         # Only two of the bytes are the field's.
         paragraphs &= 0xFFFF
     expected = ((head[0x1F1] or 4) + 1) * 512 + paragraphs * 16
-    # Without a length nothing can be said of it.
+    # Without a length a truncated file cannot be told.
     if paragraphs and size < expected:
         raise _NoKernelError(f"is cut off: its header says {expected} bytes, and it has {size}; copy or download it again")
     (cmdline_bytes,) = struct.unpack_from("<I", head, 0x238)
@@ -127,7 +127,7 @@ class _Segment:
 def _elf(file: BinaryIO, head: bytes, size: int, machine: str) -> KernelImage:
     """Look at an ELF file: its program headers say what must be in it, and where a VMM enters."""
     if not head[4:64].strip(b"\0"):
-        # It says nothing of itself; the VMM will.
+        # An unknown format: the VMM will say what it makes of it.
         return KernelImage("ELF file", machine)
     bits = {1: 32, 2: 64}.get(head[4] if len(head) > 5 else 0)
     if bits is None or head[5] != 1 or len(head) < 52:

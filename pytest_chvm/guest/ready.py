@@ -45,8 +45,8 @@ OOPS = re.compile(rb"%s((?:Internal error: )?Oops: [^\r\n]{0,60}\[#\d+\])" % STA
 class LogReader:
     """Yields what a growing file has new, in bounded pieces, each with the last `overlap` bytes before it.
 
-    A file that shrank is read from its start again: Cloud Hypervisor truncates it when a guest that it booted reboots. What was
-    dropped from the middle of a long one is passed over.
+    A file that shrank is read from its start again: Cloud Hypervisor truncates it when a guest that it booted reboots. The
+    hole in the middle of a long log is skipped.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""How a clone is made a machine of its own: by a program that runs in it already when it is saved, and a shell line after that."""
+"""Renewal: how a clone becomes a machine of its own. A program that already runs in the saved guest does it, then a shell line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def line(words: Sequence[str], *, stale_nics: int = 0) -> str:
 
 
 def message() -> bytes:
-    """Return what the program is told: the time now, and a seed."""
+    """Return the message for the program: the time now, and a seed."""
     return renew.message(wall_clock_ns(), random_bytes(renew.SEED_SIZE))
 
 
@@ -61,7 +61,7 @@ class _Run(Protocol):
 
 
 def set_clock(run: _Run) -> None:
-    """Set the guest's clock to the host's: behind it by as long as that takes, and without what renews clones by up to a second.
+    """Set the guest's clock to the host's, late by the command's duration, and by up to a second where there is no renewal program.
 
     Raises GuestCommandError where it cannot.
     """

@@ -21,9 +21,9 @@ LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
 
 
 def unpacked_kernel(image: Path, cache: Path) -> Path:
-    """Return the ELF kernel inside a bzImage, from the cache; the image itself where it is none, or has no PVH entry."""
+    """Return the ELF kernel inside a bzImage, from the cache; the image itself where it is no bzImage or has no PVH entry."""
     found = image.stat()
-    # Not by device and inode, which differ for one file seen from the host and from the lab.
+    # Device and inode are left out: they differ between the host and the lab.
     key = hashlib.sha256(f"{image}\0{found.st_size}\0{found.st_mtime_ns}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     def build(directory: Path) -> None:
@@ -47,7 +47,7 @@ def _payload(image: Path) -> bytes | None:
             try:
                 return unpack(payload)
             except (ValueError, EOFError, zlib.error, lzma.LZMAError, RuntimeError):
-                # A variant that these libraries do not take: the image boots all the same.
+                # A variant that these libraries do not support: the image itself boots.
                 return None
     return None
 

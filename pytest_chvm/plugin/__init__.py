@@ -1,4 +1,4 @@
-"""The plugin: hooks and fixtures, each in the room of what it is about. Only this room knows pytest.
+"""The plugin: hooks and fixtures, a file a topic. Only this folder imports pytest.
 
 Loaded by every pytest run of everyone who has this package, so anything heavy is imported inside functions.
 """

@@ -1,4 +1,4 @@
-"""What has befallen a test's VMs by its end that no call of the test's was there to see."""
+"""The check of a test's VMs at its end: what happened to them after the test's last call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_up(factories: Iterable[VmFactory]) -> VmError | None:
-    """Return what a test has to fail for, with all else as notes; None where all VMs that live are well."""
+    """Return the error that a test has to fail with, further ones as its notes; None where all running VMs are well."""
     vms = [vm for factory in factories if not factory.closed for vm in list(factory.vms)]
     found = [trouble for vm in vms if (trouble := vm.check_up()) is not None]
     if not found:
@@ -21,5 +21,5 @@ def check_up(factories: Iterable[VmFactory]) -> VmError | None:
     for other in others:
         first.add_note(f"And {type(other).__name__}: {other}")
     first.add_note("Seen at the end of the test, after its last call. See vm.expect_panic() where it is meant to be.")
-    # How it was found out is nothing to the test.
+    # The traceback of this check would tell the user nothing.
     return first.with_traceback(None)

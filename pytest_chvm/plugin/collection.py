@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     kernels = metafunc.config.stash[settings_key].kernel
     marks = [*metafunc.definition.iter_markers("chvm")]
     if len(kernels) > 1 and marks and "chvm_kernel" not in metafunc.fixturenames:
-        # It gets its VM while it runs (`getfixturevalue`), which its marker alone says.
+        # A test that gets its VM by `getfixturevalue` shows that only by its marker.
         metafunc.fixturenames.append("chvm_kernel")
     if len(kernels) > 1 and "chvm_kernel" in metafunc.fixturenames and not any("kernel" in mark.kwargs for mark in marks):
         ids = [kernel.name for kernel in kernels]
@@ -71,7 +71,7 @@ def expect_vms(config: pytest.Config, session: pytest.Session | None = None) -> 
         workers = controller.workers if controller else {}
         config.stash[sigterm_key] = sigterm.OrderlyEnd(session if is_worker else None, workers)
         if journal := worker_input(config).get("journal"):
-            # An xdist controller hears of nothing that a worker has collected but the names; this it sees.
+            # A worker tells its xdist controller only the names of tests; this value reaches the controller too.
             Path(journal).write_text(f"{os.getpid()}\n")
 
 

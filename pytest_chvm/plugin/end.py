@@ -34,14 +34,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _say_what_is_left(config: pytest.Config) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     controller = config.stash.get(controller_key, None)
-    # A child that was forked in a test, and goes on as pytest, has nothing to say of its parent's.
+    # A forked child that goes on running pytest does not report on its parent's VMs.
     if reporter is None or summed_up_key in config.stash or config.stash.get(pid_key, None) != os.getpid():
         return
     if host_so_far(config) is not None or (controller and controller.journals):
         config.stash[summed_up_key] = True
         lines = _summary(config, controller)
         if lines and (reporter.stats.get("failed") or reporter.stats.get("error")):
-            # What is above may be a guest's.
+            # The lines above may be a guest's.
             reporter.write_sep("-", "virtual machines")
         for line in lines:
             reporter.write_line(line)
@@ -76,10 +76,10 @@ def _close_host(config: pytest.Config) -> list[str]:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the keeper process, if one is left, so that nothing outlives the run."""
     if pid_key not in config.stash:
-        # It never got as far as ours.
+        # Our `pytest_configure` did not run.
         return
     _close_host(config)
-    # Pytest has no summary after pytest.exit with a status of one's own, as SIGTERM has.
+    # Pytest prints no summary after pytest.exit with a status of its own, which SIGTERM causes.
     _say_what_is_left(config)
     end_host(config)
     if (sigterm := config.stash.get(sigterm_key, None)) is not None:

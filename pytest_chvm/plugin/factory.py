@@ -1,4 +1,4 @@
-"""What the fixtures `chvm_vm` and `chvm_vm_factory` give."""
+"""`VmFactory`: the value of the fixtures `chvm_vm` and `chvm_vm_factory`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pytest_chvm.model import NAME_PATTERN, Network, VmConfig, check_argument_na
 from pytest_chvm.model.arguments import VmArguments
 from pytest_chvm.settings import Settings
 
-# Of all VMs and networks of one fixture, which end at once.
+# For all VMs and networks of one fixture together: they are ended at the same time.
 TEARDOWN_S = 3.0
 
 
 class VmFactory:
-    """What the fixtures give: called like `launch`, it ends all its VMs and networks when it is closed.
+    """Called like `launch`; ends all its VMs and networks when it is closed.
 
     `defaults` are arguments of every call (a marker's); logs go below `log_dir`. VMs without a name get `name` and a number. No
     boot is waited for longer than `longest_boot_s`, whoever asks for more. `at_end_of_caller` has something done at the end of the
@@ -77,7 +77,7 @@ class VmFactory:
         given |= {**(config.given() if config else {}), **arguments}
         if wait is not None:
             given["wait"] = wait
-        # A name that is none is for VmConfig to refuse.
+        # VmConfig refuses invalid names.
         if given.get("serial_log") is None and isinstance(given["name"], str) and NAME_PATTERN.fullmatch(given["name"]):
             given["serial_log"] = self.new_log(given["name"])
         settings = self.settings.with_arguments({"boot_timeout": given.pop("boot_timeout", None)})
@@ -136,7 +136,7 @@ class VmFactory:
             raise StopFailedError("; ".join(failures))
 
     def end_what_is_left(self) -> list[str]:
-        """Return what should be gone with `close` and is not, in words, and end it: a teardown can be interrupted anywhere."""
+        """End what `close` should have ended and has not, since a teardown can be interrupted anywhere; returns that in words."""
         left: list[str] = []
         for lease in self._leases if os.getpid() == self._owner_pid else ():
             locks = held_under(lease)
@@ -148,7 +148,7 @@ class VmFactory:
 
 
 class _End(threading.Thread):
-    """The end of a VM beside those of others."""
+    """Ends one VM in a thread, while others end."""
 
     def __init__(self, vm: Vm) -> None:
         super().__init__(daemon=True)

@@ -1,6 +1,6 @@
-"""Whether the options can be right on this machine: looked at once, at the start of a run that has VM tests.
+"""Checks of the options, made once at the start of a run that has VM tests.
 
-Nothing is started here. What a test's own arguments say is checked when its VM is.
+Nothing is started here. A test's own arguments are checked when its VM is launched.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _number_kind(metavar: str) -> Any:
     """Return the type of a number in a configuration file: from 9 on pytest takes a TOML file's own, and insists on the type."""
     if pytest.version_tuple >= (9, 2):
-        # What an INI file has is a str, and ours to convert.
+        # Values of INI files are strings, which we convert.
         return str | int | float if metavar == "SECONDS" else str | int
     if pytest.version_tuple >= (9,):
         return "float" if metavar == "SECONDS" else "int"
@@ -68,7 +68,7 @@ def _ini_values(config: pytest.Config) -> dict[str, Any]:
         try:
             value = config.getini(option.ini_key)
         except (ValueError, TypeError) as error:
-            # Before 9.2 pytest does not say of which key a number is none.
+            # Before 9.2 pytest's error does not name the key of an invalid number.
             raise ValueError(f"{option.ini_key}: {error}") from error
         if value and option.metavar in ("PATH", "DIR"):
             texts = [text if text.startswith("~") else str(base / text) for text in (value if option.many else [value])]

@@ -1,4 +1,4 @@
-"""What happens with each test: whose VMs are whose, what befell them, and their part of its report."""
+"""Hooks around each test: which VMs are its own, what happened to them, and their sections of its report."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def pytest_runtest_makereport(
 
 def _skip_where_asked_for(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
     """Turn what the machine lacks into a skip, where --chvm-missing=skip asks for that, wherever in the test it was found out."""
-    # Without an import of ours there is no error of ours.
+    # As long as our errors module is not imported, no error is ours.
     if call.excinfo is None or item.config.stash[settings_key].missing != "skip" or "pytest_chvm.errors" not in sys.modules:
         return
     from pytest_chvm.errors import MissingRequirementError
@@ -146,7 +146,7 @@ def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[Vm
     from pytest_chvm.report.sections import VmRecord, directory_of, keep_logs, sections_of
 
     settings = item.config.stash[settings_key]
-    # A template and the VM it was booted for have one log.
+    # A template and the VM that it was built for share a log.
     vms = {vm.serial_log: vm for factory in factories for vm in factory.vms}
     records = [VmRecord(vm.name, vm.serial_log, vm.vmm_log, vm.handle.event_log, vm.events) for vm in vms.values()]
     if report.failed:

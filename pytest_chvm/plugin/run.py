@@ -33,7 +33,7 @@ def worker_input(config: pytest.Config) -> dict[str, Any]:
 
 
 def run_id(config: pytest.Config) -> str:
-    """Return what the processes of this run have in common, and no other run has."""
+    """Return the id that all processes of this run share."""
     given: str = worker_input(config).get("run", config.stash[run_key])
     return given
 

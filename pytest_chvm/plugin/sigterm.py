@@ -39,7 +39,7 @@ class OrderlyEnd:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.before)
 
     def _in_child(self) -> None:
-        # It is to end as it would without us.
+        # It is to end as it would without this plugin.
         self.let_go()
         self._after_fork()
 
@@ -51,7 +51,7 @@ class OrderlyEnd:
                 if start_time_ticks(pid) == started:
                     os.kill(pid, number)
             if self._session is not None:
-                # Or the controller would wait for what this worker has not run.
+                # Otherwise the controller would wait for the tests that this worker has not run.
                 self._session.shouldstop = "SIGTERM"
             pytest.exit("SIGTERM", returncode=STATUS)
 

@@ -1,4 +1,4 @@
-"""What an xdist controller does about its workers' VMs; part of the plugin, registered where there are workers."""
+"""Hooks of the xdist controller that look after its workers' VMs; registered where there are workers."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def directory_of(node_id: str, worker: str, attempt: int) -> str:
     plain = node_id.replace("::", "-").replace("/", "-").replace("[", "-").removesuffix("]")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", plain)[:LONGEST_NAME].strip("-.")
     if name != plain:
-        # Others may be the same without what was left out.
+        # Shortened names of other tests may be the same.
         name += f"-{hashlib.sha256(node_id.encode(errors='surrogateescape')).hexdigest()[:8]}"
     return name + (f"-{worker}" if worker != "main" else "") + (f"-attempt-{attempt}" if attempt > 1 else "")
 
