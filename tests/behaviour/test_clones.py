@@ -11,7 +11,11 @@ import time
 import pytest
 
 from pytest_chvm import GuestCommandError, Tap, UnsupportedError, VmIOError, VmState
+from pytest_chvm.base.cache import default_cache_dir
+from pytest_chvm.base.progress import show_progress
+from pytest_chvm.guest.kernel import PackageError, fetch_kernel_package
 
+KERNEL_WITH_VMGENID = "linux-image-6.12-cloud-amd64"
 # Of a machine with much to do; `benchmarks/clones.py` measures it on an idle one.
 CLOCK_ERROR_S = 0.5
 
@@ -44,6 +48,18 @@ def test_clones_draw_different_random_numbers_from_the_start(boot):
     streams = [drawn() for _ in range(4)]
     assert len({stream[0] for stream in streams}) == 4, streams
     assert len({stream[1] for stream in streams}) == 4, streams
+
+
+def test_a_clones_kernel_reseeds_itself_where_the_vmm_can_tell_it(chvm_vm):
+    """Cloud Hypervisor has nothing to tell it by, and Debian 12's own kernel not the driver."""
+    try:
+        tree = fetch_kernel_package(KERNEL_WITH_VMGENID, default_cache_dir() / "newer", show_progress)
+    except PackageError as error:
+        pytest.skip(f"no kernel with CONFIG_VMGENID: {error}")
+    (kernel,) = (tree / "boot").glob("vmlinuz-*")
+    for boot, times in (("cold", 0), ("clone", 1)):
+        with chvm_vm(vmm="qemu", kernel=kernel, boot=boot, network="none") as vm:
+            assert vm.check_output("dmesg").count("crng reseeded due to virtual machine fork") == times
 
 
 def test_a_clone_has_the_hosts_time(clones):

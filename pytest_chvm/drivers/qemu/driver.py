@@ -34,8 +34,11 @@ INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fed
 SYSTEM_CALLS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 # Asked when something else has taken too long already.
 RUN_STATE_TIMEOUT_S = 2.0
+# A number that differs in a clone: its kernel (CONFIG_VMGENID, Linux 5.18 and newer) then reseeds itself before it draws another
+# random number. Kernels without that driver are reseeded by `guest/renewal.py` alone.
+GENERATION_DEVICE = ("-device", "vmgenid,guid=auto")
 # What all VMs have, as far as it has changed: a saved one cannot go on in a machine with other devices.
-MACHINE = qemu_events.PANIC_DEVICE
+MACHINE = (*qemu_events.PANIC_DEVICE, *GENERATION_DEVICE)
 
 
 class QemuDriver:
@@ -111,7 +114,7 @@ class QemuDriver:
         machine += self._memory(boot)
         machine += self._boot_source(config)
         machine += ["-chardev", f"file,id=serial,path={_quoted(boot.serial_log)},append=on", "-serial", "chardev:serial"]
-        machine += ["-device", "virtio-rng-pci"]
+        machine += ["-device", "virtio-rng-pci", *GENERATION_DEVICE]
         machine += self._nics(boot, shown)
         if vsock := qemu_vsock.open_device(config.name):
             fd, cid = vsock
