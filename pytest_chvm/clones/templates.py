@@ -11,9 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm import __version__
-from pytest_chvm.drivers.base import VmDriver
+from pytest_chvm.drivers.base import SAVE, Saves, VmDriver
 from pytest_chvm.drivers.disks import plain_images
-from pytest_chvm.drivers.qemu.devices import SPARE_PORTS
 from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.model import Network, Tap, VmConfig
 
@@ -22,11 +21,13 @@ PROCESSOR_FACTS = ("model name", "flags", "microcode")
 KVM_MODULES = Path("/sys/module")
 
 
-def why_no_clone(config: VmConfig, *, built_in_guest: bool, network_mode: str) -> str | None:
+def why_no_clone(config: VmConfig, driver: VmDriver, *, built_in_guest: bool, network_mode: str) -> str | None:
     """Return why a VM has to be booted, or None where it can be a clone.
 
     `network_mode` is that of a VM whose config names no networks.
     """
+    if not isinstance(driver, Saves):
+        return f"{driver.vmm} cannot {SAVE}"
     why = None if built_in_guest else _why_no_clone_of_an_image(config, network_mode)
     if why is not None:
         return f"it has an initramfs or root disk of its own, and {why}"
@@ -34,8 +35,9 @@ def why_no_clone(config: VmConfig, *, built_in_guest: bool, network_mode: str) -
         return "it has a seed_iso"
     if config.channels:
         return "it has channels"
-    if len(config.shared_dirs) + (config.data_disk is not None) > SPARE_PORTS:
-        return f"it has more shared dirs and disks than the {SPARE_PORTS} for which a clone has places"
+    slots = driver.abilities.spare_slots
+    if len(config.shared_dirs) + (config.data_disk is not None) > slots:
+        return f"it has more shared dirs and disks than the {slots} for which a clone has places"
     if not all(isinstance(n, Tap) or (isinstance(n, Network) and n.bridge) for n in config.networks or ()):
         return "it has a network that is not a TAP's"
     return None
@@ -62,10 +64,10 @@ def _why_no_clone_of_an_image(config: VmConfig, network_mode: str) -> str | None
     return None
 
 
-def why_no_snapshot(config: VmConfig, plugged: Iterable[str], *, is_clone: bool, vmm: str) -> str | None:
+def why_no_snapshot(config: VmConfig, driver: VmDriver, plugged: Iterable[str], *, is_clone: bool) -> str | None:
     """Return why a running VM of a kind that can be cloned cannot be saved, or None where it can."""
-    if config.root_disk is not None and vmm != "qemu":
-        return "Cloud Hypervisor has all of a root disk in its file only when it has ended"
+    if config.root_disk is not None and not driver.abilities.live_root_disk:
+        return f"{driver.vmm} has all of a root disk in its file only when it has ended"
     if config.data_disk is not None:
         return "it has a data_disk, which would be its clones' too"
     if config.shared_dirs and not is_clone:
@@ -88,7 +90,7 @@ def clone_config(config: VmConfig) -> VmConfig:
 
 def made_of(
     config: VmConfig,
-    driver: VmDriver,
+    driver: Saves,
     identify: Callable[[Path], str],
     *,
     built_in_guest: bool,

@@ -8,55 +8,123 @@ from __future__ import annotations
 
 import logging
 import socket
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, BootOptions
-from pytest_chvm.errors import VmError
+from pytest_chvm.errors import UnsupportedError, VmError
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmStatus
+from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus
 
 logger = logging.getLogger("pytest_chvm")
 
 
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a VMM has that no method of its driver shows.
+
+    `user_network`, `multicast_network`: networks that need nothing of the host's. `cpu_models`: `cpu_model` chooses one.
+    `live_root_disk`: all of a root disk is in its file while the VM is paused, so that it can go on after a snapshot.
+    `spare_slots`: for how many devices a VM with `hotplug` has places.
+    `console_piece`: how many bytes of a command's output may be on their way to us over the virtio console at once.
+    """
+
+    user_network: bool = False
+    multicast_network: bool = False
+    cpu_models: bool = False
+    live_root_disk: bool = False
+    spare_slots: int = 0
+    console_piece: int = 1 << 13
+
+
 class VmDriver(Protocol):
-    """A VMM. Thread-safe; an operation that it does not have raises UnsupportedError."""
+    """A VMM. Thread-safe. A driver is a subclass, and owes what is abstract; what it does not have of the rest is refused here.
+
+    What else a VMM may be able to do is a protocol of its own below, which a driver names among its bases.
+    """
 
     vmm: str
-    # How many bytes of a command's output may be on their way to us over the virtio console at once.
-    console_piece: int
+    abilities: Abilities
 
+    @abstractmethod
     def why_not(self) -> str | None:
         """Return why this VMM is no good choice on this machine, or None where it is one."""
 
+    @abstractmethod
     def binary(self) -> Binary:
         """Return the VMM's executable; raises InvalidConfigError where there is none that works."""
+
+    def failure_hint(self) -> str | None:
+        """Return what a person should know of this machine when the VMM has failed on it."""
+        return None
+
+    @abstractmethod
+    def boot(self, config: VmConfig, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
+        """Start a VM and return at once, STARTING; whatever fails leaves nothing behind."""
+
+    @abstractmethod
+    def stop(self, handle: VmHandle) -> None:
+        """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
+
+    @abstractmethod
+    def kill(self, handle: VmHandle) -> None:
+        """End the VMM with SIGKILL and remove all that the VM had."""
+
+    @abstractmethod
+    def state(self, handle: VmHandle) -> VmStatus:
+        """Return what has become of a VM; asking changes nothing."""
+
+    def pause(self, handle: VmHandle) -> None:
+        """Stop the guest's processors."""
+        raise unsupported(self.vmm, handle.name, "pause a guest")
+
+    def resume(self, handle: VmHandle) -> None:
+        """Let a paused guest go on."""
+        raise unsupported(self.vmm, handle.name, "let a guest go on")
+
+    def snapshot(self, handle: VmHandle, directory: Path) -> None:
+        """Save a paused VM's state and memory to a directory; disks are not saved."""
+        raise unsupported(self.vmm, handle.name, SAVE)
+
+    def restore(self, config: VmConfig, directory: Path, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
+        """Start a VM from a snapshot's directory and return it running; it writes nothing there.
+
+        `config` may differ from the snapshot's in names, logs, the other end of each NIC, and shared dirs, which are plugged in.
+        """
+        raise unsupported(self.vmm, config.name, SAVE)
+
+
+@runtime_checkable
+class Saves(Protocol):
+    """`snapshot` and `restore` are more than refusals: templates can be made, and clones of them."""
 
     def snapshot_key(self) -> list[str]:
         """Return what of the VMM itself a snapshot depends on."""
 
-    def failure_hint(self) -> str | None:
-        """Return what a person should know of this machine when the VMM has failed on it."""
 
-    def boot(self, config: VmConfig, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
-        """Start a VM and return at once, STARTING; whatever fails leaves nothing behind."""
-
-    def stop(self, handle: VmHandle) -> None:
-        """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
-
-    def kill(self, handle: VmHandle) -> None:
-        """End the VMM with SIGKILL and remove all that the VM had."""
-
-    def state(self, handle: VmHandle) -> VmStatus:
-        """Return what has become of a VM; asking changes nothing."""
+@runtime_checkable
+class Console(Protocol):
+    """The guest has a virtio console, on which its shell is."""
 
     def open_console(self, handle: VmHandle) -> int:
         """Return a descriptor of the guest's virtio console, for the shell."""
 
+
+@runtime_checkable
+class Channels(Protocol):
+    """The guest has virtio-serial ports: `channels` of the config."""
+
     def open_channel(self, handle: VmHandle, name: str) -> int:
         """Return a descriptor of the host's end of one of the config's channels."""
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """The VMM can be asked about a VM."""
 
     def info(self, handle: VmHandle) -> dict[str, object]:
         """Return what the VMM says of the VM, in its own words."""
@@ -64,11 +132,38 @@ class VmDriver(Protocol):
     def counters(self, handle: VmHandle) -> dict[str, object]:
         """Return what the VMM has counted of each device, in its own words."""
 
+
+@runtime_checkable
+class Watches(Protocol):
+    """The VMM says by itself what befalls the guest."""
+
     def event_log(self, handle: VmHandle) -> Path | None:
         """Return the file that grows when something befalls the guest, where the VMM keeps one."""
 
     def trouble(self, handle: VmHandle) -> VmError | None:
         """Return what befell the guest that the test must be told of, as far as the VMM has said so."""
+
+    def run_state(self, handle: VmHandle) -> str | None:
+        """Return in the VMM's words what the guest does where it does not run; None where it runs."""
+
+
+@runtime_checkable
+class Reboots(Protocol):
+    """A guest can start again in the same VMM."""
+
+    def allow_reboot(self, handle: VmHandle, shares: Sequence[ServedShare]) -> tuple[VmHandle, list[ServedShare]]:
+        """Let the next reboot of the guest be one, where it would otherwise be the VMM's end, or trouble.
+
+        Returns the handle from then on, and who serves the shared dirs, `shares` until now.
+        """
+
+    def settle(self, handle: VmHandle) -> None:
+        """Take what befell the guest so far for dealt with: it is up, and its next reboot is trouble again."""
+
+
+@runtime_checkable
+class Plugs(Protocol):
+    """Devices come and go while the guest runs."""
 
     def add_disk(self, handle: VmHandle, image: Path, *, read_only: bool) -> str:
         """Plug a disk in; returns its id."""
@@ -82,8 +177,18 @@ class VmDriver(Protocol):
     def remove_device(self, handle: VmHandle, device: str) -> None:
         """Unplug a device that was plugged in."""
 
+
+@runtime_checkable
+class Resizes(Protocol):
+    """Processors and memory come and go while the guest runs."""
+
     def resize(self, handle: VmHandle, *, cpus: int | None, memory_mb: int | None) -> None:
         """Give the VM another number of processors or amount of memory."""
+
+
+@runtime_checkable
+class Vsock(Protocol):
+    """Guest and host have sockets to each other without a network."""
 
     def open_vsock(self, handle: VmHandle, port: int) -> socket.socket:
         """Return a stream connected to a vsock port of the guest's."""
@@ -91,38 +196,86 @@ class VmDriver(Protocol):
     def listen_vsock(self, handle: VmHandle, port: int) -> socket.socket:
         """Return a listener that the guest reaches at a vsock port of the host's (CID 2)."""
 
+
+@runtime_checkable
+class ForwardsPorts(Protocol):
+    """Ports of a guest on the user-mode network can be reached."""
+
     def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
         """Return where on the host a port of a guest on the user-mode network can be reached."""
 
-    def pause(self, handle: VmHandle) -> None:
-        """Stop the guest's processors."""
 
-    def resume(self, handle: VmHandle) -> None:
-        """Let a paused guest go on."""
+@runtime_checkable
+class PowerButton(Protocol):
+    """The machine has a power button."""
 
     def power_button(self, handle: VmHandle) -> None:
         """Press the power button; what that does is the guest's to decide."""
 
-    def allow_reboot(self, handle: VmHandle, shares: Sequence[ServedShare]) -> tuple[VmHandle, list[ServedShare]]:
-        """Let the next reboot of the guest be one, where it would otherwise be the VMM's end, or trouble.
 
-        Returns the handle from then on, and who serves the shared dirs, `shares` until now.
-        """
+@runtime_checkable
+class AbleDriver(
+    VmDriver,
+    Saves,
+    Console,
+    Channels,
+    Describes,
+    Watches,
+    Reboots,
+    Plugs,
+    Resizes,
+    Vsock,
+    ForwardsPorts,
+    PowerButton,
+    Protocol,
+):
+    """All of them."""
 
-    def settle(self, handle: VmHandle) -> None:
-        """Take what befell the guest so far for dealt with: it is up, and its next reboot is trouble again."""
 
-    def run_state(self, handle: VmHandle) -> str | None:
-        """Return in the VMM's words what the guest does where it does not run; None where it runs."""
+SAVE = "save a VM, or start a saved one"
+# Of each ability, the end of a sentence that begins with "cannot".
+IN_WORDS: dict[type, str] = {
+    Saves: SAVE,
+    Console: "give a guest a virtio console, which commands and files go over",
+    Channels: "give a guest virtio-serial ports (channels)",
+    Describes: "be asked about a VM",
+    Watches: "say what befalls a guest",
+    Reboots: "have a guest start again",
+    Plugs: "plug devices in and out",
+    Resizes: "change processors or memory of a guest that runs",
+    Vsock: "give a guest a vsock",
+    ForwardsPorts: "forward a port to a guest on a user-mode network",
+    PowerButton: "press a guest's power button",
+}
 
-    def snapshot(self, handle: VmHandle, directory: Path) -> None:
-        """Save a paused VM's state and memory to a directory; disks are not saved."""
 
-    def restore(self, config: VmConfig, directory: Path, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
-        """Start a VM from a snapshot's directory and return it running; it writes nothing there.
+def unsupported(vmm: str, vm_name: str, what: str, instead: str = "use another VMM (--chvm-vmm)") -> UnsupportedError:
+    """Return the error of a VMM that cannot do something; `what` is the end of a sentence that begins with "cannot"."""
+    return UnsupportedError(f"VM {vm_name!r}: {vmm} cannot {what}: {instead}", vm_name=vm_name)
 
-        `config` may differ from the snapshot's in names, logs, the other end of each NIC, and shared dirs, which are plugged in.
-        """
+
+def method_of(driver: VmDriver, name: str, vm_name: str) -> Any:
+    """Return an attribute of a driver; raises UnsupportedError, naming the VMM, for one of an ability that it does not have."""
+    if not hasattr(driver, name):
+        for ability, words in IN_WORDS.items():
+            if hasattr(ability, name):
+                raise unsupported(driver.vmm, vm_name, words)
+    return getattr(driver, name)
+
+
+def check_abilities(driver: VmDriver, config: VmConfig) -> None:
+    """Raise UnsupportedError for the first thing in a config that the VMM does not have, whatever the host has."""
+    able = driver.abilities
+    if config.cpu_model is not None and not able.cpu_models:
+        raise unsupported(driver.vmm, config.name, "choose the model of a processor", "leave out cpu_model")
+    if config.channels and not isinstance(driver, Channels):
+        raise unsupported(driver.vmm, config.name, IN_WORDS[Channels], "leave out channels")
+    for network in config.networks or ():
+        is_user, is_multicast = isinstance(network, UserNetwork), isinstance(network, Network) and network.bridge is None
+        if (is_user and not able.user_network) or (is_multicast and not able.multicast_network):
+            raise unsupported(
+                driver.vmm, config.name, "have a network without a TAP", "run as root, which can make TAPs, or use --chvm-vmm=qemu"
+            )
 
 
 def share_id(share: SharedDir) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pytest_chvm.base.steps import take_all
 from pytest_chvm.base.text import last_lines
-from pytest_chvm.drivers.base import logger
+from pytest_chvm.drivers.base import VmDriver, check_abilities, logger
 from pytest_chvm.drivers.boot import CONSOLE_FILE, MEMORY_FILE, Boot, BootOptions, VmmCommand
 from pytest_chvm.drivers.memory import Memory, copied_to_memory
 from pytest_chvm.drivers.preflight import preflight
@@ -45,7 +45,7 @@ class VmmProcess:
     `programs` are the names one of which must be in the command line of a process before it is signalled.
     """
 
-    vmm: str
+    driver: VmDriver
     programs: Sequence[str]
     virtiofsd: Path | None
     host: Host
@@ -63,6 +63,7 @@ class VmmProcess:
         restoring: Path | None = None,
     ) -> VmHandle:
         """Start a VMM: checks first, then the sidecars, then it. Whatever fails leaves nothing behind."""
+        check_abilities(self.driver, config)
         preflight(config)
         self.host.names.claim(config)
         mine = None
@@ -114,7 +115,7 @@ class VmmProcess:
             with memory.open("xb") as file:
                 file.truncate(config.memory_mb << 20)
         handle = VmHandle(
-            config.name, config.namespace, self.vmm, VmState.STARTING, None, serial_log, boot.machine_id,
+            config.name, config.namespace, self.driver.vmm, VmState.STARTING, None, serial_log, boot.machine_id,
             lease.directory, options.ready_marker, options.nonce, netns=config.netns,
         )  # fmt: skip
         _start_log(serial_log, config, restoring and restoring / CONSOLE_FILE)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pytest_chvm.base.deadline import Deadline, wait_readable
 from pytest_chvm.base.text import last_lines
 from pytest_chvm.base.watch import FileWatch
-from pytest_chvm.drivers.base import VmDriver
+from pytest_chvm.drivers.base import Reboots, VmDriver, Watches, method_of
 from pytest_chvm.errors import (
     BootFailedError,
     EarlyGuestPanicError,
@@ -78,7 +78,7 @@ class Health:
         self.expects_panic = False
         self._expected: GuestPanicError | None = None
         self._asking = False
-        events = driver.event_log(first)
+        events = driver.event_log(first) if isinstance(driver, Watches) else None
         self._watch = FileWatch(first.serial_log, *([events] if events else []))
         self._pidfds: dict[int, int] = {}
 
@@ -134,7 +134,7 @@ class Health:
             self._noticed(cause)
             raise cause from error
         try:
-            state = self._driver.run_state(self._handle())
+            state = self._driver.run_state(self._handle()) if isinstance(self._driver, Watches) else None
             said = state and f"The VMM says that the guest does not run: it is {state!r}."
         except VmError as silent:
             said = f"The VMM does not say whether the guest runs: {silent}"
@@ -187,7 +187,8 @@ class Health:
 
     def started_anew(self) -> None:
         """Take what befell the guest before it started again for dealt with."""
-        self._driver.settle(self._handle())
+        if isinstance(self._driver, Reboots):
+            self._driver.settle(self._handle())
         self._expected, self.told = None, False
 
     @property
@@ -220,7 +221,7 @@ class Health:
 
     def _look_for_trouble(self) -> None:
         name = self._config.name
-        trouble = self._driver.trouble(self._handle())
+        trouble = self._driver.trouble(self._handle()) if isinstance(self._driver, Watches) else None
         text = self._panic.scan()
         if isinstance(trouble, GuestPanicError):
             raise self._panicked(text or str(trouble))
@@ -337,14 +338,14 @@ class Health:
 
 
 class Telling:
-    """A VM's driver, whose errors tell the test of a VMM that has ended, as `Health` does."""
+    """A VM's driver, whose errors tell the test of a VMM that has ended, as `Health` does; what its VMM lacks is refused."""
 
-    def __init__(self, driver: VmDriver, health: Health) -> None:
-        self._of = driver, health
+    def __init__(self, driver: VmDriver, health: Health, vm_name: str) -> None:
+        self._of = driver, health, vm_name
 
     def __getattr__(self, name: str) -> Any:
-        driver, health = self._of
-        found = getattr(driver, name)
+        driver, health, vm_name = self._of
+        found = method_of(driver, name, vm_name)
         if not callable(found):
             return found
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pytest_chvm.drivers.base import VmDriver
+from pytest_chvm.drivers.base import Plugs
 from pytest_chvm.drivers.images import check_disk
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError
 from pytest_chvm.host.leases import Lease
@@ -43,7 +43,7 @@ def require_room(config: VmConfig) -> None:
         raise UnsupportedError(f"VM {config.name!r} has no room for devices: boot it with hotplug=True", vm_name=config.name)
 
 
-def add_disk(driver: VmDriver, handle: VmHandle, image: Path, *, read_only: bool) -> Device:
+def add_disk(driver: Plugs, handle: VmHandle, image: Path, *, read_only: bool) -> Device:
     """Plug a disk in; the guest's writes stay on it unless it is read-only. Raises InvalidConfigError where there is no image."""
     if not image.is_file():
         raise InvalidConfigError(f"VM {handle.name!r}: the disk {str(image)!r} does not exist, or is no file", vm_name=handle.name)
@@ -55,7 +55,7 @@ def add_disk(driver: VmDriver, handle: VmHandle, image: Path, *, read_only: bool
     return Device(driver.add_disk(handle, image, read_only=read_only), "disk")
 
 
-def add_tap(driver: VmDriver, handle: VmHandle, lease: Lease, tap: Tap, plugged: Collection[Device]) -> tuple[Device, VmHandle]:
+def add_tap(driver: Plugs, handle: VmHandle, lease: Lease, tap: Tap, plugged: Collection[Device]) -> tuple[Device, VmHandle]:
     """Plug a NIC in; a TAP that is not there is made, and removed with the VM. Returns the handle that knows of it.
 
     Without a MAC of its own it gets the first one made of the VM's name that none of the `plugged` devices has.
@@ -73,9 +73,7 @@ def add_tap(driver: VmDriver, handle: VmHandle, lease: Lease, tap: Tap, plugged:
     return Device(driver.add_tap(handle, name, mac), "nic", tap=name, mac=mac), handle
 
 
-def add_share(
-    driver: VmDriver, handle: VmHandle, lease: Lease, share: SharedDir, virtiofsd: Path | None
-) -> tuple[Device, VmHandle]:
+def add_share(driver: Plugs, handle: VmHandle, lease: Lease, share: SharedDir, virtiofsd: Path | None) -> tuple[Device, VmHandle]:
     """Plug a shared dir in, with a virtiofsd of its own. Returns the handle that knows of it."""
     check_shared_dir(share)
     program = find_virtiofsd(virtiofsd)
@@ -89,7 +87,7 @@ def add_share(
     return Device(device, "fs", served=served), replace(handle, sidecars=(*handle.sidecars, served.process))
 
 
-def remove(driver: VmDriver, handle: VmHandle, device: Device) -> None:
+def remove(driver: Plugs, handle: VmHandle, device: Device) -> None:
     """Unplug a device; its virtiofsd ends with it, its TAP stays until the VM ends."""
     driver.remove_device(handle, device.id)
     if device.served is not None:

@@ -16,7 +16,7 @@ from pytest_chvm.clones.digests import content_key, file_identity
 from pytest_chvm.clones.store import HeldTemplate, TemplateStore
 from pytest_chvm.clones.templates import clone_config, made_of, template_config, why_no_clone, why_no_snapshot
 from pytest_chvm.drivers import choose_vmm, make_driver
-from pytest_chvm.drivers.base import VmDriver, logger
+from pytest_chvm.drivers.base import Saves, VmDriver, logger
 from pytest_chvm.drivers.boot import MEMORY_FILE, ROOT_FILE, BootOptions
 from pytest_chvm.drivers.disks import check_was_closed
 from pytest_chvm.drivers.memory import copy_sparse
@@ -195,7 +195,7 @@ class Launcher:
 
     def _why_no_clone(self, guest: Guest) -> str | None:
         mode, _why = network_mode(self.settings, self.driver, outbound=guest.config.outbound)
-        return why_no_clone(guest.config, built_in_guest=guest.built_in, network_mode=mode)
+        return why_no_clone(guest.config, self.driver, built_in_guest=guest.built_in, network_mode=mode)
 
     def want_template(self, guest: Guest) -> None:
         """Have the next VM of an image of one's own be a clone."""
@@ -207,6 +207,7 @@ class Launcher:
 
     def _made_of(self, guest: Guest, identify: Callable[[Path], str]) -> dict[str, object]:
         mode, _why = network_mode(self.settings, self.driver, outbound=guest.config.outbound)
+        assert isinstance(self.driver, Saves)
         try:
             return made_of(
                 template_config(guest.config),
@@ -329,7 +330,7 @@ class Launcher:
 
     def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:
         is_clone = vm.origin.boot == "clone"
-        why = self._why_no_clone(guest) or why_no_snapshot(guest.config, vm.plugged, is_clone=is_clone, vmm=self.driver.vmm)
+        why = self._why_no_clone(guest) or why_no_snapshot(guest.config, self.driver, vm.plugged, is_clone=is_clone)
         if why is None and vm.status.state is VmState.PAUSED:
             why = "it is paused: resume() it first"
         elif why is None and vm.resized:

@@ -18,12 +18,12 @@ def network_mode(settings: Settings, driver: VmDriver, *, outbound: bool = True)
     """Return the kind of network a VM gets, `tap`, `user` or `none`, and why; without `outbound` none on which it can reach out."""
     if settings.network != "auto":
         return settings.network, "asked for"
-    if not outbound and driver.vmm == "qemu":
+    if not outbound and driver.abilities.user_network:
         return "user", "outbound=False goes with no other"
     reason = networks.why_no_taps()
     if reason is None:
         return "tap", "TAPs can be made here"
-    if driver.vmm == "qemu":
+    if driver.abilities.user_network:
         return "user", f"no TAP can be made: {reason}"
     return "none", f"no TAP can be made: {reason}; {driver.vmm} has no user mode"
 
@@ -88,7 +88,7 @@ def _tell(words: list[str], index: int, nic: networks.Nic, vm_name: str) -> None
 def _default_network(config: VmConfig, driver: VmDriver, settings: Settings) -> list[Any]:
     mode, _why = network_mode(settings, driver, outbound=config.outbound)
     if mode == "user":
-        if driver.vmm != "qemu":
+        if not driver.abilities.user_network:
             raise UnsupportedError(
                 f"{driver.vmm} has no user-mode network: use tap or none, or --chvm-vmm=qemu", vm_name=config.name
             )

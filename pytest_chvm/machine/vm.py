@@ -17,7 +17,7 @@ from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.steps import Step, take_all
 from pytest_chvm.base.text import read_tail
 from pytest_chvm.base.untouched import Socket
-from pytest_chvm.drivers.base import VmDriver, logger, share_id
+from pytest_chvm.drivers.base import AbleDriver, VmDriver, logger, share_id
 from pytest_chvm.drivers.boot import CONSOLE_FILE
 from pytest_chvm.errors import (
     BootFailedError,
@@ -106,7 +106,6 @@ class Vm:
         self.handle = handle
         self._log = EventLog(handle.event_log)
         self._log.add_spawned(handle, origin.in_words, [share.tag for share in config.shared_dirs])
-        self._driver = driver
         self._boot_deadline = boot_deadline
         self._lease = lease
         self._virtiofsd = virtiofsd
@@ -135,14 +134,14 @@ class Vm:
             noticed=lambda error: self._log.add_trouble(error, vmm_ended=self._health.has_ended()),
             console_start=_size(origin.saved / CONSOLE_FILE) if origin.saved else 0,
         )
-        self._driver = cast("VmDriver", Telling(driver, self._health))
+        self._driver = cast("AbleDriver", Telling(driver, self._health, config.name))
         self._shell = GuestShell(
             self.name,
-            lambda: driver.open_console(handle),
+            lambda: self._driver.open_console(handle),
             self._health.wake_fds,
             self.check_alive,
             self._health.check_ending,
-            driver.console_piece,
+            driver.abilities.console_piece,
         )
 
     def __repr__(self) -> str:
@@ -590,7 +589,7 @@ class Vm:
         self.check_alive()
         try:
             self._shell.tell("sync; poweroff -f || poweroff", deadline.remaining_s)
-        except VmIOError:
+        except (VmIOError, UnsupportedError):
             self._driver.power_button(self.handle)
         if not self._health.wait_ended(deadline):
             raise StopFailedError(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pytest_chvm import HostError, InvalidConfigError, UnsupportedError, VmConfig
+from pytest_chvm import HostError, InvalidConfigError, QemuDriver, UnsupportedError, VmConfig
 from pytest_chvm.clones import store as snapshots
 from pytest_chvm.clones.digests import content_key, digest_of
 from pytest_chvm.clones.store import RECORD_FILE, Template, TemplateStore, describe
@@ -337,7 +337,7 @@ def test_only_what_a_clone_can_have_is_cloned(tmp_path):
     can = VmConfig(networks=[Tap()], shared_dirs={"a": tmp_path}, data_disk=tmp_path)
 
     def why(config, *, built_in_guest=True, network_mode="tap"):
-        return why_no_clone(config, built_in_guest=built_in_guest, network_mode=network_mode)
+        return why_no_clone(config, QemuDriver(), built_in_guest=built_in_guest, network_mode=network_mode)
 
     assert why(can) is None
     assert "seed_iso" in why(VmConfig(seed_iso=tmp_path))
@@ -364,7 +364,7 @@ def test_only_what_a_clone_can_have_is_cloned(tmp_path):
 )
 def test_only_an_image_that_a_clone_can_be_renewed_of_is_cloned(asked, more, why):
     options = {"built_in_guest": False, "network_mode": "tap", **more}
-    found = why_no_clone(VmConfig(**asked), **options)
+    found = why_no_clone(VmConfig(**asked), QemuDriver(), **options)
     assert why in found if why else found is None
 
 

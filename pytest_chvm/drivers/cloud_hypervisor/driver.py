@@ -11,7 +11,21 @@ from pathlib import Path
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.untouched import Socket
 from pytest_chvm.base.watch import FileWatch
-from pytest_chvm.drivers.base import logger, share_id
+from pytest_chvm.drivers.base import (
+    Abilities,
+    Console,
+    Describes,
+    Plugs,
+    PowerButton,
+    Reboots,
+    Resizes,
+    Saves,
+    VmDriver,
+    Vsock,
+    Watches,
+    logger,
+    share_id,
+)
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, MEMORY_FILE, Boot, BootOptions, VmmCommand
 from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
@@ -22,14 +36,14 @@ from pytest_chvm.drivers.events import event_log, open_event_log
 from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.memory import copy_sparse, inherited_memory
 from pytest_chvm.drivers.process import VmmProcess
-from pytest_chvm.drivers.taps import AttachedTap, taps_of
+from pytest_chvm.drivers.taps import taps_of
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, UnsupportedError, VmError, VmIOError, VmNotFoundError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus
+from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmStatus
 
 PLACES = ("/usr/bin", "/usr/local/bin")
 INSTALL = "install it from https://github.com/cloud-hypervisor/cloud-hypervisor/releases, or name one with --chvm-binary"
@@ -37,13 +51,13 @@ RESTORE_DIR = "restore"
 UNPLUG_TIMEOUT_S = 20.0
 
 
-class CloudHypervisorDriver:
+class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboots, Plugs, Resizes, Vsock, PowerButton):
     """Runs VMs with Cloud Hypervisor, which needs KVM."""
 
     vmm = "cloud-hypervisor"
     # What does not fit into the PTY it keeps until the guest writes more, which it would not. A PTY's buffers take 8 KiB (the
     # limit of pty_common_install(), drivers/tty/pty.c) and what is in the line discipline.
-    console_piece = 1 << 13
+    abilities = Abilities(spare_slots=8, console_piece=1 << 13)
 
     def __init__(
         self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None, host: Host | None = None
@@ -51,7 +65,7 @@ class CloudHypervisorDriver:
         if accel not in ("auto", "kvm"):
             raise InvalidConfigError(f"accel={accel!r}: Cloud Hypervisor has KVM only; use --chvm-vmm=qemu for software")
         self._binary = binary
-        self._process = VmmProcess(self.vmm, ("cloud-hypervisor",), virtiofsd, host or default_host())
+        self._process = VmmProcess(self, ("cloud-hypervisor",), virtiofsd, host or default_host())
         self._monitors: dict[str, EventMonitor] = {}
         # Of clones, until they are asked for.
         self._consoles: dict[str, int] = {}
@@ -93,11 +107,6 @@ class CloudHypervisorDriver:
         config = boot.config
         for path in (config.kernel, config.initramfs, config.root_disk, config.seed_iso, config.data_disk, boot.serial_log):
             _check_text(config, path)
-        if config.cpu_model is not None or config.channels:
-            raise UnsupportedError(
-                f"VM {config.name!r}: Cloud Hypervisor has no CPU models or virtio-serial ports: leave out cpu_model and channels",
-                vm_name=config.name,
-            )
         machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), os.fspath(self.binary().path)]
         cmdline = config.cmdline
         if cmdline is None:
@@ -108,7 +117,7 @@ class CloudHypervisorDriver:
         machine += ["--cpus", f"boot={config.cpus}{f',max={config.max_cpus}' if config.max_cpus else ''}"]
         machine += self._memory(boot)
         machine += self._disks(boot)
-        taps = self._taps(boot)
+        taps = taps_of(boot)
         for tap in taps:
             machine += ["--net", f"tap={tap.name},mac={tap.mac}"]
         machine += ["--serial", f"file={_quoted(boot.serial_log)}", "--console", "pty" if boot.console else "off"]
@@ -141,16 +150,6 @@ class CloudHypervisorDriver:
         # For vhost-user: a shared dir, now or plugged in later.
         shared = ",shared=on" if config.shared_dirs or config.hotplug else ""
         return ["--memory", f"size={config.memory_mb}M{room}{shared}"]
-
-    @staticmethod
-    def _taps(boot: Boot) -> list[AttachedTap]:
-        taps = taps_of(boot)
-        if any(isinstance(network, UserNetwork | Network) for network in boot.config.networks or ()):
-            raise UnsupportedError(
-                f"VM {boot.config.name!r}: Cloud Hypervisor needs a TAP for each network: run as root, or use --chvm-vmm=qemu",
-                vm_name=boot.config.name,
-            )
-        return taps
 
     @staticmethod
     def _disks(boot: Boot) -> list[str]:
@@ -206,14 +205,6 @@ class CloudHypervisorDriver:
             os.close(fd)
             raise VmIOError(f"VM {handle.name!r}: its console {path} cannot be used: {error}", vm_name=handle.name) from error
         return fd
-
-    def open_channel(self, handle: VmHandle, name: str) -> int:
-        """Cloud Hypervisor has no virtio-serial ports."""
-        raise UnsupportedError(f"VM {handle.name!r}: Cloud Hypervisor has no virtio-serial ports: no {name!r}", vm_name=handle.name)
-
-    def forward_port(self, handle: VmHandle, port: int) -> tuple[str, int]:
-        """Cloud Hypervisor has no user-mode network."""
-        raise UnsupportedError(f"VM {handle.name!r}: Cloud Hypervisor has no user-mode network", vm_name=handle.name)
 
     def info(self, handle: VmHandle) -> dict[str, object]:
         """Return the VM's configuration and state, as `vm.info` has them."""
@@ -365,7 +356,7 @@ class CloudHypervisorDriver:
 
     def _restore_command(self, boot: Boot) -> VmmCommand:
         assert boot.restoring is not None
-        state.make_source(boot, boot.restoring, boot.lease.directory / RESTORE_DIR, self._taps(boot))
+        state.make_source(boot, boot.restoring, boot.lease.directory / RESTORE_DIR, taps_of(boot))
         namespace = ["ip", "netns", "exec", boot.config.netns] if boot.config.netns else []
         program, events = os.fspath(self.binary().path), event_log(boot.lease.directory)
         return VmmCommand([*namespace, program], self._control(boot), events, prints_console=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.base.untouched import Socket
+from pytest_chvm.drivers.base import Abilities, AbleDriver
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, Boot, BootOptions, VmmCommand
 from pytest_chvm.drivers.disks import base_format, copy_overlay, data_format, root_overlay
 from pytest_chvm.drivers.keys import binary_key
@@ -41,12 +42,19 @@ GENERATION_DEVICE = ("-device", "vmgenid,guid=auto")
 MACHINE = (*qemu_events.PANIC_DEVICE, *GENERATION_DEVICE)
 
 
-class QemuDriver:
+class QemuDriver(AbleDriver):
     """Runs VMs with QEMU. `accel` is "auto", "kvm" or "tcg" (software)."""
 
     vmm = "qemu"
-    # It drops what does not fit into the socket's buffer.
-    console_piece = 1 << 15
+    abilities = Abilities(
+        user_network=True,
+        multicast_network=True,
+        cpu_models=True,
+        live_root_disk=True,
+        spare_slots=devices.SPARE_PORTS,
+        # It drops what does not fit into the socket's buffer.
+        console_piece=1 << 15,
+    )
 
     def __init__(
         self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None, host: Host | None = None
@@ -55,7 +63,7 @@ class QemuDriver:
             raise InvalidConfigError(f"accel={accel!r}: expected auto, kvm or tcg")
         self.accel = accel
         self._binary = binary
-        self._process = VmmProcess(self.vmm, ("qemu-system", "qemu-kvm"), virtiofsd, host or default_host())
+        self._process = VmmProcess(self, ("qemu-system", "qemu-kvm"), virtiofsd, host or default_host())
         self._events: dict[str, qemu_events.QemuEvents] = {}
 
     def binary(self) -> Binary:
