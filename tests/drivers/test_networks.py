@@ -264,9 +264,8 @@ def test_user_mode_does_not_go_with_a_namespace(netns):
         launch(vmm="qemu", network="user", netns=netns)
 
 
-def test_errors_name_the_vm(ch, stand_in_ch):
-    handle = ch.boot(name="lonely")
-    with pytest.raises(UnsupportedError) as caught:
-        ch.driver.forward_port(handle, 80)
+def test_errors_name_the_vm_and_the_vmm(ch, stand_in_ch):
+    with pytest.raises(UnsupportedError, match="cloud-hypervisor cannot give a guest virtio-serial ports") as caught:
+        ch.boot(name="lonely", channels=["one"])
     assert caught.value.vm_name == "lonely"
     assert not isinstance(caught.value, HypervisorError)
