@@ -87,8 +87,8 @@ class Host:
         """End the keepers with all that is left, and wait for them; returns what could not be removed, in words."""
         with self._lock:
             failures = self._close()
-        if not self._keepers:
-            atexit.unregister(self.close)
+            if not self._keepers:
+                atexit.unregister(self.close)
         return failures
 
     def _close(self, *, gone: bool = False) -> list[str]:
