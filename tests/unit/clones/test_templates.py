@@ -183,7 +183,7 @@ def test_a_builder_that_is_killed_holds_nobody_up_and_leaves_nothing(store):
 import sys, os, signal
 from pathlib import Path
 from pytest_chvm.clones.store import TemplateStore
-from tests.unit.test_templates import MADE_OF, save
+from tests.unit.clones.test_templates import MADE_OF, save
 def build(directory):
     save(directory)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -225,7 +225,7 @@ import sys
 from pathlib import Path
 from pytest_chvm.clones.store import TemplateStore
 from pytest_chvm.machine.snapshot import snapshots_dir
-from tests.unit.test_templates import MADE_OF
+from tests.unit.clones.test_templates import MADE_OF
 print(TemplateStore(Path(sys.argv[1])).get(MADE_OF, 1, None).directory.name, snapshots_dir(Path(sys.argv[1])).exists())
 """
     mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$1" -c "$2" "$0"'
