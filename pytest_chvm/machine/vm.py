@@ -31,8 +31,8 @@ from pytest_chvm.errors import (
     VmIOError,
 )
 from pytest_chvm.guest import fetch, files, renewal
+from pytest_chvm.guest.channels.console.shell import GuestShell, shown_outputs
 from pytest_chvm.guest.search import ConsoleSearch
-from pytest_chvm.guest.shell import GuestShell, shown_outputs
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.machine import hotplug, liveness

@@ -11,8 +11,8 @@ import pytest
 
 from pytest_chvm import HostError, Settings, Tap, UnsupportedError, VmConfig, VmState
 from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.guest.channels.console.shell import CONNECT_TIMEOUT_S
 from pytest_chvm.guest.initramfs import Entry, write_cpio
-from pytest_chvm.guest.shell import CONNECT_TIMEOUT_S
 from pytest_chvm.machine.guest_choice import choose_guest
 from tests.relay import CLOUD_HYPERVISOR
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from pytest_chvm import CommandTimeoutError, GuestCommandError
-from pytest_chvm.guest.console import Console
+from pytest_chvm.guest.channels.console.console import Console
 
 
 def test_status_and_both_outputs_come_back_apart(vm):

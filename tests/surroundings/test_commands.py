@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pytest_chvm import CommandTimeoutError, InvalidConfigError, VmIOError
-from pytest_chvm.guest.shell import GuestShell
+from pytest_chvm.guest.channels.console.shell import GuestShell
 
 
 @pytest.fixture(scope="module")

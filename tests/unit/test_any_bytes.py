@@ -15,8 +15,8 @@ from pytest_chvm import HypervisorError, InvalidConfigError, Settings, VmError, 
 from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
 from pytest_chvm.drivers.cloud_hypervisor.events import EventMonitor
 from pytest_chvm.drivers.qemu import qmp
+from pytest_chvm.guest.channels.console.shell import GuestShell
 from pytest_chvm.guest.ready import PanicScanner
-from pytest_chvm.guest.shell import GuestShell
 from pytest_chvm.settings import OPTIONS
 
 any_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from pytest_chvm import CommandTimeoutError, VmIOError
 from pytest_chvm.base.deadline import Deadline
-from pytest_chvm.guest import shell
+from pytest_chvm.guest.channels.console import shell
+from pytest_chvm.guest.channels.console.shell import GuestShell
 from pytest_chvm.guest.renew import AWAY
-from pytest_chvm.guest.shell import GuestShell
 from tests.conftest import AT_ONCE_S
 
 OUTPUT_PIECE = 1 << 15

@@ -18,7 +18,7 @@ from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.untouched import monotonic_s, random_hex
 from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.guest import renew
-from pytest_chvm.guest.console import MORE, Answer, Console, Message
+from pytest_chvm.guest.channels.console.console import MORE, Answer, Console, Message
 from pytest_chvm.model import CommandResult
 
 CONNECT_TIMEOUT_S = 10.0
@@ -345,7 +345,10 @@ class GuestShell(Console):
 
 def shell_script(output_piece: int) -> bytes:
     """Return what is typed into the guest's shell, to have it serve commands and send outputs in pieces of so many bytes."""
-    return f"chvm_piece={output_piece}\n".encode() + resources.files("pytest_chvm.guest").joinpath("shell.sh").read_bytes()
+    return (
+        f"chvm_piece={output_piece}\n".encode()
+        + resources.files("pytest_chvm.guest.channels.console").joinpath("shell.sh").read_bytes()
+    )
 
 
 def _script(command: str | Sequence[str]) -> bytes:

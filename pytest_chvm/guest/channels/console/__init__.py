@@ -1,0 +1,1 @@
+"""The shell on a guest's virtio console."""
