@@ -10,7 +10,6 @@ import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.base.deadline import Deadline
@@ -143,7 +142,6 @@ def _mount_namespace(user: int) -> list[str]:
     return ["unshare", *user_namespace, "--mount", "--propagation", "private"]
 
 
-@lru_cache(maxsize=2)
 def _why_no_mount_namespace(user: int) -> str | None:
     """Return why a user cannot have a mount namespace, which distributions and containers may deny; None where they can."""
     try:

@@ -10,7 +10,6 @@ import pytest
 
 from pytest_chvm import InvalidConfigError, MissingRequirementError, QemuDriver, Settings, SharedDir, launch
 from pytest_chvm.drivers import choose_vmm
-from pytest_chvm.host import virtiofsd
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.versions import Feature, lacks, program_of, version_of
 from pytest_chvm.host.virtiofsd import PLACES, Virtiofsd, find_virtiofsd
@@ -61,17 +60,30 @@ def test_a_virtiofsd_that_has_no_readonly_serves_read_only_all_the_same(old_virt
     assert os.listdir(directory / "below") == []
 
 
-def test_a_read_only_share_that_cannot_be_is_said_before_anything_is_started(old_virtiofsd, tmp_path, monkeypatch):
-    monkeypatch.setattr(virtiofsd, "_why_no_mount_namespace", lambda _user: "unshare: Operation not permitted")
+@pytest.fixture
+def stand_in_unshare(tmp_path_factory, monkeypatch):
+    """Have unshare(1) do what a line of the shell says."""
+
+    def install(line):
+        program = tmp_path_factory.mktemp("bin") / "unshare"
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+    return install
+
+
+def test_a_read_only_share_that_cannot_be_is_said_before_anything_is_started(old_virtiofsd, tmp_path, stand_in_unshare):
+    stand_in_unshare("echo 'unshare: Operation not permitted' >&2; exit 1")
     settings = replace(Settings.resolve(), virtiofsd=old_virtiofsd)
     shares = [SharedDir("ro", tmp_path, read_only=True)]
     with pytest.raises(MissingRequirementError, match=r"no --readonly \(the Rust one has it since 1.13\).*not permitted"):
         launch(vmm="qemu", network="none", settings=settings, shared_dirs=shares)
 
 
-def test_a_user_has_a_mount_namespace_in_a_user_namespace_of_theirs(monkeypatch):
+def test_a_user_has_a_mount_namespace_in_a_user_namespace_of_theirs(monkeypatch, stand_in_unshare):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(virtiofsd, "_why_no_mount_namespace", lambda _user: None)
+    stand_in_unshare("exit 0")
     words = Virtiofsd(Path("/v"), is_rust=True, has_readonly=False).command(SharedDir("t", "/d", read_only=True), Path("/run/s"))
     assert words[:6] == ["unshare", "--user", "--map-root-user", "--mount", "--propagation", "private"]
     assert "--shared-dir=/run/s.ro" in words
