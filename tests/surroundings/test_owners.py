@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
+from pytest_chvm import launch
+
 from .conftest import RunPytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def templates(guest_cache: Path) -> None:
+    """A VM for a template, were the template still to be made, would be counted with the run's own."""
+    for networks in (None, []):
+        with launch(boot="clone", networks=networks):
+            pass
 
 
 def test_a_forked_child_that_leaves_by_an_exception_ends_nothing(pytester: pytest.Pytester, run_pytest: RunPytest) -> None:
