@@ -42,6 +42,16 @@ class Option:
         """The configuration file's spelling."""
         return f"chvm_{self.name}"
 
+    @property
+    def is_path(self) -> bool:
+        """Whether its values are paths: in a configuration file they are relative to that."""
+        return self.convert is _path
+
+    @property
+    def number(self) -> type[int | float] | None:
+        """The type of its values where they are numbers, which a configuration file may have too."""
+        return int if self.convert is count else float if self.convert is seconds else None
+
     def parse(self, text: str, source: str) -> object:
         """Return the value of a text; raises InvalidConfigError naming where it is from."""
         from pytest_chvm.errors import InvalidConfigError

@@ -27,18 +27,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             help=f"{option.help} [{option.variable}]".replace("%", "%%"),
         )
         kind: Any = "linelist" if option.many else "string"
-        if option.metavar in ("N", "SECONDS"):
-            kind = _number_kind(option.metavar)
+        if option.number is not None:
+            kind = _number_kind(option.number)
         parser.addini(option.ini_key, option.help, type=kind, default=None)
 
 
-def _number_kind(metavar: str) -> Any:
+def _number_kind(number: type[int | float]) -> Any:
     """Return the type of a number in a configuration file: from 9 on pytest takes a TOML file's own, and insists on the type."""
     if pytest.version_tuple >= (9, 2):
         # Values of INI files are strings, which we convert.
-        return str | int | float if metavar == "SECONDS" else str | int
+        return str | int | float if number is float else str | int
     if pytest.version_tuple >= (9,):
-        return "float" if metavar == "SECONDS" else "int"
+        return number.__name__
     return "string"
 
 
@@ -70,7 +70,7 @@ def _ini_values(config: pytest.Config) -> dict[str, Any]:
         except (ValueError, TypeError) as error:
             # Before 9.2 pytest's error does not name the key of an invalid number.
             raise ValueError(f"{option.ini_key}: {error}") from error
-        if value and option.metavar in ("PATH", "DIR"):
+        if value and option.is_path:
             texts = [text if text.startswith("~") else str(base / text) for text in (value if option.many else [value])]
             value = texts if option.many else texts[0]
         values[option.ini_key] = value
