@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.initramfs import add_words, build_initramfs
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
 from pytest_chvm.guest.kernel_image import check_kernel_image
-from pytest_chvm.guest.ready import DEFAULT_MARKER
+from pytest_chvm.guest.kinds import Guest
+from pytest_chvm.guest.kinds.built_in import BuiltInGuest
+from pytest_chvm.guest.kinds.image import ImageGuest
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
@@ -33,33 +34,6 @@ BUILT_IN_CMDLINE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Guest:
-    """What is booted: a complete config, whether it is the built-in guest, and the nonce that its ready line must have, if any.
-
-    `lacks` says in words why the built-in guest may lack drivers.
-    """
-
-    config: VmConfig
-    built_in: bool
-    nonce: str | None
-    lacks: str | None = None
-
-    def words(self, marker: str) -> list[str]:
-        """Return what the guest is told beside its networks, on its kernel command line or as a clone.
-
-        A host name is the built-in guest's only: an image has its own.
-        """
-        words = [f"chvm.nonce={self.nonce}"] if self.nonce is not None else []
-        if self.built_in:
-            words.append(f"chvm.hostname={self.config.name.replace('_', '-').replace('.', '-')}")
-        if marker != DEFAULT_MARKER:
-            words.append(f"chvm.marker={marker}")
-        if self.config.data_disk is not None:
-            words.append("chvm.disk=/dev/vda")
-        return words + [f"chvm.share={share.guest_word}" for share in self.config.shared_dirs]
-
-
 def choose_guest(config: VmConfig, settings: Settings, progress: Progress = show_progress) -> Guest:
     """Fill in the built-in guest where the config names none: its kernel, and its initramfs for a kernel without a root.
 
@@ -69,7 +43,7 @@ def choose_guest(config: VmConfig, settings: Settings, progress: Progress = show
     if kernel is not None:
         config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
     if config.initramfs is not None or config.root_disk is not None:
-        return Guest(config, False, None)
+        return ImageGuest(config)
     preflight(config)
     assert config.kernel is not None
     known = kernel or inspect_kernel(config.kernel)
@@ -77,7 +51,7 @@ def choose_guest(config: VmConfig, settings: Settings, progress: Progress = show
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
-    return Guest(config.replace(initramfs=initramfs, cmdline=cmdline), True, random_hex(8), _lacks(known))
+    return BuiltInGuest(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(known))
 
 
 def _lacks(kernel: Kernel) -> str | None:

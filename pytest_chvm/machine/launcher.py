@@ -22,12 +22,13 @@ from pytest_chvm.drivers.disks import check_was_closed
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import BootFailedError, GuestPanicError, HostError, StopFailedError, UnsupportedError, VmError
+from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.budget import Share, budget_of, take_share
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.limits import processors
 from pytest_chvm.host.virtiofsd import find_virtiofsd
-from pytest_chvm.machine.guest_choice import Guest, cache_dir, choose_guest, told_config
+from pytest_chvm.machine.guest_choice import cache_dir, choose_guest, told_config
 from pytest_chvm.machine.nics import Nics, lease_nics, network_mode
 from pytest_chvm.machine.snapshot import Snapshot, new_directory, snapshots_dir
 from pytest_chvm.machine.vm import Origin, Vm
@@ -297,8 +298,7 @@ class Launcher:
 
     def _start(self, guest: Guest, origin: Origin, lent: Lent, template_dir: Path | None, undo: ExitStack) -> Vm:
         settings, driver = self.settings, self.driver
-        # An image of its own is told its addresses with a command line of its own.
-        told = self._words(guest, lent) if guest.built_in else lent.nics.words if guest.config.cmdline is not None else []
+        told = guest.boot_words(settings.ready_marker, lent.nics.words)
         config = told_config(guest, told, lent.lease.directory).replace(networks=lent.nics.attachments)
         snapshots = snapshots_dir(cache_dir(settings))
         options = BootOptions(
@@ -319,13 +319,12 @@ class Launcher:
             handle,
             driver,
             boot_deadline=boot_deadline,
-            built_in_guest=guest.built_in,
+            guest=guest,
             lease=lent.lease,
             virtiofsd=settings.virtiofsd,
             origin=origin,
             snapshot=lambda vm: self._snapshot(vm, guest),
             release=lent.release,
-            lacks=guest.lacks,
         )
 
     def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:

@@ -32,6 +32,8 @@ from pytest_chvm.errors import (
 )
 from pytest_chvm.guest import fetch, files, renewal
 from pytest_chvm.guest.channels.console.shell import GuestShell, shown_outputs
+from pytest_chvm.guest.kinds import Guest
+from pytest_chvm.guest.kinds.built_in import READ_SET_UP
 from pytest_chvm.guest.search import ConsoleSearch
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.relay import NamespaceRelay
@@ -59,8 +61,6 @@ RUN_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 30.0
 # How long a guest has to show that it lives, once there is a reason to doubt it.
 ANSWER_TIMEOUT_S = 5.0
-# Has the built-in guest's shell read what sets the guest up; before it is saved too, so that a clone's does not have to.
-READ_SET_UP = ". /lib/chvm/configure.sh"
 HIGHEST_TCP_PORT = (1 << 16) - 1
 # The one above is anybody's (vsock(7), VMADDR_PORT_ANY).
 HIGHEST_VSOCK_PORT = (1 << 32) - 2
@@ -94,13 +94,12 @@ class Vm:
         driver: VmDriver,
         *,
         boot_deadline: Deadline,
-        built_in_guest: bool,
+        guest: Guest,
         lease: Lease,
         virtiofsd: Path | None,
         origin: Origin,
         snapshot: Callable[[Vm], Snapshot],
         release: Callable[[], list[str]],
-        lacks: str | None = None,
     ) -> None:
         self.config = config
         self.handle = handle
@@ -109,7 +108,7 @@ class Vm:
         self._boot_deadline = boot_deadline
         self._lease = lease
         self._virtiofsd = virtiofsd
-        self._built_in_guest = built_in_guest
+        self._guest = guest
         self.origin = origin
         self.plugged: dict[str, Device] = {}
         self.resized = False
@@ -129,7 +128,7 @@ class Vm:
             lambda: self.handle,
             driver,
             lease.keeper,
-            lacks=lacks,
+            lacks=guest.lacks,
             answers=self._answers,
             noticed=lambda error: self._log.add_trouble(error, vmm_ended=self._health.has_ended()),
             console_start=_size(origin.saved / CONSOLE_FILE) if origin.saved else 0,
@@ -500,11 +499,8 @@ class Vm:
     def save(self, directory: Path, *, go_on: bool = True) -> None:
         """Save the VM to an empty directory; without `go_on` it stays paused. Raises what `snapshot` does."""
         self.check_alive()
-        set_up = READ_SET_UP if go_on else f"{READ_SET_UP}; chvm_settle"
-        if not self._built_in_guest:
-            # A test's own VM goes on with the clock that it has.
-            words = (self.config.cmdline or "").split()
-            set_up = renewal.put_into(self._run_for_files, self.ip, words, trial=not go_on)
+        told = (self.config.cmdline or "").split()
+        set_up = self._guest.set_up_for_saving(self._run_for_files, lambda: self.ip, told, trial=not go_on)
         with self._without_shares(), self._shell.waiting(lambda token: renewal.waiting_line(set_up, token)):
             self._driver.pause(self.handle)
             try:
@@ -558,7 +554,7 @@ class Vm:
         self._driver.resume(self.handle)
         self._log.add(RESUMED)
         self._health.told = False
-        if self._built_in_guest or self._shell.is_connected:
+        if self._guest.sets_clock(shell_was_used=self._shell.is_connected):
             try:
                 renewal.set_clock(self._shell.run)
             except (VmIOError, GuestCommandError) as error:
@@ -568,9 +564,7 @@ class Vm:
         """Have the guest reboot and block until it is ready again, for `timeout` seconds (None: no limit); returns the VM."""
         timeout = checked_timeout(timeout)
         self.handle, self._health.shares = self._driver.allow_reboot(self.handle, self._health.shares)
-        if not self._built_in_guest:
-            # It was told of a nonce when it was made of a saved one, by us.
-            self.handle = replace(self.handle, nonce=None)
+        self.handle = replace(self.handle, nonce=self._guest.nonce_after_reboot(self.handle.nonce))
         self._log.add(REBOOT)
         self._health.start_anew(self.handle.nonce)
         self._shell.tell("sync; reboot -f", timeout)

@@ -1,0 +1,39 @@
+"""The built-in guest: our initramfs, with a kernel of ours or the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pytest_chvm.guest.kinds import Guest, Run
+
+# Has its shell read what sets the guest up; before it is saved too, so that a clone's does not have to.
+READ_SET_UP = ". /lib/chvm/configure.sh"
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltInGuest(Guest):
+    """The built-in guest, which has all that renews it."""
+
+    built_in: ClassVar[bool] = True
+
+    def own_words(self) -> list[str]:
+        """Return its host name; an image has its own."""
+        return [f"chvm.hostname={self.config.name.replace('_', '-').replace('.', '-')}"]
+
+    def boot_words(self, marker: str, networks: list[str]) -> list[str]:
+        """Return all its words."""
+        return self.words(marker) + networks
+
+    def set_up_for_saving(self, _run: Run, _ip: Callable[[], str], _told: Sequence[str], *, trial: bool) -> str:
+        """Return what reads its set-up; one of which only clones come also waits for the clock source that they will have."""
+        return f"{READ_SET_UP}; chvm_settle" if trial else READ_SET_UP
+
+    def nonce_after_reboot(self, nonce: str | None) -> str | None:
+        """Return the same: it is on its kernel command line."""
+        return nonce
+
+    def sets_clock(self, *, shell_was_used: bool) -> bool:
+        """Return True: its shell always answers."""
+        return True
