@@ -107,13 +107,7 @@ class VmmProcess:
             snapshots=options.snapshots,
             template_dir=options.template_dir,
         )
-        if restoring is not None:
-            boot.memory = _restored_memory(boot, restoring)
-        elif options.template_dir is not None:
-            memory = options.template_dir / MEMORY_FILE
-            boot.memory = Memory(os.fspath(memory), shared=True)
-            with memory.open("xb") as file:
-                file.truncate(config.memory_mb << 20)
+        boot.memory = _memory_of(boot)
         handle = VmHandle(
             config.name, config.namespace, self.driver.vmm, VmState.STARTING, None, serial_log, boot.machine_id,
             lease.directory, options.ready_marker, options.nonce, netns=config.netns,
@@ -243,6 +237,18 @@ class VmmProcess:
 def _end_sidecars(handle: VmHandle) -> list[str]:
     ended = end_all(handle.sidecars, SIDECAR_PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
     return [f"virtiofsd: {failure}" for failure in ended]
+
+
+def _memory_of(boot: Boot) -> Memory | None:
+    """Return the file that a VM's memory is, where it is one: a template's is made, a clone's is the saved one."""
+    if boot.restoring is not None:
+        return _restored_memory(boot, boot.restoring)
+    if boot.template_dir is None:
+        return None
+    memory = boot.template_dir / MEMORY_FILE
+    with memory.open("xb") as file:
+        file.truncate(boot.config.memory_mb << 20)
+    return Memory(os.fspath(memory), shared=True)
 
 
 def _restored_memory(boot: Boot, snapshot: Path) -> Memory | None:
