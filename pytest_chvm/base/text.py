@@ -41,3 +41,13 @@ def last_lines(path: Path, count: int = 20, limit: int = 16384) -> str:
     """Return the last lines of a log, cleaned and bounded, each cut at 500 characters."""
     lines = [line for line in clean(read_tail(path, limit)).split("\n") if line.strip()]
     return "\n".join(line[:500] for line in lines[-count:])
+
+
+def shown_outputs(stdout: str, stderr: str, limit: int = 4000) -> str:
+    """Return both outputs of a command for a message, the last `limit` characters of each, cleaned."""
+    parts = []
+    for name, text in (("stdout", stdout), ("stderr", stderr)):
+        cleaned = clean(text.encode(errors="surrogateescape"))
+        cut = f"... (the last {limit} of {len(cleaned)} characters)\n" if len(cleaned) > limit else ""
+        parts.append(f"{name}: {cut}{cleaned[-limit:] or '(nothing)'}")
+    return "\n".join(parts)

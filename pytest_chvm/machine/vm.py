@@ -15,7 +15,7 @@ from typing import Self, cast
 
 from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.steps import Step, take_all
-from pytest_chvm.base.text import read_tail
+from pytest_chvm.base.text import read_tail, shown_outputs
 from pytest_chvm.base.untouched import Socket
 from pytest_chvm.drivers.base import AbleDriver, VmDriver, logger, share_id
 from pytest_chvm.drivers.boot import CONSOLE_FILE
@@ -31,7 +31,7 @@ from pytest_chvm.errors import (
     VmIOError,
 )
 from pytest_chvm.guest import fetch, files, renewal
-from pytest_chvm.guest.channels.console.shell import GuestShell, shown_outputs
+from pytest_chvm.guest.channels import Line, RenewingChannel, open_channel
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.guest.kinds.built_in import READ_SET_UP
 from pytest_chvm.guest.search import ConsoleSearch
@@ -134,13 +134,16 @@ class Vm:
             console_start=_size(origin.saved / CONSOLE_FILE) if origin.saved else 0,
         )
         self._driver = cast("AbleDriver", Telling(driver, self._health, config.name))
-        self._shell = GuestShell(
-            self.name,
-            lambda: self._driver.open_console(handle),
-            self._health.wake_fds,
-            self.check_alive,
-            self._health.check_ending,
-            driver.abilities.console_piece,
+        self._shell = open_channel(
+            guest.channel,
+            Line(
+                self.name,
+                lambda: self._driver.open_console(handle),
+                self._health.wake_fds,
+                self.check_alive,
+                self._health.check_ending,
+                driver.abilities.console_piece,
+            ),
         )
 
     def __repr__(self) -> str:
@@ -482,7 +485,15 @@ class Vm:
         Raises VmIOError where it does not even begin before the boot's deadline.
         """
         line = renewal.line(words, stale_nics=self.origin.stale_nics)
-        self._shell.renew(renewal.message, line, self._boot_deadline)
+        self._renewing.renew(renewal.message, line, self._boot_deadline)
+
+    @property
+    def _renewing(self) -> RenewingChannel:
+        if not isinstance(self._shell, RenewingChannel):
+            raise UnsupportedError(
+                f"VM {self.name!r} cannot be saved: what runs its commands cannot renew a clone", vm_name=self.name
+            )
+        return self._shell
 
     def snapshot(self) -> Snapshot:
         """Save the VM as it is now, for clones to start from; it goes on afterwards.
@@ -501,7 +512,7 @@ class Vm:
         self.check_alive()
         told = (self.config.cmdline or "").split()
         set_up = self._guest.set_up_for_saving(self._run_for_files, lambda: self.ip, told, trial=not go_on)
-        with self._without_shares(), self._shell.waiting(lambda token: renewal.waiting_line(set_up, token)):
+        with self._without_shares(), self._renewing.waiting(lambda token: renewal.waiting_line(set_up, token)):
             self._driver.pause(self.handle)
             try:
                 self._driver.snapshot(self.handle, directory)

@@ -22,6 +22,8 @@ class Guest(ABC):
     """
 
     built_in: ClassVar[bool]
+    # What runs its commands, a kind of `pytest_chvm.guest.channels`.
+    channel: ClassVar[str] = "console"
 
     config: VmConfig
     nonce: str | None = None

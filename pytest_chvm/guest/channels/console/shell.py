@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from importlib import resources
 
 from pytest_chvm.base.deadline import Deadline, checked_timeout
+from pytest_chvm.base.text import shown_outputs
 from pytest_chvm.base.untouched import monotonic_s, random_hex
 from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmError, VmIOError
 from pytest_chvm.guest import renew
@@ -376,15 +377,3 @@ def _escaped(script: bytes) -> bytes:
     # printf's %b takes \0NNN; all that a line-wise read or the terminal could take amiss goes that way, spaces at both ends too.
     printable = b"".join(bytes([byte]) if 0x20 <= byte < 0x7F and byte != 0x5C else b"\\0%03o" % byte for byte in script)
     return re.sub(rb"^ | \Z", rb"\\0040", printable)
-
-
-def shown_outputs(stdout: str, stderr: str, limit: int = 4000) -> str:
-    """Return both outputs of a command for a message, the last `limit` characters of each, cleaned."""
-    from pytest_chvm.base.text import clean
-
-    parts = []
-    for name, text in (("stdout", stdout), ("stderr", stderr)):
-        cleaned = clean(text.encode(errors="surrogateescape"))
-        cut = f"... (the last {limit} of {len(cleaned)} characters)\n" if len(cleaned) > limit else ""
-        parts.append(f"{name}: {cut}{cleaned[-limit:] or '(nothing)'}")
-    return "\n".join(parts)
