@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pytest_chvm.drivers.base import Plugs
 from pytest_chvm.drivers.images import check_disk
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError
-from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks import interface_exists, make_tap
 from pytest_chvm.host.processes import end_process
 from pytest_chvm.host.virtiofsd import PROGRAMS, ServedShare, check_shared_dir, find_virtiofsd, serve_share
-from pytest_chvm.model import ProcessIdentity, SharedDir, Tap, VmConfig, VmHandle, checked_mac, mac_for
+from pytest_chvm.machine.events import PLUGGED, UNPLUGGED
+from pytest_chvm.machine.machine import Machine
+from pytest_chvm.model import ProcessIdentity, SharedDir, Tap, checked_mac, mac_for
 
 SIDECAR_TIMEOUT_S = 1.0
 # Of the NICs that a VM has from its boot on there are fewer.
@@ -37,30 +36,31 @@ class Device:
         return self.served.process if self.served else None
 
 
-def require_room(config: VmConfig) -> None:
-    """Raise UnsupportedError where a VM was booted without room for devices."""
-    if not config.hotplug:
-        raise UnsupportedError(f"VM {config.name!r} has no room for devices: boot it with hotplug=True", vm_name=config.name)
-
-
-def add_disk(driver: Plugs, handle: VmHandle, image: Path, *, read_only: bool) -> Device:
+def add_disk(machine: Machine, image: Path, *, read_only: bool) -> Device:
     """Plug a disk in; the guest's writes stay on it unless it is read-only. Raises InvalidConfigError where there is no image."""
+    _require_room(machine)
     if not image.is_file():
-        raise InvalidConfigError(f"VM {handle.name!r}: the disk {str(image)!r} does not exist, or is no file", vm_name=handle.name)
+        raise InvalidConfigError(
+            f"VM {machine.name!r}: the disk {str(image)!r} does not exist, or is no file", vm_name=machine.name
+        )
     try:
         # One that is only read may be any image, as a root disk is.
         check_disk("root_disk" if read_only else "data_disk", image)
     except InvalidConfigError as error:
-        raise InvalidConfigError(f"VM {handle.name!r}: {error}", vm_name=handle.name) from None
-    return Device(driver.add_disk(handle, image, read_only=read_only), "disk")
+        raise InvalidConfigError(f"VM {machine.name!r}: {error}", vm_name=machine.name) from None
+    return _plugged_in(machine, Device(machine.driver.add_disk(machine.handle, image, read_only=read_only), "disk"))
 
 
-def add_tap(driver: Plugs, handle: VmHandle, lease: Lease, tap: Tap, plugged: Collection[Device]) -> tuple[Device, VmHandle]:
-    """Plug a NIC in; a TAP that is not there is made, and removed with the VM. Returns the handle that knows of it.
+def add_network(machine: Machine, tap: Tap) -> Device:
+    """Plug a NIC in; a TAP that is not there is made, and removed with the VM.
 
-    Without a MAC of its own it gets the first one made of the VM's name that none of the `plugged` devices has.
+    Without a MAC of its own it gets the first one made of the VM's name that no plugged device has.
     """
-    taken = {device.mac for device in plugged}
+    _require_room(machine)
+    if not machine.config.outbound:
+        raise UnsupportedError(f"VM {machine.name!r} gets no TAP: it has outbound=False", vm_name=machine.name)
+    handle, lease = machine.handle, machine.lease
+    taken = {device.mac for device in machine.plugged.values()}
     made = (mac_for(handle.name, index) for index in itertools.count(FIRST_PLUGGED_NIC))
     mac = checked_mac(tap.mac) if tap.mac else next(mac for mac in made if mac not in taken)
     name, ours = tap.name, tap.take_over
@@ -68,30 +68,70 @@ def add_tap(driver: Plugs, handle: VmHandle, lease: Lease, tap: Tap, plugged: Co
         name, ours = make_tap(lease, name, None, handle.netns), True
     elif ours:
         lease.add_tap(name, handle.netns)
+    device = Device(machine.driver.add_tap(handle, name, mac), "nic", tap=name, mac=mac)
     if ours:
-        handle = replace(handle, taps=(*handle.taps, name))
-    return Device(driver.add_tap(handle, name, mac), "nic", tap=name, mac=mac), handle
+        machine.handle = replace(handle, taps=(*handle.taps, name))
+    return _plugged_in(machine, device)
 
 
-def add_share(driver: Plugs, handle: VmHandle, lease: Lease, share: SharedDir, virtiofsd: Path | None) -> tuple[Device, VmHandle]:
-    """Plug a shared dir in, with a virtiofsd of its own. Returns the handle that knows of it."""
+def add_shared_dir(machine: Machine, share: SharedDir) -> Device:
+    """Plug a shared dir in, with a virtiofsd of its own, whose end is trouble from now on."""
+    _require_room(machine)
+    device = plug_share(machine, share)
+    assert device.served is not None
+    machine.health.shares.append(device.served)
+    return _plugged_in(machine, device)
+
+
+def remove(machine: Machine, device: Device) -> None:
+    """Unplug a device that was plugged in; its virtiofsd ends with it, its TAP stays until the VM ends."""
+    health = machine.health
+    before = health.shares
+    if device.served is not None:
+        # By another virtiofsd after a reboot; its end is no trouble from now on.
+        now = [each for each in before if each.socket == device.served.socket]
+        health.shares = [each for each in before if each not in now]
+        device = replace(device, served=now[0] if now else device.served)
+    try:
+        unplug(machine, device)
+    except BaseException:
+        health.shares = before
+        raise
+    machine.plugged.pop(device.id, None)
+    machine.log.add(UNPLUGGED, id=device.id, device=device.kind)
+
+
+def plug_share(machine: Machine, share: SharedDir) -> Device:
+    """Start a virtiofsd and plug its shared dir in, without more ado."""
     check_shared_dir(share)
-    program = find_virtiofsd(virtiofsd)
+    program, lease = find_virtiofsd(machine.virtiofsd), machine.lease
     path = next(path for number in itertools.count() if not (path := lease.directory / f"fs-{number}.sock").exists())
     served = serve_share(program, share, path, lease.host, lease)
     try:
-        device = driver.add_share(handle, share, path)
+        device = machine.driver.add_share(machine.handle, share, path)
     except BaseException:
         _end(served)
         raise
-    return Device(device, "fs", served=served), replace(handle, sidecars=(*handle.sidecars, served.process))
+    machine.handle = replace(machine.handle, sidecars=(*machine.handle.sidecars, served.process))
+    return Device(device, "fs", served=served)
 
 
-def remove(driver: Plugs, handle: VmHandle, device: Device) -> None:
-    """Unplug a device; its virtiofsd ends with it, its TAP stays until the VM ends."""
-    driver.remove_device(handle, device.id)
+def unplug(machine: Machine, device: Device) -> None:
+    """Unplug a device and end its virtiofsd, without more ado."""
+    machine.driver.remove_device(machine.handle, device.id)
     if device.served is not None:
         _end(device.served)
+
+
+def _require_room(machine: Machine) -> None:
+    if not machine.config.hotplug:
+        raise UnsupportedError(f"VM {machine.name!r} has no room for devices: boot it with hotplug=True", vm_name=machine.name)
+
+
+def _plugged_in(machine: Machine, device: Device) -> Device:
+    machine.plugged[device.id] = device
+    machine.log.add(PLUGGED, id=device.id, device=device.kind)
+    return device
 
 
 def _end(served: ServedShare) -> None:

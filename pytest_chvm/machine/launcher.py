@@ -28,10 +28,12 @@ from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.limits import processors
 from pytest_chvm.host.virtiofsd import find_virtiofsd
+from pytest_chvm.machine import saving
 from pytest_chvm.machine.guest_choice import cache_dir, choose_guest, told_config
+from pytest_chvm.machine.machine import Machine, Origin
 from pytest_chvm.machine.nics import Nics, lease_nics, network_mode
 from pytest_chvm.machine.snapshot import Snapshot, new_directory, snapshots_dir
-from pytest_chvm.machine.vm import Origin, Vm
+from pytest_chvm.machine.vm import Vm
 from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
 from pytest_chvm.model.arguments import VmArguments
 from pytest_chvm.settings import Settings
@@ -237,7 +239,7 @@ class Launcher:
         def build(directory: Path) -> None:
             try:
                 with self.cold(plain, "it is to be a template", template_dir=directory) as vm:
-                    vm.save(directory, go_on=False)
+                    saving.save(vm.machine, directory, go_on=False)
                     if plain.config.root_disk is not None:
                         _end_of_disk(vm, directory)
                 if self._made_of(guest, identify) != parts:
@@ -261,13 +263,14 @@ class Launcher:
     ) -> Vm:
         with ExitStack() as undo:
             lent = self._borrow(guest.config, origin, held, undo)
-            vm = self._start(guest, origin, lent, template_dir, undo)
+            machine = self._start(guest, origin, lent, template_dir, undo)
+            vm = Vm(machine, snapshot=self._snapshot, release=lent.release)
             undo.pop_all()
         try:
             if self.owner is not None:
                 self.owner.add_vm(vm)
             if origin.saved is not None:
-                vm.renew(self._words(guest, lent))
+                saving.renew(machine, self._words(guest, lent))
             if wait:
                 vm.wait_ready()
         except BaseException:
@@ -296,7 +299,7 @@ class Launcher:
     def _words(self, guest: Guest, lent: Lent) -> list[str]:
         return guest.words(self.settings.ready_marker) + lent.nics.words
 
-    def _start(self, guest: Guest, origin: Origin, lent: Lent, template_dir: Path | None, undo: ExitStack) -> Vm:
+    def _start(self, guest: Guest, origin: Origin, lent: Lent, template_dir: Path | None, undo: ExitStack) -> Machine:
         settings, driver = self.settings, self.driver
         told = guest.boot_words(settings.ready_marker, lent.nics.words)
         config = told_config(guest, told, lent.lease.directory).replace(networks=lent.nics.attachments)
@@ -314,43 +317,35 @@ class Launcher:
         handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
         undo.callback(driver.kill, handle)
         lent.lease.describe(events=os.fspath(handle.event_log))
-        return Vm(
-            config,
-            handle,
-            driver,
-            boot_deadline=boot_deadline,
-            guest=guest,
-            lease=lent.lease,
-            virtiofsd=settings.virtiofsd,
-            origin=origin,
-            snapshot=lambda vm: self._snapshot(vm, guest),
-            release=lent.release,
-        )
+        return Machine(config, handle, guest, origin, lent.lease, settings.virtiofsd, boot_deadline, driver)
 
-    def _snapshot(self, vm: Vm, guest: Guest) -> Snapshot:
-        is_clone = vm.origin.boot == "clone"
-        why = self._why_no_clone(guest) or why_no_snapshot(guest.config, self.driver, vm.plugged, is_clone=is_clone)
-        if why is None and vm.status.state is VmState.PAUSED:
+    def _snapshot(self, machine: Machine) -> Snapshot:
+        guest = machine.guest
+        is_clone = machine.origin.boot == "clone"
+        why = self._why_no_clone(guest) or why_no_snapshot(guest.config, self.driver, machine.plugged, is_clone=is_clone)
+        if why is None and machine.driver.state(machine.handle).state is VmState.PAUSED:
             why = "it is paused: resume() it first"
-        elif why is None and vm.resized:
+        elif why is None and machine.resized:
             why = "it was resized, and a clone would have to be too"
         if why is not None:
-            raise UnsupportedError(f"VM {vm.name!r} cannot be saved: {why}", vm_name=vm.name)
+            raise UnsupportedError(f"VM {machine.name!r} cannot be saved: {why}", vm_name=machine.name)
         lease = Lease(self.host)
         if self.owner is not None:
             self.owner.add_lease(lease)
         try:
             directory = new_directory(snapshots_dir(cache_dir(self.settings)), lease)
-            vm.save(directory)
+            saving.save(machine, directory)
         except BaseException as error:
             _log_failures(lease.release)
             if isinstance(error, OSError) and not isinstance(error, VmError):
                 raise HostError(
-                    f"VM {vm.name!r} cannot be saved: {error}; free some space, or set CHVM_CACHE_DIR to a directory of yours",
-                    vm_name=vm.name,
+                    f"VM {machine.name!r} cannot be saved: {error}; free some space, or set CHVM_CACHE_DIR to a directory of yours",
+                    vm_name=machine.name,
                 ) from error
             raise
-        stale_nics = len(vm.config.networks or ())
+        stale_nics = len(machine.config.networks or ())
+        # Cut so that a clone of a clone of a clone still has a name that a VM may have.
+        names = (f"{machine.name[:50]}-clone{number}" for number in self.host.clone_numbers)
 
         def start(name: str, saved: Path, wait: bool) -> Vm:
             config = guest.config.replace(name=name)
@@ -363,7 +358,7 @@ class Launcher:
                 self.owner.end_with_caller(clone)
             return clone
 
-        snapshot = Snapshot(vm.clone_names, directory, start, lease.release)
+        snapshot = Snapshot(names, directory, start, lease.release)
         if self.owner is not None:
             self.owner.add_snapshot(snapshot)
         return snapshot

@@ -36,7 +36,7 @@ def test_a_vm_has_its_name_alone(vm, boot):
 
 
 def test_the_power_button_is_the_guests_to_heed(vm):
-    vm._driver.power_button(vm.handle)
+    vm.machine.driver.power_button(vm.handle)
     assert vm.check_output("echo on") == "on\n"
 
 

@@ -212,7 +212,7 @@ def test_landlock_keeps_cloud_hypervisor_to_what_its_vm_has_and_lets_all_of_that
     assert "--landlock" in command_line(vm.pid)
     # Past the plugin's own word that there is no room for it: the kernel's is the one that counts.
     with pytest.raises(HypervisorError, match="Permission denied"):
-        vm._driver.add_disk(vm.handle, outside, read_only=False)
+        vm.machine.driver.add_disk(vm.handle, outside, read_only=False)
     assert vm.check_output("head -c 4 /dev/vda; cat /mnt/s/file") == "markshared"
     vm.listen_vsock(5000).close()
     vm.reboot()

@@ -30,7 +30,7 @@ def test_a_command_that_waits_for_another_threads_command_sees_it(vm):
 
 
 def test_a_wait_sees_what_another_threads_check_has_taken_note_of(vm, monkeypatch):
-    watched = vm._health.wake_fds
+    watched = vm.machine.health.wake_fds
 
     def others_meanwhile():
         monkeypatch.undo()
@@ -44,7 +44,7 @@ def test_a_wait_sees_what_another_threads_check_has_taken_note_of(vm, monkeypatc
         return watched()
 
     # The moment before it waits.
-    monkeypatch.setattr(vm._health, "wake_fds", wake_fds)
+    monkeypatch.setattr(vm.machine.health, "wake_fds", wake_fds)
     begun = time.monotonic()
     vm.wait_for_console("sought", timeout=30)
     assert time.monotonic() - begun < 20

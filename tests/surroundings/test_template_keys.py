@@ -20,7 +20,7 @@ from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.qemu import state as qemu_state
 from pytest_chvm.drivers.qemu import vsock as qemu_vsock
 from pytest_chvm.host.binaries import Binary
-from pytest_chvm.machine.vm import Vm
+from pytest_chvm.machine import saving
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def own(chvm_vm, guest, tmp_path):
 def test_what_is_changed_while_a_template_is_made_of_it_makes_none(own, tmp_path, monkeypatch):
     disk = tmp_path / "root.img"
     disk.write_bytes(bytes(8 << 20))
-    save = Vm.save
+    save = saving.save
 
-    def save_and_change(vm, *arguments, **more):
-        save(vm, *arguments, **more)
+    def save_and_change(machine, *arguments, **more):
+        save(machine, *arguments, **more)
         with disk.open("r+b") as file:
             file.write(b"changed")
 
-    monkeypatch.setattr(Vm, "save", save_and_change)
+    monkeypatch.setattr(saving, "save", save_and_change)
     with pytest.raises(HostError, match="what its template is made of was changed while it was made"):
         own(root_disk=disk, boot="clone")
 

@@ -1,0 +1,165 @@
+"""`Machine`: one running VM as this package's rooms see it; `Vm` is what users see of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.text import read_tail
+from pytest_chvm.drivers.base import AbleDriver, VmDriver
+from pytest_chvm.drivers.boot import CONSOLE_FILE
+from pytest_chvm.errors import CommandTimeoutError, VmError, VmIOError
+from pytest_chvm.guest.channels import Channel, Line, open_channel
+from pytest_chvm.guest.kinds import Guest
+from pytest_chvm.host.leases import Lease
+from pytest_chvm.machine import liveness
+from pytest_chvm.machine.events import EventLog
+from pytest_chvm.machine.health import Health, Telling
+from pytest_chvm.model import CommandResult, VmConfig, VmHandle
+
+if TYPE_CHECKING:
+    from pytest_chvm.machine.hotplug import Device
+
+RUN_TIMEOUT_S = 60.0
+# How long a guest has to show that it lives, once there is a reason to doubt it.
+ANSWER_TIMEOUT_S = 5.0
+# What is read of a console at most, from its end.
+CONSOLE_LIMIT = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a VM came to be: `boot` is "cold" or "clone", `why` says why it is no clone, `saved` is what a clone is from."""
+
+    boot: str
+    why: str = ""
+    saved: Path | None = None
+    # How many of its NICs have the saved VM's addresses at first.
+    stale_nics: int = 0
+
+    @property
+    def in_words(self) -> str:
+        """How it came to be, for a person."""
+        return "a clone" if self.boot == "clone" else f"booted: {self.why}"
+
+
+@dataclass(eq=False)
+class Machine:
+    """One VM from the start of its VMM on; `handle` is as it is now.
+
+    `boot_deadline`: until when the guest has to be ready. `virtiofsd`: the one that the settings name. `channel` runs its
+    commands. `last_console`: what its serial console had when it was ended.
+    """
+
+    config: VmConfig
+    handle: VmHandle
+    guest: Guest
+    origin: Origin
+    lease: Lease
+    virtiofsd: Path | None
+    boot_deadline: Deadline
+    vmm_driver: InitVar[VmDriver]
+    log: EventLog = field(init=False)
+    health: Health = field(init=False)
+    driver: AbleDriver = field(init=False)
+    channel: Channel = field(init=False)
+    # Devices that were plugged in, by their ids.
+    plugged: dict[str, Device] = field(default_factory=dict)
+    resized: bool = False
+    ended: bool = False
+    last_console: str | None = None
+
+    def __post_init__(self, vmm_driver: VmDriver) -> None:
+        self.log = EventLog(self.handle.event_log)
+        self.log.add_spawned(self.handle, self.origin.in_words, [share.tag for share in self.config.shared_dirs])
+        self.health = Health(
+            self.config,
+            lambda: self.handle,
+            vmm_driver,
+            self.lease.keeper,
+            lacks=self.guest.lacks,
+            answers=self._answers,
+            noticed=lambda error: self.log.add_trouble(error, vmm_ended=self.health.has_ended()),
+            console_start=_size(self.origin.saved / CONSOLE_FILE) if self.origin.saved else 0,
+        )
+        self.driver = cast("AbleDriver", Telling(vmm_driver, self.health, self.name))
+        started = self.handle
+        line = Line(
+            self.name,
+            lambda: self.driver.open_console(started),
+            self.health.wake_fds,
+            self.check_alive,
+            self.health.check_ending,
+            vmm_driver.abilities.console_piece,
+        )
+        self.channel = open_channel(self.guest.channel, line)
+
+    @property
+    def name(self) -> str:
+        """The VM's name."""
+        return self.config.name
+
+    @property
+    def ip(self) -> str:
+        """The guest's address, as its ready line said; raises VmIOError before that."""
+        ip = self.health.ready.ip or self.health.ready.scan()
+        if ip is None:
+            raise VmIOError(f"VM {self.name!r} has no IP yet: it is not ready; call wait_ready() first", vm_name=self.name)
+        return ip
+
+    def serial_text(self) -> bytes:
+        """Return what the guest has written to its serial console, the last 16 MiB."""
+        return read_tail(self.handle.serial_log, CONSOLE_LIMIT)
+
+    def check_alive(self) -> None:
+        """Raise what has become of the guest if it is not alive: a GuestError, BootFailedError, HypervisorError."""
+        if self.ended:
+            raise VmIOError(f"VM {self.name!r} was ended by the test", vm_name=self.name)
+        self.health.check()
+
+    def check_up(self) -> VmError | None:
+        """Return what has befallen the guest that the test has not been told of; None where it is well."""
+        return self.health.check_up(self._taint)
+
+    def run(self, command: str | Sequence[str], *, timeout: float | None = RUN_TIMEOUT_S, input: bytes | None) -> CommandResult:
+        """Run a command in the guest; see `Channel.run`. Raises what has become of the guest where it does not answer."""
+        self.check_alive()
+        if (silent := self.health.no_shell()) is not None:
+            raise silent
+        try:
+            return self.channel.run(command, timeout=timeout, input=input)
+        except (CommandTimeoutError, VmIOError) as error:
+            # What another thread's end of the VM does to a command says that it was ended; that its VMM is gone is no news then.
+            if not self.ended:
+                self.health.explain(error)
+            raise
+
+    def allow_reboot(self) -> None:
+        """Let the guest's next reboot be one, in place of trouble or the VMM's end."""
+        self.handle, self.health.shares = self.driver.allow_reboot(self.handle, self.health.shares)
+
+    def started_anew(self) -> None:
+        """Take note that the guest, which was expected to start again, is ready."""
+        self.health.started_anew()
+        # Cloud Hypervisor has made a new console with the new boot.
+        self.channel.close()
+
+    def _taint(self) -> int | None:
+        try:
+            return int(self.channel.run("cat /proc/sys/kernel/tainted", timeout=ANSWER_TIMEOUT_S, input=None).stdout)
+        except (VmError, ValueError):
+            return None
+
+    def _answers(self) -> bool | None:
+        line, token = liveness.question()
+        if (asked := self.channel.poke(line, ANSWER_TIMEOUT_S)) is not True:
+            return asked
+        deadline = Deadline.after(ANSWER_TIMEOUT_S)
+        return liveness.was_answered(self.handle.serial_log, token, deadline, self.health.process.pid)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

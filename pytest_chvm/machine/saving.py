@@ -1,0 +1,100 @@
+"""Saving a running VM for clones to start from, and having a clone made a machine of its own."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from pytest_chvm.base.text import shown_outputs
+from pytest_chvm.drivers.base import share_id
+from pytest_chvm.drivers.boot import CONSOLE_FILE
+from pytest_chvm.errors import GuestCommandError, UnsupportedError
+from pytest_chvm.guest import renewal
+from pytest_chvm.guest.channels import RenewingChannel
+from pytest_chvm.guest.kinds.built_in import READ_SET_UP
+from pytest_chvm.machine import hotplug
+from pytest_chvm.machine.hotplug import Device
+from pytest_chvm.machine.machine import Machine
+
+
+def save(machine: Machine, directory: Path, *, go_on: bool = True) -> None:
+    """Save a VM to an empty directory; without `go_on` it stays paused.
+
+    Its shared dirs are unmounted in the guest meanwhile. Raises UnsupportedError for a guest whose clones could not be renewed.
+    """
+    machine.check_alive()
+    told = (machine.config.cmdline or "").split()
+    set_up = machine.guest.set_up_for_saving(
+        lambda script, data: machine.run(script, input=data), lambda: machine.ip, told, trial=not go_on
+    )
+    with _without_shares(machine), _renewing(machine).waiting(lambda token: renewal.waiting_line(set_up, token)):
+        machine.driver.pause(machine.handle)
+        try:
+            machine.driver.snapshot(machine.handle, directory)
+            _save_console(machine, directory / CONSOLE_FILE)
+        finally:
+            if go_on:
+                machine.driver.resume(machine.handle)
+
+
+def renew(machine: Machine, words: Sequence[str]) -> None:
+    """Have a clone made a machine of its own, which is told `words`; it then says that it is ready, which is not waited for.
+
+    Raises VmIOError where it does not even begin before the boot's deadline.
+    """
+    line = renewal.line(words, stale_nics=machine.origin.stale_nics)
+    _renewing(machine).renew(renewal.message, line, machine.boot_deadline)
+
+
+def _renewing(machine: Machine) -> RenewingChannel:
+    if not isinstance(machine.channel, RenewingChannel):
+        raise UnsupportedError(
+            f"VM {machine.name!r} cannot be saved: what runs its commands cannot renew a clone", vm_name=machine.name
+        )
+    return machine.channel
+
+
+def _save_console(machine: Machine, copy: Path) -> None:
+    # Without the ready line: each clone prints its own, and a test that looks for one is to find that.
+    marker = machine.handle.ready_marker.encode()
+    lines = io.BytesIO(machine.serial_text())
+    with copy.open("wb") as saved:
+        saved.writelines(line for line in lines if marker not in line)
+
+
+@contextmanager
+def _without_shares(machine: Machine) -> Iterator[None]:
+    """Unplug the shared dirs, which no VMM saves, and plug them in again afterwards."""
+    shares = list(machine.health.shares)
+    unplugged = []
+    try:
+        for index, served in enumerate(shares):
+            _must(machine, ["umount", f"/mnt/{served.share.tag}"])
+            # Its virtiofsd's end is no trouble from now on.
+            machine.health.shares = shares[index + 1 :]
+            unplugged.append(index)
+            hotplug.unplug(machine, Device(share_id(served.share), "fs", served=served))
+        yield
+    finally:
+        for index in unplugged:
+            fresh = hotplug.plug_share(machine, shares[index].share).served
+            assert fresh is not None
+            shares[index] = fresh
+            _must(machine, f"{READ_SET_UP}; chvm_share {fresh.share.guest_word}")
+        machine.health.shares = shares
+        machine.handle = replace(machine.handle, sidecars=tuple(served.process for served in shares))
+
+
+def _must(machine: Machine, command: str | Sequence[str]) -> None:
+    done = machine.run(command, input=None)
+    if done.returncode != 0:
+        raise GuestCommandError(
+            f"VM {machine.name!r}: {done.command!r} returned {done.returncode}.\n{shown_outputs(done.stdout, done.stderr)}",
+            vm_name=machine.name,
+            returncode=done.returncode,
+            stdout=done.stdout,
+            stderr=done.stderr,
+        )
