@@ -37,6 +37,11 @@ def clean(raw: bytes) -> str:
     return CONTROL.sub("\ufffd", text)
 
 
+def clean_text(text: str) -> str:
+    """Return a test's or guest's text as `clean` does its bytes; lone surrogates, which no encoding has, are replaced too."""
+    return clean(text.encode(errors="surrogatepass"))
+
+
 def last_lines(path: Path, count: int = 20, limit: int = 16384) -> str:
     """Return the last lines of a log, cleaned and bounded, each cut at 500 characters."""
     lines = [line for line in clean(read_tail(path, limit)).split("\n") if line.strip()]

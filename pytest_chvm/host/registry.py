@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.base.deadline import Deadline
-from pytest_chvm.base.text import clean
+from pytest_chvm.base.text import clean_text
 from pytest_chvm.host.directories import runtime_dirs
 from pytest_chvm.host.keeper import records, remains
 
@@ -32,7 +32,7 @@ def owners(problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def shown(text: str) -> str:
     """Return a text of a record, which came from a test, as a terminal may have it."""
-    return clean(text[:LONGEST_TEXT].encode(errors="surrogateescape")).replace("\n", "\ufffd").replace("\t", " ")
+    return clean_text(text[:LONGEST_TEXT]).replace("\n", "\ufffd").replace("\t", " ")
 
 
 def reap(*, dry_run: bool = False) -> tuple[list[str], list[str]]:

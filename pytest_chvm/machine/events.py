@@ -1,7 +1,7 @@
 """What has happened to one VM, with times: kept in memory, and as JSON lines in a file beside its logs.
 
-`chvm ps` and the report of a failed test are drawn from it. A line is appended by one write, so that the file is whole however this
-process ends. All text in a line is ASCII: what a guest or a test wrote cannot reach a terminal from there.
+`chvm ps` and the report of a failed test are drawn from it. A line is appended by one write, so that all lines but the last are
+whole however this process ends. All text in a line is ASCII: what a guest or a test wrote cannot reach a terminal from there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ENDED = "ended"  # how
 
 # Of a text, how many characters are kept.
 LONGEST_TEXT = 2000
-# Commands are no longer written to a file of this size, and nothing is to one twice as large.
+# Commands, puts and gets are no longer written to a file of this size, and nothing is to one twice as large.
 LARGEST_FILE = 4 << 20
 # Of more events than this the first ones and the latest are kept in memory.
 MOST_EVENTS, FIRST_EVENTS = 10_000, 100
@@ -66,7 +66,9 @@ class Event:
 
     def to_line(self) -> bytes:
         """Return the event as a line of JSON."""
-        line = json.dumps({"at_s": self.at_s, "wall_s": self.wall_s, "kind": self.kind, "details": dict(self.details)})
+        fields = {"at_s": self.at_s, "wall_s": self.wall_s, "kind": self.kind, "details": dict(self.details)}
+        # A test may pass anything, and is to hear of it from whoever refuses it.
+        line = json.dumps(fields, default=repr)
         return line.encode() + b"\n"
 
 
@@ -80,7 +82,7 @@ class EventLog:
         self._size = 0
         self._told: set[str] = set()
         try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._fd = os.open(path, flags, 0o600)
         except OSError as error:
             logger.warning("the events of a VM are not written down: %s", error)
@@ -104,12 +106,15 @@ class EventLog:
             self._events.append(event)
             if len(self._events) > MOST_EVENTS:
                 del self._events[FIRST_EVENTS : MOST_EVENTS // 2]
-            if self._fd is None or self._size + len(line) > (LARGEST_FILE if kind == COMMAND else 2 * LARGEST_FILE):
+            if self._fd is None or self._size + len(line) > (LARGEST_FILE if kind in (COMMAND, PUT, GET) else 2 * LARGEST_FILE):
                 return
             try:
-                self._size += os.write(self._fd, line)
+                written = os.write(self._fd, line)
             except OSError:
-                # A full disk, most likely: what happens next is in memory.
+                written = 0
+            self._size += written
+            if written < len(line):
+                # A full disk, most likely: what happens next is in memory. After half a line the next one would be none either.
                 os.close(self._fd)
                 self._fd = None
 

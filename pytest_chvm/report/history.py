@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pytest_chvm.base.text import clean
+from pytest_chvm.base.text import clean_text
 from pytest_chvm.machine.events import COMMAND, SPAWNED, Event, last_of, ready_after_s
 
 LONGEST_LINE = 200
@@ -40,4 +40,4 @@ def in_words(event: Event) -> str:
 
 
 def _plain(text: str) -> str:
-    return clean(text.encode(errors="surrogateescape")).replace("\n", " ").replace("\t", " ")
+    return clean_text(text).replace("\n", " ").replace("\t", " ")

@@ -14,8 +14,21 @@ from pathlib import Path
 import pytest
 
 from pytest_chvm.errors import GuestPanicError, HypervisorError
+from pytest_chvm.host.registry import shown
 from pytest_chvm.machine import events
-from pytest_chvm.machine.events import COMMAND, ENDED, PAUSED, READY, SPAWNED, EventLog, last_of, read_events, ready_after_s
+from pytest_chvm.machine.events import (
+    COMMAND,
+    ENDED,
+    GET,
+    PAUSED,
+    PUT,
+    READY,
+    SPAWNED,
+    EventLog,
+    last_of,
+    read_events,
+    ready_after_s,
+)
 from pytest_chvm.report.history import how_it_started, last_events
 
 
@@ -57,8 +70,8 @@ def test_text_of_a_guest_cannot_reach_a_terminal_from_the_file_and_is_bounded(lo
 
 def test_file_is_bounded_and_the_end_is_still_in_it(log: EventLog, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "LARGEST_FILE", 10_000)
-    for _ in range(1000):
-        log.add(COMMAND, command="true", returncode=0, duration_s=0.0)
+    for kind in (COMMAND, PUT, GET) * 400:
+        log.add(kind, duration_s=0.0)
     log.add(ENDED, how="kill()")
     assert path.stat().st_size < 10_500
     assert read_events(path)[-1].kind == ENDED
@@ -85,8 +98,8 @@ def test_a_writer_that_is_killed_leaves_whole_lines(path: Path) -> None:
         while not path.stat().st_size:
             assert writer.poll() is None
         writer.send_signal(signal.SIGKILL)
+    # The kernel may end a write of a killed process between two pages, so that something without a line's end may be last.
     assert len(read_events(path)) == path.read_bytes().count(b"\n")
-    assert path.read_bytes().endswith(b"\n")
 
 
 def test_threads_lose_nothing(log: EventLog, path: Path) -> None:
@@ -116,6 +129,29 @@ def test_a_full_disk_or_no_place_is_no_error_of_the_vms(tmp_path: Path, monkeypa
     log.close()
 
 
+def test_a_line_of_which_the_disk_took_half_is_the_last_one(log: EventLog, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.add(READY)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, line: write(fd, line[: len(line) // 2]))
+    log.add(PAUSED)
+    monkeypatch.undo()
+    log.add(ENDED)
+    assert [event.kind for event in log.events] == [READY, PAUSED, ENDED]
+    assert [event.kind for event in read_events(path)] == [READY]
+    assert path.read_bytes().count(b"\n") == 1
+
+
+def test_what_json_does_not_have_and_no_encoding_has_is_shown_all_the_same(log: EventLog, path: Path) -> None:
+    log.add(COMMAND, command="\ud800", returncode=0)
+    log.add(PUT, source=b"bytes")
+    assert len(read_events(path)) == 2
+    for events_of in (log.events, read_events(path)):
+        said = last_events(events_of, 2)
+        said.encode()
+        assert "bytes" in said
+    assert shown("a\ud800b").encode().isascii() is False
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -141,6 +177,9 @@ def test_a_pipe_in_its_place_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="is no file"):
         read_events(tmp_path / "pipe")
+    log = EventLog(tmp_path / "pipe")
+    log.add(READY)
+    assert len(log.events) == 1
 
 
 def test_ready_is_counted_from_the_start_of_the_vmm(log: EventLog) -> None:
