@@ -22,7 +22,7 @@ from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.host.host import default_host
 from pytest_chvm.host.keeper.records import read_pairs
 from pytest_chvm.host.keeper.remains import start_time_ticks
-from pytest_chvm.host.networks import interface_exists, why_no_taps
+from pytest_chvm.host.networks.tap import interface_exists, why_no_taps
 
 # How long an example takes says how busy the machine is, not how good the code.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

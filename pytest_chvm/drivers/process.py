@@ -27,7 +27,7 @@ from pytest_chvm.guest.ready import ReadyScanner
 from pytest_chvm.host.host import Host
 from pytest_chvm.host.keeper import records
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.networks import remove_taps
+from pytest_chvm.host.networks.tap import remove_taps
 from pytest_chvm.host.processes import end_all, end_process, is_running
 from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
 from pytest_chvm.host.virtiofsd import ServedShare, find_virtiofsd, serve_share

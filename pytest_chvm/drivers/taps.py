@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pytest_chvm.drivers.boot import Boot
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.host.networks import interface_exists, make_tap
+from pytest_chvm.host.networks.tap import interface_exists, make_tap
 from pytest_chvm.model import SocketPairFd, Tap, mac_for
 
 

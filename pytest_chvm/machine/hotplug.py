@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pytest_chvm.drivers.images import check_disk
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError
-from pytest_chvm.host.networks import interface_exists, make_tap
+from pytest_chvm.host.networks.tap import interface_exists, make_tap
 from pytest_chvm.host.processes import end_process
 from pytest_chvm.host.virtiofsd import PROGRAMS, ServedShare, check_shared_dir, find_virtiofsd, serve_share
 from pytest_chvm.machine.events import PLUGGED, UNPLUGGED

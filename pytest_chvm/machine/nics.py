@@ -8,8 +8,12 @@ from typing import Any
 
 from pytest_chvm.drivers.base import VmDriver
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError
-from pytest_chvm.host import networks
 from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.networks.isolated import lease_network_nic
+from pytest_chvm.host.networks.nic import Nic
+from pytest_chvm.host.networks.subnets import Subnet, parse_pool
+from pytest_chvm.host.networks.tap import lease_tap_nic, why_no_taps
+from pytest_chvm.host.networks.user import lease_user_nic
 from pytest_chvm.model import Attachment, Network, Tap, UserNetwork, VmConfig, mac_for
 from pytest_chvm.settings import Settings
 
@@ -20,7 +24,7 @@ def network_mode(settings: Settings, driver: VmDriver, *, outbound: bool = True)
         return settings.network, "asked for"
     if not outbound and driver.abilities.user_network:
         return "user", "outbound=False goes with no other"
-    reason = networks.why_no_taps()
+    reason = why_no_taps()
     if reason is None:
         return "tap", "TAPs can be made here"
     if driver.abilities.user_network:
@@ -33,7 +37,7 @@ class Nics:
     """A VM's NICs: what the driver attaches them to, what is held for them, and what the built-in guest is told of them."""
 
     attachments: list[Attachment]
-    held: list[networks.Subnet]
+    held: list[Subnet]
     words: list[str]
 
 
@@ -46,15 +50,15 @@ def lease_nics(config: VmConfig, driver: VmDriver, settings: Settings, lease: Le
             "a bridge the host is the guest's neighbour",
             vm_name=config.name,
         )
-    pool = networks.parse_pool(settings.subnet_pool)
+    pool = parse_pool(settings.subnet_pool)
     nics = Nics([], [], [])
     for index, network in enumerate(wanted):
         if isinstance(network, Tap):
-            nic, subnet = networks.lease_tap_nic(lease, network, pool, config.netns)
+            nic, subnet = lease_tap_nic(lease, network, pool, config.netns)
         elif network == "user":
-            nic, subnet = networks.lease_user_nic(lease, pool, outbound=config.outbound)
+            nic, subnet = lease_user_nic(lease, pool, outbound=config.outbound)
         elif isinstance(network, Network):
-            nic, subnet = networks.lease_network_nic(lease, network), None
+            nic, subnet = lease_network_nic(lease, network), None
         else:
             nics.attachments.append(network)
             continue
@@ -72,7 +76,7 @@ def _reaches_out(network: Any) -> bool:
     return network.outbound if isinstance(network, UserNetwork) else network != "user"
 
 
-def _tell(words: list[str], index: int, nic: networks.Nic, vm_name: str) -> None:
+def _tell(words: list[str], index: int, nic: Nic, vm_name: str) -> None:
     mac = mac_for(vm_name, index)
     if isinstance(nic.attachment, Tap | UserNetwork):
         mac = nic.attachment.mac or mac

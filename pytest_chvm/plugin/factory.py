@@ -14,10 +14,11 @@ from typing import Any, Unpack
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.steps import Step, take_all
 from pytest_chvm.errors import StopFailedError
-from pytest_chvm.host import networks
 from pytest_chvm.host.host import Host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.locks import held_under
+from pytest_chvm.host.networks.isolated import LeasedNetwork, lease_network
+from pytest_chvm.host.networks.subnets import parse_pool
 from pytest_chvm.machine.launcher import launch
 from pytest_chvm.machine.snapshot import Snapshot
 from pytest_chvm.machine.vm import Vm
@@ -59,7 +60,7 @@ class VmFactory:
         self._at_end_of_caller = at_end_of_caller
         self._owner_pid = os.getpid()
         self._logs: set[Path] = set()
-        self._networks: list[networks.LeasedNetwork] = []
+        self._networks: list[LeasedNetwork] = []
         self._name = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:50] or "vm"
         self._namespace = namespace
         self._log_dir = log_dir
@@ -111,8 +112,8 @@ class VmFactory:
         self.vms[:] = [vm for vm in self.vms if not vm.closed]
 
     def network(self, name: str | None = None) -> Network:
-        """Make an isolated network for several VMs; see `host.networks.lease_network`."""
-        leased = networks.lease_network(self._host, networks.parse_pool(self.settings.subnet_pool), name, self.add_lease)
+        """Make an isolated network for several VMs; see `host.networks.isolated.lease_network`."""
+        leased = lease_network(self._host, parse_pool(self.settings.subnet_pool), name, self.add_lease)
         self._networks.append(leased)
         return leased.network
 

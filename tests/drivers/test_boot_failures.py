@@ -407,7 +407,7 @@ def test_kernel_that_is_unreadable(tmp_path, fake_kernel):
 import os, sys
 from pytest_chvm import VmConfig, InvalidConfigError
 from pytest_chvm.drivers.preflight import preflight
-import psutil, pytest_chvm.host.networks
+import psutil, pytest_chvm.host.networks.tap
 if os.geteuid() == 0:
     os.setgid(65534); os.setuid(65534)
 try:

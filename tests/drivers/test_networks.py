@@ -15,7 +15,8 @@ from pytest_chvm import HostError, HypervisorError, InvalidConfigError, Settings
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.networks import lease_tap_nic, make_tap, parse_pool, take_subnet
+from pytest_chvm.host.networks.subnets import parse_pool, take_subnet
+from pytest_chvm.host.networks.tap import lease_tap_nic, make_tap
 
 
 @pytest.fixture
@@ -71,12 +72,12 @@ def test_kernel_removes_qemus_tap_with_it(qemu, tap_name, link_exists, wait_ende
 
 
 def test_tap_is_in_the_lease_before_it_is_made(lease, tap_name, monkeypatch):
-    from pytest_chvm.host import networks
+    from pytest_chvm.host.networks import tap
 
     def refuse(netns):
         raise OSError("interrupted")
 
-    monkeypatch.setattr(networks, "route_socket", refuse)
+    monkeypatch.setattr(tap, "route_socket", refuse)
     with pytest.raises(HostError, match="cannot be made: interrupted"):
         make_tap(lease, tap_name, None, None)
     assert tap_name in (lease.directory / "lease.json").read_text()
@@ -111,7 +112,7 @@ TAKER = """
 import sys
 from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.networks import parse_pool, take_subnet
+from pytest_chvm.host.networks.subnets import parse_pool, take_subnet
 lease, held = Lease(default_host()), []
 sys.stdin.readline()
 for _number in range(int(sys.argv[2])):

@@ -422,7 +422,7 @@ def test_nothing_is_left_of_a_keeper_that_was_killed_while_a_tap_was_in_use(
     import os, signal
     from pytest_chvm.host.host import default_host
     from pytest_chvm.host.leases import Lease
-    from pytest_chvm.host.networks import make_tap, open_tap
+    from pytest_chvm.host.networks.tap import make_tap, open_tap
 
     def test_taps():
         lease = Lease(default_host())

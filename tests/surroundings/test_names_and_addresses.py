@@ -7,7 +7,8 @@ import pytest
 from pytest_chvm import InvalidConfigError, MissingRequirementError
 from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.networks import NETWORK_PREFIX, Subnet, lease_network, lease_network_nic, parse_pool, take_subnet
+from pytest_chvm.host.networks.isolated import lease_network, lease_network_nic
+from pytest_chvm.host.networks.subnets import NETWORK_PREFIX, Subnet, parse_pool, take_subnet
 from pytest_chvm.machine.snapshot import Snapshot
 from pytest_chvm.plugin.factory import VmFactory
 from tests.conftest import kept

@@ -18,12 +18,15 @@ import pytest
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import HostError, InvalidConfigError
-from pytest_chvm.host import networks
 from pytest_chvm.host.host import default_host
 from pytest_chvm.host.keeper.records import read_lease
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.namespaces import inside
-from pytest_chvm.host.networks import interface_exists, make_bridge, make_tap, open_tap, parse_pool, route_socket, take_subnet
+from pytest_chvm.host.netlink import route_socket
+from pytest_chvm.host.networks import isolated, tap
+from pytest_chvm.host.networks.isolated import make_bridge
+from pytest_chvm.host.networks.subnets import parse_pool, take_subnet
+from pytest_chvm.host.networks.tap import interface_exists, make_tap, open_tap
 from pytest_chvm.host.relay import NamespaceRelay
 
 
@@ -37,7 +40,8 @@ def lease(needs_taps: None) -> Iterator[Lease]:
 def names_from(monkeypatch: pytest.MonkeyPatch, *endings: str) -> None:
     """Have names end in these, and then in others."""
     given = iter(endings)
-    monkeypatch.setattr(networks, "random_hex", lambda size: next(given, None) or random_hex(size))
+    for module in (isolated, tap):
+        monkeypatch.setattr(module, "random_hex", lambda size: next(given, None) or random_hex(size))
 
 
 def test_names_and_subnets_are_not_those_of_a_seed(lease: Lease) -> None:
@@ -88,14 +92,14 @@ def test_a_bridge_of_that_name_that_is_there_is_not_taken_and_not_removed(
 
 KILLED_WHILE_IT_MAKES_ONE = """
 import os, sys
-from pytest_chvm.host import networks
+from pytest_chvm.host.networks.tap import make_tap
 
 class Lease:
     def add_tap(self, name, netns):
         print(name, os.path.exists(f"/sys/class/net/{name}"), flush=True)
         os.kill(os.getpid(), 9)
 
-networks.make_tap(Lease(default_host()), None, None, None)
+make_tap(Lease(), None, None, None)
 """
 
 

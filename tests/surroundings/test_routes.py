@@ -11,7 +11,7 @@ import pytest
 from pytest_chvm import MissingRequirementError
 from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.networks import DEFAULT_POOL, FURTHER_POOLS, parse_pool, take_subnet
+from pytest_chvm.host.networks.subnets import DEFAULT_POOL, FURTHER_POOLS, parse_pool, take_subnet
 
 DEFAULT_OF_A_VPN = ("0.0.0.0/1", "128.0.0.0/1")
 # WireGuard's, of all addresses but the private ones and one server's.

@@ -191,7 +191,7 @@ class QemuDriver(AbleDriver):
 
     @staticmethod
     def _nics(boot: Boot, shown: dict[str, str]) -> list[str]:
-        from pytest_chvm.host.networks import open_tap
+        from pytest_chvm.host.networks.tap import open_tap
 
         config = boot.config
         words = []
