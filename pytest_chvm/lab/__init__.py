@@ -310,7 +310,7 @@ class _Session:
                     self.to_send += agent.frame(b"W", rows.to_bytes(2, "big") + columns.to_bytes(2, "big"))
                 if pidfd in ready or serial.fileno() in ready:
                     serial.clear()
-                    self.vm.check_alive()
+                    self.vm.machine.check_alive()
                 if deadline is not None and deadline.expired:
                     return None
                 self._send()
@@ -334,7 +334,7 @@ class _Session:
         if not data:
             # QEMU closes it on its way out, and why it ended is what a person wants to know.
             wait_readable([pidfd], Deadline.after(END_TIMEOUT_S))
-            self.vm.check_alive()
+            self.vm.machine.check_alive()
             raise VmIOError("the lab's machine has closed its channel")
         self.arrived += data
         while found := agent.take_frame(self.arrived):

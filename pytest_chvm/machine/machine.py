@@ -121,8 +121,11 @@ class Machine:
         self.health.check()
 
     def check_up(self) -> VmError | None:
-        """Return what has befallen the guest that the test has not been told of; None where it is well."""
-        return self.health.check_up(self._taint)
+        """Return what has befallen the guest that the test has not been told of: a panic, an oops, the end of its VMM or sidecars.
+
+        None where it is well, and of a VM that the test has ended.
+        """
+        return None if self.ended else self.health.check_up(self._taint)
 
     def run(self, command: str | Sequence[str], *, timeout: float | None = RUN_TIMEOUT_S, input: bytes | None) -> CommandResult:
         """Run a command in the guest; see `Channel.run`. Raises what has become of the guest where it does not answer."""

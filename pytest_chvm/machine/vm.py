@@ -155,15 +155,6 @@ class Vm:
             return found
         return self._machine.health.wait_for(search.scan, deadline, no_match)
 
-    def check_up(self) -> VmError | None:
-        """Return what has befallen the guest that the test has not been told of: a panic, an oops, the end of its VMM or sidecars.
-
-        None where it is well, and of a VM that the test has ended.
-        """
-        if self.closed or self._machine.ended:
-            return None
-        return self._machine.check_up()
-
     def expect_panic(self, timeout: float = RUN_TIMEOUT_S) -> AbstractContextManager[None]:
         """Expect the guest's kernel to panic in the block, or within `timeout` seconds of its end; it may reboot for it.
 
@@ -171,10 +162,6 @@ class Vm:
         Afterwards `wait_ready()` blocks until the guest has started again, where it does. Raises VmIOError where it does not panic.
         """
         return starts.expect_panic(self._machine, timeout)
-
-    def check_alive(self) -> None:
-        """Raise what has become of the guest if it is not alive: a GuestError, BootFailedError, HypervisorError."""
-        self._machine.check_alive()
 
     def run(
         self, command: str | Sequence[str], *, timeout: float | None = RUN_TIMEOUT_S, input: str | bytes | None = None
@@ -323,7 +310,7 @@ class Vm:
         """
         self._require_owner()
         deadline = Deadline.after(checked_timeout(timeout))
-        self.check_alive()
+        self._machine.check_alive()
         try:
             self._machine.channel.tell("sync; poweroff -f || poweroff", deadline.remaining_s)
         except (VmIOError, UnsupportedError):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def check_up(factories: Iterable[VmFactory]) -> VmError | None:
     """Return the error that a test has to fail with, further ones as its notes; None where all running VMs are well."""
     vms = [vm for factory in factories if not factory.closed for vm in list(factory.vms)]
-    found = [trouble for vm in vms if (trouble := vm.check_up()) is not None]
+    found = [trouble for vm in vms if (trouble := vm.machine.check_up()) is not None]
     if not found:
         return None
     first, *others = found

@@ -24,7 +24,7 @@ def test_the_text_of_a_panic_on_a_living_guest_s_console_is_none(boot):
     vm = boot(network="none")
     vm.check_output(f"echo '{PANIC_TEXT}' >/dev/ttyS0; sleep 1")
     assert vm.check_output("echo alive") == "alive\n"
-    assert vm.check_up() is None
+    assert vm.machine.check_up() is None
 
 
 def test_nor_is_it_in_a_guest_of_which_nothing_is_known(boot, image):
@@ -50,7 +50,7 @@ def test_an_expected_panic_is_no_error_and_the_guest_may_start_again(boot):
     vm.check_output("echo 1 >/proc/sys/kernel/panic; touch /tmp/gone")
     with vm.expect_panic():
         vm.run(CRASH)
-    assert vm.check_up() is None
+    assert vm.machine.check_up() is None
     vm.wait_ready()
     assert vm.run("test -e /tmp/gone").returncode == 1
     # From now on all is as before.
@@ -62,7 +62,7 @@ def test_a_guest_that_stays_down_after_an_expected_panic_says_so(boot):
     vm = boot(network="none")
     with vm.expect_panic():
         vm.run("(sleep 1; echo c >/proc/sysrq-trigger) >/dev/null 2>&1 &")
-    assert vm.check_up() is None
+    assert vm.machine.check_up() is None
     with pytest.raises(GuestPanicError, match="as expected"):
         vm.run("true")
 
@@ -89,7 +89,7 @@ def test_a_virtiofsd_that_dies_is_noticed_after_a_hotplug_and_a_reboot(boot, tmp
     vm.reboot()
     device = vm.add_shared_dir("plugged", tmp_path / "plugged")
     vm.check_output("mkdir -p /mnt/plugged; mount -t virtiofs plugged /mnt/plugged")
-    assert vm.check_up() is None
+    assert vm.machine.check_up() is None
     os.kill(device.sidecar.pid, signal.SIGKILL)
     with pytest.raises(HypervisorError, match=r"virtiofsd .* for shared dir 'plugged' .* signal 9"):
         vm.run("sleep 60", timeout=40)

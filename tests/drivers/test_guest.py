@@ -333,7 +333,7 @@ def test_events_say_what_has_happened_to_a_vm(own_vm):
         own_vm.run("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger; sleep 60")
     # It is told once, however often it is asked for.
     with pytest.raises(GuestPanicError):
-        own_vm.check_alive()
+        own_vm.machine.check_alive()
     own_vm.kill()
     kinds = [event.kind for event in own_vm.events]
     assert kinds == ["spawned", "ready", "command", "command", "paused", "resumed", "panic", "command", "ended"]

@@ -36,7 +36,7 @@ def test_a_wait_sees_what_another_threads_check_has_taken_note_of(vm, monkeypatc
         monkeypatch.undo()
         vm.check_output("echo sought >/dev/ttyS0")
         vm.wait_for_console(r"sought\r\n", timeout=20)
-        vm.check_alive()
+        vm.machine.check_alive()
 
     def wake_fds():
         with ThreadPoolExecutor(1) as executor:
