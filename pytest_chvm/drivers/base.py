@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, BootOptions
-from pytest_chvm.errors import UnsupportedError, VmError
+from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmError
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus
 
 logger = logging.getLogger("pytest_chvm")
+
+# A PCI bus has 32 places, of which the machine and what every VM has take up to ten, and room for hotplug eight.
+MOST_DEVICES, MOST_DEVICES_WITH_HOTPLUG = 22, 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +267,8 @@ def method_of(driver: VmDriver, name: str, vm_name: str) -> Any:
 
 
 def check_abilities(driver: VmDriver, config: VmConfig) -> None:
-    """Raise UnsupportedError for the first thing in a config that the VMM does not have, whatever the host has."""
+    """Raise UnsupportedError, or InvalidConfigError, for the first thing that the VMM does not have, whatever the host has."""
+    _check_devices(config)
     able = driver.abilities
     if config.cpu_model is not None and not able.cpu_models:
         raise unsupported(driver.vmm, config.name, "choose the model of a processor", "leave out cpu_model")
@@ -276,6 +280,18 @@ def check_abilities(driver: VmDriver, config: VmConfig) -> None:
             raise unsupported(
                 driver.vmm, config.name, "have a network without a TAP", "run as root, which can make TAPs, or use --chvm-vmm=qemu"
             )
+
+
+def _check_devices(config: VmConfig) -> None:
+    count = len(config.networks or ()) + len(config.shared_dirs)
+    count += sum(disk is not None for disk in (config.root_disk, config.seed_iso, config.data_disk))
+    most = MOST_DEVICES_WITH_HOTPLUG if config.hotplug else MOST_DEVICES
+    if count > most:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: {count} NICs, disks and shared dirs, and a VM has room for {most}"
+            f"{' with hotplug=True' if config.hotplug else ''}: share a directory that is above several",
+            vm_name=config.name,
+        )
 
 
 def share_id(share: SharedDir) -> str:

@@ -28,7 +28,7 @@ class BootOptions:
     `lease`: where the caller has leased the VM's networks already. `console`: the guest is to have a virtio console, for the shell.
     `nonce`: what the ready line must have after the IP. `template_dir`: the memory is a file there, and so is what the VM writes to
     its root disk, so that a snapshot in that directory need not copy them. `snapshots`: below which snapshots of the VM will be.
-    `restore_timeout_s`: how long a restore may take until the VM runs.
+    `restore_timeout_s`: how long a restore may take until the VM runs. `checked`: the caller has asked `preflight` already.
     """
 
     lease: Lease | None = None
@@ -38,6 +38,7 @@ class BootOptions:
     template_dir: Path | None = None
     snapshots: Path | None = None
     restore_timeout_s: float = 60.0
+    checked: bool = False
 
 
 DEFAULT_OPTIONS = BootOptions()
@@ -50,7 +51,7 @@ class Boot:
     config: VmConfig
     lease: Lease
     serial_log: Path
-    console: bool
+    options: BootOptions
     # Of each shared dir, in order.
     share_sockets: list[Path] = field(default_factory=list)
     fds: list[int] = field(default_factory=list)
@@ -59,8 +60,6 @@ class Boot:
     memory: Memory | None = None
     # The directory of the snapshot that the VM begins with.
     restoring: Path | None = None
-    snapshots: Path | None = None
-    template_dir: Path | None = None
 
     def socket(self, name: str) -> Path:
         """Return where a socket of this VM's lives, short enough for any address."""

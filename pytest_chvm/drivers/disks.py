@@ -82,7 +82,7 @@ def root_overlay(boot: Boot) -> Path | None:
     """
     if boot.config.root_disk is None:
         return None
-    overlay = (boot.template_dir or _overlay_dir(boot)) / ROOT_FILE
+    overlay = (boot.options.template_dir or _overlay_dir(boot)) / ROOT_FILE
     make_overlay(boot.config.root_disk if boot.restoring is None else boot.restoring / ROOT_FILE, overlay)
     return overlay
 
@@ -93,9 +93,9 @@ def _overlay_dir(boot: Boot) -> Path:
     The run directory itself where there is no such place, or less room.
     """
     own = boot.lease.directory
-    if boot.snapshots is None or _free(boot.snapshots) < min(ROOM, _free(own)):
+    if boot.options.snapshots is None or _free(boot.options.snapshots) < min(ROOM, _free(own)):
         return own
-    directory = boot.snapshots / random_hex(8)
+    directory = boot.options.snapshots / random_hex(8)
     boot.lease.add_path(directory)
     directory.mkdir(mode=0o700)
     (own / ROOT_FILE).symlink_to(directory / ROOT_FILE)

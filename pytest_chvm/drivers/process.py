@@ -64,7 +64,8 @@ class VmmProcess:
     ) -> VmHandle:
         """Start a VMM: checks first, then the sidecars, then it. Whatever fails leaves nothing behind."""
         check_abilities(self.driver, config)
-        preflight(config)
+        if not options.checked:
+            preflight(config)
         self.host.names.claim(config)
         mine = None
         fds: list[int] = []
@@ -97,16 +98,7 @@ class VmmProcess:
         fds: list[int],
     ) -> VmHandle:
         serial_log = config.serial_log or lease.directory / "serial.log"
-        boot = Boot(
-            config,
-            lease,
-            serial_log,
-            options.console,
-            fds=fds,
-            restoring=restoring,
-            snapshots=options.snapshots,
-            template_dir=options.template_dir,
-        )
+        boot = Boot(config, lease, serial_log, options, fds=fds, restoring=restoring)
         boot.memory = _memory_of(boot)
         handle = VmHandle(
             config.name, config.namespace, self.driver.vmm, VmState.STARTING, None, serial_log, boot.machine_id,
@@ -243,9 +235,9 @@ def _memory_of(boot: Boot) -> Memory | None:
     """Return the file that a VM's memory is, where it is one: a template's is made, a clone's is the saved one."""
     if boot.restoring is not None:
         return _restored_memory(boot, boot.restoring)
-    if boot.template_dir is None:
+    if boot.options.template_dir is None:
         return None
-    memory = boot.template_dir / MEMORY_FILE
+    memory = boot.options.template_dir / MEMORY_FILE
     with memory.open("xb") as file:
         file.truncate(boot.config.memory_mb << 20)
     return Memory(os.fspath(memory), shared=True)

@@ -37,14 +37,15 @@ BUILT_IN_CMDLINE = (
 def choose_guest(config: VmConfig, settings: Settings, progress: Progress = show_progress) -> Guest:
     """Fill in the built-in guest where the config names none: its kernel, and its initramfs for a kernel without a root.
 
-    Raises InvalidConfigError where it cannot be built.
+    This is where `preflight` is asked, as soon as there is a kernel. Raises what it does, and InvalidConfigError where the built-in
+    guest cannot be built.
     """
     kernel = built_in_kernel(settings, progress) if config.kernel is None else None
     if kernel is not None:
         config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
+    preflight(config)
     if config.initramfs is not None or config.root_disk is not None:
         return ImageGuest(config)
-    preflight(config)
     assert config.kernel is not None
     known = kernel or inspect_kernel(config.kernel)
     initramfs = _built_in_initramfs(known, cache_dir(settings), progress)

@@ -6,42 +6,35 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.steps import take_all
 from pytest_chvm.base.untouched import random_hex
-from pytest_chvm.clones.digests import content_key, file_identity
-from pytest_chvm.clones.store import HeldTemplate, TemplateStore
-from pytest_chvm.clones.templates import clone_config, made_of, template_config, why_no_clone, why_no_snapshot
-from pytest_chvm.drivers import choose_vmm, make_driver
-from pytest_chvm.drivers.base import Saves, VmDriver, logger
+from pytest_chvm.clones.digests import content_key
+from pytest_chvm.clones.store import HeldTemplate
+from pytest_chvm.clones.templates import clone_config, template_config, why_no_snapshot
+from pytest_chvm.drivers.base import logger
 from pytest_chvm.drivers.boot import MEMORY_FILE, ROOT_FILE, BootOptions
 from pytest_chvm.drivers.disks import check_was_closed
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import BootFailedError, GuestPanicError, HostError, StopFailedError, UnsupportedError, VmError
-from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.budget import Share, budget_of, take_share
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.limits import processors
-from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.machine import saving
-from pytest_chvm.machine.guest_choice import cache_dir, choose_guest, told_config
+from pytest_chvm.machine.guest_choice import cache_dir, told_config
 from pytest_chvm.machine.machine import Machine, Origin
-from pytest_chvm.machine.nics import Nics, lease_nics, network_mode
+from pytest_chvm.machine.nics import Nics, lease_nics
+from pytest_chvm.machine.plan import FIRST_OF_IMAGE, Plan, make_plan, template_store
 from pytest_chvm.machine.snapshot import Snapshot, new_directory, snapshots_dir
 from pytest_chvm.machine.vm import Vm
 from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
 from pytest_chvm.model.arguments import VmArguments
 from pytest_chvm.settings import Settings
-
-FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
-
-# More processors than this for each of the host's, and a VM does little but wait for its own.
-OVERCOMMIT = 4
 
 
 class Held(Protocol):
@@ -77,37 +70,7 @@ def launch(
     if "name" not in fields:
         fields["name"] = f"vm{next(host.vm_numbers)}"
     config = VmConfig(**_defaults(settings, fields), **fields)
-    driver = driver_for(settings, host)
-    guest = choose_guest(config, settings, host.show_progress)
-    preflight(guest.config)
-    driver.binary()
-    if config.shared_dirs:
-        find_virtiofsd(settings.virtiofsd).check(config.shared_dirs)
-    if config.cpus > OVERCOMMIT * processors():
-        logger.warning("VM %r has %d processors, and the host %d: it will be slow", config.name, config.cpus, processors())
-    launcher = Launcher(host, driver, settings, owner)
-    why = launcher.why_cold(guest, wait=wait)
-    template = None
-    if why is None:
-        try:
-            template = launcher.template(guest)
-            return launcher.clone(guest, template.directory, wait=wait, held=[template])
-        except VmError as error:
-            # A template that does not boot is a VM that does not.
-            if settings.boot == "clone" or (template is None and isinstance(error, BootFailedError | GuestPanicError)):
-                raise
-            why = str(error)
-            logger.warning("VM %r is booted, not cloned: %s", config.name, why)
-    elif settings.boot == "clone":
-        raise UnsupportedError(f"VM {config.name!r} cannot be a clone: {why}; use boot='auto' or 'cold'", vm_name=config.name)
-    vm = launcher.cold(guest, why, wait=wait)
-    if why == FIRST_OF_IMAGE:
-        # Not of an image that does not get ready: its template would take as long to fail.
-        launcher.want_template(guest)
-    elif template is not None and not guest.built_in:
-        # Each of its clones would be waited for as long as this one.
-        template.call_unfit(f"a clone of it failed, and then it booted: {why[:500]}")
-    return vm
+    return Launcher(host, owner).start(make_plan(config, settings, host, wait=wait))
 
 
 def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:
@@ -118,19 +81,6 @@ def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:
     if "initramfs" not in fields and "root_disk" not in fields:
         defaults |= {"initramfs": settings.initramfs, "root_disk": settings.root_disk}
     return {key: value for key, value in defaults.items() if key not in fields}
-
-
-def driver_for(settings: Settings, host: Host | None = None) -> VmDriver:
-    """Return the driver that the settings choose, for VMs of a host (default: this process's); made once for each choice."""
-    host = host or default_host()
-    key = (settings.vmm, settings.accel, settings.binary, settings.virtiofsd, os.environ.get("PATH", ""))
-    if key not in host.drivers:
-        vmm = settings.vmm
-        if vmm == "auto":
-            vmm, _why = choose_vmm(accel=settings.accel, binary=settings.binary)
-        host.drivers[key] = make_driver(vmm, accel=settings.accel, binary=settings.binary, virtiofsd=settings.virtiofsd, host=host)
-    driver: VmDriver = host.drivers[key]
-    return driver
 
 
 class Owner(Protocol):
@@ -169,80 +119,55 @@ class Lent:
 
 @dataclass(frozen=True)
 class Launcher:
-    """Starts VMs of a host with one driver and one set of settings, for an owner (None: the caller ends them)."""
+    """Starts planned VMs on a host, for an owner (None: the caller ends them)."""
 
     host: Host
-    driver: VmDriver
-    settings: Settings
     owner: Owner | None = None
 
-    def why_cold(self, guest: Guest, *, wait: bool) -> str | None:
-        """Return why a VM is to be booted, or None where it is to be a clone."""
-        if self.settings.boot == "cold":
-            return "asked for"
-        why = self._why_no_clone(guest)
-        if why is not None or guest.built_in:
-            return why
-        if not wait:
-            return "it is an image of its own, whose boot is not waited for"
-        try:
-            # Not by content: most images are wanted once only.
-            made_of = self._made_of(guest, file_identity)
-            if self.settings.boot == "clone":
-                self._store.want(made_of)
-            elif not self._store.wanted_before(made_of):
-                return FIRST_OF_IMAGE
-        except VmError as error:
-            return str(error)
-        return None
+    def start(self, plan: Plan) -> Vm:
+        """Start a VM as it was planned; one that was to be a clone is booted where it may be and cannot be cloned."""
+        why, template = plan.why_cold, None
+        if why is None:
+            try:
+                template = self._template(plan)
+                return self._clone(plan, template.directory, held=[template])
+            except VmError as error:
+                # A template that does not boot is a VM that does not.
+                if plan.settings.boot == "clone" or (template is None and isinstance(error, BootFailedError | GuestPanicError)):
+                    raise
+                why = str(error)
+                logger.warning("VM %r is booted, not cloned: %s", plan.guest.config.name, why)
+        vm = self._cold(plan, why)
+        if plan.why_cold == FIRST_OF_IMAGE:
+            assert plan.image_parts is not None
+            # Not of an image that does not get ready: its template would take as long to fail.
+            template_store(plan.settings, self.host).want(plan.image_parts)
+        elif template is not None and not plan.guest.built_in:
+            # Each of its clones would be waited for as long as this one.
+            template.call_unfit(f"a clone of it failed, and then it booted: {why[:500]}")
+        return vm
 
-    def _why_no_clone(self, guest: Guest) -> str | None:
-        mode, _why = network_mode(self.settings, self.driver, outbound=guest.config.outbound)
-        return why_no_clone(guest.config, self.driver, built_in_guest=guest.built_in, network_mode=mode)
-
-    def want_template(self, guest: Guest) -> None:
-        """Have the next VM of an image of one's own be a clone."""
-        self._store.want(self._made_of(guest, file_identity))
-
-    @property
-    def _store(self) -> TemplateStore:
-        return TemplateStore(cache_dir(self.settings), self.host.show_progress)
-
-    def _made_of(self, guest: Guest, identify: Callable[[Path], str]) -> dict[str, object]:
-        mode, _why = network_mode(self.settings, self.driver, outbound=guest.config.outbound)
-        assert isinstance(self.driver, Saves)
-        try:
-            return made_of(
-                template_config(guest.config),
-                self.driver,
-                identify,
-                built_in_guest=guest.built_in,
-                network_mode=mode,
-                ready_marker=self.settings.ready_marker,
-            )
-        except OSError as error:
-            raise HostError(f"VM {guest.config.name!r} cannot be a clone: {error}", vm_name=guest.config.name) from error
-
-    def cold(self, guest: Guest, why: str, *, wait: bool = True, template_dir: Path | None = None) -> Vm:
+    def _cold(self, plan: Plan, why: str, *, template_dir: Path | None = None) -> Vm:
         """Boot a VM; `why` says why it is no clone."""
-        return self._started(guest, Origin("cold", why), wait=wait, template_dir=template_dir)
+        return self._started(plan, Origin("cold", why), template_dir=template_dir)
 
-    def clone(self, guest: Guest, saved: Path, *, wait: bool = True, held: Sequence[Held] = (), stale_nics: int = 0) -> Vm:
+    def _clone(self, plan: Plan, saved: Path, *, held: Sequence[Held] = (), stale_nics: int = 0) -> Vm:
         """Start a VM from a saved one, and have it made a machine of its own; `stale_nics` have the saved one's addresses."""
-        guest = replace(guest, config=clone_config(guest.config), nonce=random_hex(8))
-        return self._started(guest, Origin("clone", "", saved, stale_nics), wait=wait, held=held)
+        guest = replace(plan.guest, config=clone_config(plan.guest.config), nonce=random_hex(8))
+        return self._started(replace(plan, guest=guest), Origin("clone", "", saved, stale_nics), held=held)
 
-    def template(self, guest: Guest) -> HeldTemplate:
+    def _template(self, plan: Plan) -> HeldTemplate:
         """Return the template for a VM, from the store; the first call boots and saves it."""
+        guest = plan.guest
         plain = replace(guest, config=template_config(guest.config), nonce=random_hex(8) if guest.built_in else None)
 
         def build(directory: Path) -> None:
             try:
-                with self.cold(plain, "it is to be a template", template_dir=directory) as vm:
+                with self._cold(replace(plan, guest=plain, wait=True), "it is to be a template", template_dir=directory) as vm:
                     saving.save(vm.machine, directory, go_on=False)
                     if plain.config.root_disk is not None:
                         _end_of_disk(vm, directory)
-                if self._made_of(guest, identify) != parts:
+                if plan.made_of(identify) != parts:
                     raise HostError(f"VM {guest.config.name!r}: what its template is made of was changed while it was made")
             except (BootFailedError, GuestPanicError) as error:
                 if guest.built_in or insists:
@@ -253,25 +178,23 @@ class Launcher:
         def identify(file: Path) -> str:
             return content_key(file, cache, self.host.show_progress)
 
-        insists = self.settings.boot == "clone"
-        cache = cache_dir(self.settings)
-        parts = self._made_of(guest, identify)
-        return self._store.get(parts, plain.config.memory_mb, build, try_again=insists)
+        insists = plan.settings.boot == "clone"
+        cache = cache_dir(plan.settings)
+        parts = plan.made_of(identify)
+        return template_store(plan.settings, self.host).get(parts, plain.config.memory_mb, build, try_again=insists)
 
-    def _started(
-        self, guest: Guest, origin: Origin, *, wait: bool, template_dir: Path | None = None, held: Sequence[Held] = ()
-    ) -> Vm:
+    def _started(self, plan: Plan, origin: Origin, *, template_dir: Path | None = None, held: Sequence[Held] = ()) -> Vm:
         with ExitStack() as undo:
-            lent = self._borrow(guest.config, origin, held, undo)
-            machine = self._start(guest, origin, lent, template_dir, undo)
-            vm = Vm(machine, snapshot=self._snapshot, release=lent.release)
+            lent = self._borrow(plan, origin, held, undo)
+            machine = _boot(plan, origin, lent, template_dir, undo)
+            vm = Vm(machine, snapshot=partial(self._snapshot, plan), release=lent.release)
             undo.pop_all()
         try:
             if self.owner is not None:
                 self.owner.add_vm(vm)
             if origin.saved is not None:
-                saving.renew(machine, self._words(guest, lent))
-            if wait:
+                saving.renew(machine, plan.guest.words(plan.settings.ready_marker) + lent.nics.words)
+            if plan.wait:
                 vm.wait_ready()
         except BaseException:
             _close_quietly(vm)
@@ -280,8 +203,9 @@ class Launcher:
         lent.share.booted()
         return vm
 
-    def _borrow(self, config: VmConfig, origin: Origin, held: Sequence[Held], undo: ExitStack) -> Lent:
+    def _borrow(self, plan: Plan, origin: Origin, held: Sequence[Held], undo: ExitStack) -> Lent:
         """Take what a VM needs from the host; `undo` gives it back, and `held` too."""
+        config, settings = plan.guest.config, plan.settings
         for part in held:
             undo.callback(part.release)
         self.host.names.require_free(config)
@@ -289,41 +213,17 @@ class Launcher:
         undo.callback(_log_failures, lease.release)
         if self.owner is not None:
             self.owner.add_lease(lease)
-        lease.describe(name=config.name, vmm=self.driver.vmm, cpus=config.cpus, memory_mb=config.memory_mb)
-        budget = budget_of(self.settings.memory_budget_mb, self.settings.max_vms)
+        lease.describe(name=config.name, vmm=plan.driver.vmm, cpus=config.cpus, memory_mb=config.memory_mb)
+        budget = budget_of(settings.memory_budget_mb, settings.max_vms)
         boots_with = config.cpus if origin.saved is None else 0
         share = take_share(budget, config.memory_mb, boots_with, lease, config.name, self.host.show_progress)
         undo.callback(share.release)
-        return Lent(lease, share, lease_nics(config, self.driver, self.settings, lease, undo), held)
+        return Lent(lease, share, lease_nics(config, plan.network, settings, lease, undo), held)
 
-    def _words(self, guest: Guest, lent: Lent) -> list[str]:
-        return guest.words(self.settings.ready_marker) + lent.nics.words
-
-    def _start(self, guest: Guest, origin: Origin, lent: Lent, template_dir: Path | None, undo: ExitStack) -> Machine:
-        settings, driver = self.settings, self.driver
-        told = guest.boot_words(settings.ready_marker, lent.nics.words)
-        config = told_config(guest, told, lent.lease.directory).replace(networks=lent.nics.attachments)
-        snapshots = snapshots_dir(cache_dir(settings))
-        options = BootOptions(
-            lent.lease,
-            True,
-            settings.ready_marker,
-            guest.nonce,
-            template_dir,
-            snapshots if snapshots.is_dir() else None,
-            settings.boot_timeout,
-        )
-        boot_deadline = Deadline.after(settings.boot_timeout)
-        handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
-        undo.callback(driver.kill, handle)
-        lent.lease.describe(events=os.fspath(handle.event_log))
-        return Machine(config, handle, guest, origin, lent.lease, settings.virtiofsd, boot_deadline, driver)
-
-    def _snapshot(self, machine: Machine) -> Snapshot:
-        guest = machine.guest
+    def _snapshot(self, plan: Plan, machine: Machine) -> Snapshot:
         is_clone = machine.origin.boot == "clone"
-        why = self._why_no_clone(guest) or why_no_snapshot(guest.config, self.driver, machine.plugged, is_clone=is_clone)
-        if why is None and machine.driver.state(machine.handle).state is VmState.PAUSED:
+        why = plan.why_no_clone or why_no_snapshot(plan.guest.config, plan.driver, machine.plugged, is_clone=is_clone)
+        if why is None and plan.driver.state(machine.handle).state is VmState.PAUSED:
             why = "it is paused: resume() it first"
         elif why is None and machine.resized:
             why = "it was resized, and a clone would have to be too"
@@ -333,7 +233,7 @@ class Launcher:
         if self.owner is not None:
             self.owner.add_lease(lease)
         try:
-            directory = new_directory(snapshots_dir(cache_dir(self.settings)), lease)
+            directory = new_directory(snapshots_dir(cache_dir(plan.settings)), lease)
             saving.save(machine, directory)
         except BaseException as error:
             _log_failures(lease.release)
@@ -343,25 +243,48 @@ class Launcher:
                     vm_name=machine.name,
                 ) from error
             raise
-        stale_nics = len(machine.config.networks or ())
         # Cut so that a clone of a clone of a clone still has a name that a VM may have.
         names = (f"{machine.name[:50]}-clone{number}" for number in self.host.clone_numbers)
-
-        def start(name: str, saved: Path, wait: bool) -> Vm:
-            config = guest.config.replace(name=name)
-            log = config.serial_log and config.serial_log.with_name(f"{name}.serial.log")
-            if self.owner is not None:
-                log = self.owner.new_log(name)
-            fresh = replace(guest, config=config.replace(serial_log=log))
-            clone = self.clone(fresh, saved, wait=wait, stale_nics=stale_nics)
-            if self.owner is not None:
-                self.owner.end_with_caller(clone)
-            return clone
-
+        start = partial(self._clone_of_snapshot, plan, len(machine.config.networks or ()))
         snapshot = Snapshot(names, directory, start, lease.release)
         if self.owner is not None:
             self.owner.add_snapshot(snapshot)
         return snapshot
+
+    def _clone_of_snapshot(self, plan: Plan, stale_nics: int, name: str, saved: Path, wait: bool) -> Vm:
+        config = plan.guest.config.replace(name=name)
+        log = config.serial_log and config.serial_log.with_name(f"{name}.serial.log")
+        if self.owner is not None:
+            log = self.owner.new_log(name)
+        config = config.replace(serial_log=log)
+        # The host may have changed since the VM that was saved was planned.
+        preflight(config)
+        clone = self._clone(replace(plan, guest=replace(plan.guest, config=config), wait=wait), saved, stale_nics=stale_nics)
+        if self.owner is not None:
+            self.owner.end_with_caller(clone)
+        return clone
+
+
+def _boot(plan: Plan, origin: Origin, lent: Lent, template_dir: Path | None, undo: ExitStack) -> Machine:
+    guest, settings, driver = plan.guest, plan.settings, plan.driver
+    told = guest.boot_words(settings.ready_marker, lent.nics.words)
+    config = told_config(guest, told, lent.lease.directory).replace(networks=lent.nics.attachments)
+    snapshots = snapshots_dir(cache_dir(settings))
+    options = BootOptions(
+        lent.lease,
+        console=True,
+        ready_marker=settings.ready_marker,
+        nonce=guest.nonce,
+        template_dir=template_dir,
+        snapshots=snapshots if snapshots.is_dir() else None,
+        restore_timeout_s=settings.boot_timeout,
+        checked=True,
+    )
+    boot_deadline = Deadline.after(settings.boot_timeout)
+    handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
+    undo.callback(driver.kill, handle)
+    lent.lease.describe(events=os.fspath(handle.event_log))
+    return Machine(config, handle, guest, origin, lent.lease, settings.virtiofsd, boot_deadline, driver)
 
 
 def _end_of_disk(vm: Vm, directory: Path) -> None:

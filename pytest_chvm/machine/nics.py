@@ -41,18 +41,30 @@ class Nics:
     words: list[str]
 
 
-def lease_nics(config: VmConfig, driver: VmDriver, settings: Settings, lease: Lease, undo: ExitStack) -> Nics:
-    """Take what a VM's networks need from the host; `undo` gives it back."""
-    wanted: list[Any] = list(config.networks) if config.networks is not None else _default_network(config, driver, settings)
-    if not config.outbound and any(_reaches_out(network) for network in wanted):
+def check_networks(config: VmConfig, mode: str, driver: VmDriver) -> None:
+    """Raise UnsupportedError or InvalidConfigError where a VM cannot be on the networks that it would be on."""
+    if config.networks is None and mode == "user":
+        if not driver.abilities.user_network:
+            raise UnsupportedError(
+                f"{driver.vmm} has no user-mode network: use tap or none, or --chvm-vmm=qemu", vm_name=config.name
+            )
+        if config.netns is not None:
+            raise InvalidConfigError(
+                f"VM {config.name!r}: netns goes with a TAP, not with the user-mode network", vm_name=config.name
+            )
+    if not config.outbound and any(_reaches_out(network) for network in _networks(config, mode)):
         raise UnsupportedError(
             f"VM {config.name!r}: outbound=False goes with the user-mode network (QEMU, network='user') or none: on a TAP or "
             "a bridge the host is the guest's neighbour",
             vm_name=config.name,
         )
+
+
+def lease_nics(config: VmConfig, mode: str, settings: Settings, lease: Lease, undo: ExitStack) -> Nics:
+    """Take what a VM's networks need from the host; `undo` gives it back. `mode`: see `network_mode`."""
     pool = parse_pool(settings.subnet_pool)
     nics = Nics([], [], [])
-    for index, network in enumerate(wanted):
+    for index, network in enumerate(_networks(config, mode)):
         if isinstance(network, Tap):
             nic, subnet = lease_tap_nic(lease, network, pool, config.netns)
         elif network == "user":
@@ -89,16 +101,7 @@ def _tell(words: list[str], index: int, nic: Nic, vm_name: str) -> None:
     words.append(f"chvm.net=eth{index},{address.address.with_netmask},{address.gateway or ''},{mac}")
 
 
-def _default_network(config: VmConfig, driver: VmDriver, settings: Settings) -> list[Any]:
-    mode, _why = network_mode(settings, driver, outbound=config.outbound)
-    if mode == "user":
-        if not driver.abilities.user_network:
-            raise UnsupportedError(
-                f"{driver.vmm} has no user-mode network: use tap or none, or --chvm-vmm=qemu", vm_name=config.name
-            )
-        if config.netns is not None:
-            raise InvalidConfigError(
-                f"VM {config.name!r}: netns goes with a TAP, not with the user-mode network", vm_name=config.name
-            )
-    networks_of: dict[str, list[Any]] = {"tap": [Tap()], "user": ["user"], "none": []}
-    return networks_of[mode]
+def _networks(config: VmConfig, mode: str) -> list[Any]:
+    """Return the networks that a VM is to be on: those that it names, or the one of the mode."""
+    defaults: dict[str, list[Any]] = {"tap": [Tap()], "user": ["user"], "none": []}
+    return list(config.networks) if config.networks is not None else defaults[mode]

@@ -86,8 +86,8 @@ def choices(settings: Settings) -> str:
     """Return which VMM and network VMs get, and why, in two lines; what is missing where there can be none."""
     from pytest_chvm.drivers import choose_vmm
     from pytest_chvm.errors import VmError
-    from pytest_chvm.machine.launcher import driver_for
     from pytest_chvm.machine.nics import network_mode
+    from pytest_chvm.machine.plan import driver_for
 
     try:
         why_vmm = "asked for" if settings.vmm != "auto" else choose_vmm(accel=settings.accel, binary=settings.binary)[1]

@@ -34,7 +34,7 @@ def chvm_settings(pytestconfig: pytest.Config) -> Settings:
 @pytest.fixture(scope="session")
 def chvm_driver(pytestconfig: pytest.Config, chvm_settings: Settings) -> VmDriver:
     """The driver in use."""
-    from pytest_chvm.machine.launcher import driver_for
+    from pytest_chvm.machine.plan import driver_for
 
     return driver_for(chvm_settings, begin_host(pytestconfig))
 

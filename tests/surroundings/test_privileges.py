@@ -13,7 +13,7 @@ from pytest_chvm.host.virtiofsd import NEEDED_AS_ROOT
 SAYS = """
 import sys
 from pytest_chvm import Settings, launch
-from pytest_chvm.machine.launcher import driver_for
+from pytest_chvm.machine.plan import driver_for
 from pytest_chvm.machine.nics import network_mode
 settings = Settings.resolve().with_arguments({"vmm": "qemu"})
 print(*network_mode(settings, driver_for(settings)), sep=": ")

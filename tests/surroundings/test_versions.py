@@ -13,7 +13,7 @@ from pytest_chvm.drivers import choose_vmm
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.versions import Feature, lacks, program_of, version_of
 from pytest_chvm.host.virtiofsd import PLACES, Virtiofsd, find_virtiofsd
-from pytest_chvm.machine.launcher import driver_for
+from pytest_chvm.machine.plan import driver_for
 
 # The real one, as it was before it knew --readonly.
 OLD_VIRTIOFSD = """#!/bin/sh

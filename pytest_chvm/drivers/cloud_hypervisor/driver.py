@@ -120,11 +120,11 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
         taps = taps_of(boot)
         for tap in taps:
             machine += ["--net", f"tap={tap.name},mac={tap.mac}"]
-        machine += ["--serial", f"file={_quoted(boot.serial_log)}", "--console", "pty" if boot.console else "off"]
+        machine += ["--serial", f"file={_quoted(boot.serial_log)}", "--console", "pty" if boot.options.console else "off"]
         for share, path in zip(config.shared_dirs, boot.share_sockets, strict=True):
             machine += ["--fs", f"tag={share.tag},socket={_quoted(path)},num_queues=1,queue_size=512"]
         # The guest's panic is an event then.
-        control = [*self._control(boot), *(["--pvpanic"] if boot.console else [])]
+        control = [*self._control(boot), *(["--pvpanic"] if boot.options.console else [])]
         if ch_landlock.is_confined(boot):
             rules = [f"path={_quoted(path)},access={access}" for path, access in ch_landlock.rules(boot, taps)]
             control += ["--landlock", "--landlock-rules", *rules]

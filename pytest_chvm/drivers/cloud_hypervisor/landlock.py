@@ -42,7 +42,7 @@ def rules(boot: Boot, taps: list[AttachedTap]) -> list[tuple[Path, str]]:
     """Return the paths that the VMM opens beside those of its configuration, each with its access, `r` or `rw`."""
     # Its own directory is for the sockets of vsock.
     found = [(boot.lease.directory, "rw")]
-    found += [(boot.snapshots, "rw")] if boot.snapshots is not None else []
+    found += [(boot.options.snapshots, "rw")] if boot.options.snapshots is not None else []
     # What it is restored from is linked to from its own directory.
     found += [(boot.restoring, "r")] if boot.restoring is not None else []
     # An overlay of ours is on top of the root disk, and is a path of the configuration.

@@ -135,7 +135,7 @@ class QemuDriver(AbleDriver):
         control = ["-incoming", "defer", "-S"] if boot.restoring is not None else []
         control += ["-chardev", f"socket,id=qmp,fd={boot.add_listener('qmp.sock')},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control", *qemu_events.event_arguments(boot)]
-        control += qemu_events.PANIC_DEVICE if boot.console else ()
+        control += qemu_events.PANIC_DEVICE if boot.options.console else ()
         return VmmCommand(machine, control + self._serial_ports(boot), qemu_events.event_log(boot.lease.directory), shown)
 
     @staticmethod
@@ -159,8 +159,8 @@ class QemuDriver(AbleDriver):
 
     @staticmethod
     def _serial_ports(boot: Boot) -> list[str]:
-        words = ["-device", "virtio-serial-pci"] if boot.console or boot.config.channels else []
-        if boot.console:
+        words = ["-device", "virtio-serial-pci"] if boot.options.console or boot.config.channels else []
+        if boot.options.console:
             words += ["-device", "virtconsole,chardev=console"]
             words += ["-chardev", f"socket,id=console,fd={boot.add_listener('console.sock')},server=on,wait=off"]
         for index, name in enumerate(boot.config.channels):

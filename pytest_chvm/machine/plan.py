@@ -1,0 +1,129 @@
+"""`Plan`: all that is decided of a VM before it is started, each question asked once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pytest_chvm.clones.digests import file_identity
+from pytest_chvm.clones.store import TemplateStore
+from pytest_chvm.clones.templates import made_of, template_config, why_no_clone
+from pytest_chvm.drivers import choose_vmm, make_driver
+from pytest_chvm.drivers.base import Saves, VmDriver, check_abilities, logger
+from pytest_chvm.errors import HostError, UnsupportedError, VmError
+from pytest_chvm.guest.kinds import Guest
+from pytest_chvm.host.host import Host, default_host
+from pytest_chvm.host.limits import processors
+from pytest_chvm.host.virtiofsd import find_virtiofsd
+from pytest_chvm.machine.guest_choice import cache_dir, choose_guest
+from pytest_chvm.machine.nics import check_networks, network_mode
+from pytest_chvm.model import VmConfig
+from pytest_chvm.settings import Settings
+
+FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
+
+# More processors than this for each of the host's, and a VM does little but wait for its own.
+OVERCOMMIT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a VM is to be, and how it comes to be; this host was found to have all of it.
+
+    `network`: what it is on where its config names no networks, "tap", "user" or "none". `why_no_clone`: why there can be no
+    clones of its kind, None where there can. `why_cold`: why it is booted, None where it is to be a clone. `image_parts`: what
+    the template of an image is made of, its files by their identity. `wait`: it is waited for.
+    """
+
+    guest: Guest
+    driver: VmDriver
+    settings: Settings
+    network: str
+    wait: bool
+    why_no_clone: str | None
+    why_cold: str | None = None
+    image_parts: Mapping[str, object] | None = None
+
+    def made_of(self, identify: Callable[[Path], str]) -> dict[str, object]:
+        """Return what its template is made of, of a kind that can be cloned; raises HostError where a file cannot be read."""
+        config = self.guest.config
+        assert isinstance(self.driver, Saves)
+        try:
+            return made_of(
+                template_config(config),
+                self.driver,
+                identify,
+                built_in_guest=self.guest.built_in,
+                network_mode=self.network,
+                ready_marker=self.settings.ready_marker,
+            )
+        except OSError as error:
+            raise HostError(f"VM {config.name!r} cannot be a clone: {error}", vm_name=config.name) from error
+
+
+def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = True) -> Plan:
+    """Return the plan of a VM; nothing is started, but a kernel may be fetched and an initramfs built.
+
+    Raises InvalidConfigError, MissingRequirementError or HostError for the first thing that it cannot have, and
+    UnsupportedError where it is to be a clone and cannot be one.
+    """
+    driver = driver_for(settings, host)
+    guest = choose_guest(config, settings, host.show_progress)
+    config = guest.config
+    driver.binary()
+    check_abilities(driver, config)
+    if config.shared_dirs:
+        find_virtiofsd(settings.virtiofsd).check(config.shared_dirs)
+    if config.cpus > OVERCOMMIT * processors():
+        logger.warning("VM %r has %d processors, and the host %d: it will be slow", config.name, config.cpus, processors())
+    network, _why = network_mode(settings, driver, outbound=config.outbound)
+    check_networks(config, network, driver)
+    no_clone = why_no_clone(config, driver, built_in_guest=guest.built_in, network_mode=network)
+    plan = Plan(guest, driver, settings, network, wait, no_clone)
+    plan = _boot_or_clone(plan, template_store(settings, host))
+    if plan.why_cold is not None and settings.boot == "clone":
+        raise UnsupportedError(
+            f"VM {config.name!r} cannot be a clone: {plan.why_cold}; use boot='auto' or 'cold'", vm_name=config.name
+        )
+    return plan
+
+
+def _boot_or_clone(plan: Plan, store: TemplateStore) -> Plan:
+    """Return the plan with why it is booted, and what its image's template is made of, where it is to be asked for that."""
+    boot = plan.settings.boot
+    if boot == "cold":
+        return replace(plan, why_cold="asked for")
+    if plan.why_no_clone is not None or plan.guest.built_in:
+        return replace(plan, why_cold=plan.why_no_clone)
+    if not plan.wait:
+        return replace(plan, why_cold="it is an image of its own, whose boot is not waited for")
+    try:
+        # Not by content: most images are wanted once only.
+        parts = plan.made_of(file_identity)
+    except VmError as error:
+        return replace(plan, why_cold=str(error))
+    if boot == "clone":
+        store.want(parts)
+    elif not store.wanted_before(parts):
+        return replace(plan, why_cold=FIRST_OF_IMAGE, image_parts=parts)
+    return replace(plan, image_parts=parts)
+
+
+def template_store(settings: Settings, host: Host) -> TemplateStore:
+    """Return the store of templates that the settings name."""
+    return TemplateStore(cache_dir(settings), host.show_progress)
+
+
+def driver_for(settings: Settings, host: Host | None = None) -> VmDriver:
+    """Return the driver that the settings choose, for VMs of a host (default: this process's); made once for each choice."""
+    host = host or default_host()
+    key = (settings.vmm, settings.accel, settings.binary, settings.virtiofsd, os.environ.get("PATH", ""))
+    if key not in host.drivers:
+        vmm = settings.vmm
+        if vmm == "auto":
+            vmm, _why = choose_vmm(accel=settings.accel, binary=settings.binary)
+        host.drivers[key] = make_driver(vmm, accel=settings.accel, binary=settings.binary, virtiofsd=settings.virtiofsd, host=host)
+    driver: VmDriver = host.drivers[key]
+    return driver
