@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pytest_chvm import __version__
 from pytest_chvm.drivers.base import SAVE, Saves, VmDriver
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.errors import UnsupportedError
-from pytest_chvm.model import Network, Tap, VmConfig
+from pytest_chvm.model import Network, Tap, VmConfig, VmDisk
 
 # Of /proc/cpuinfo.
 PROCESSOR_FACTS = ("model name", "flags", "microcode")
@@ -31,12 +32,13 @@ def why_no_clone(config: VmConfig, driver: VmDriver, *, built_in_guest: bool, ne
     why = None if built_in_guest else _why_no_clone_of_an_image(config, network_mode)
     if why is not None:
         return f"it has an initramfs or root disk of its own, and {why}"
-    if config.seed_iso is not None:
-        return "it has a seed_iso"
+    for disk in config.all_disks:
+        if disk.kind.read_only:
+            return f"it has a {disk.kind.field}"
     if config.channels:
         return "it has channels"
     slots = driver.abilities.spare_slots
-    if len(config.shared_dirs) + (config.data_disk is not None) > slots:
+    if len(config.shared_dirs) + len(_plugged_disks(config)) > slots:
         return f"it has more shared dirs and disks than the {slots} for which a clone has places"
     if not all(isinstance(n, Tap) or (isinstance(n, Network) and n.bridge) for n in config.networks or ()):
         return "it has a network that is not a TAP's"
@@ -45,13 +47,13 @@ def why_no_clone(config: VmConfig, driver: VmDriver, *, built_in_guest: bool, ne
 
 def _why_no_clone_of_an_image(config: VmConfig, network_mode: str) -> str | None:
     # The built-in guest sets these up in a clone too; an image has set them up in its boot.
-    if config.seed_iso is not None or config.data_disk is not None or config.shared_dirs:
+    if config.shared_dirs or any(not disk.kind.throwaway for disk in config.all_disks):
         return "what it does with a seed_iso, a data_disk or shared dirs it does when it boots"
-    if config.root_disk is not None:
-        try:
-            plain_images(config.root_disk)
-        except (OSError, UnsupportedError) as error:
-            return str(error)
+    try:
+        for disk in config.all_disks:
+            plain_images(disk.image)
+    except (OSError, UnsupportedError) as error:
+        return str(error)
     if config.netns is not None:
         return "it is in a network namespace, which its template would not be in"
     has_network = bool(config.networks) if config.networks is not None else network_mode != "none"
@@ -66,10 +68,10 @@ def _why_no_clone_of_an_image(config: VmConfig, network_mode: str) -> str | None
 
 def why_no_snapshot(config: VmConfig, driver: VmDriver, plugged: Iterable[str], *, is_clone: bool) -> str | None:
     """Return why a running VM of a kind that can be cloned cannot be saved, or None where it can."""
-    if config.root_disk is not None and not driver.abilities.live_root_disk:
+    if any(disk.kind.throwaway for disk in config.all_disks) and not driver.abilities.live_root_disk:
         return f"{driver.vmm} has all of a root disk in its file only when it has ended"
-    if config.data_disk is not None:
-        return "it has a data_disk, which would be its clones' too"
+    for disk in _plugged_disks(config):
+        return f"it has a {disk.kind.field}, which would be its clones' too"
     if config.shared_dirs and not is_clone:
         return "its shared dirs cannot be unplugged: start it with boot='clone' or 'auto'"
     if names := ", ".join(plugged):
@@ -80,12 +82,18 @@ def why_no_snapshot(config: VmConfig, driver: VmDriver, plugged: Iterable[str], 
 def template_config(config: VmConfig) -> VmConfig:
     """Return the config of a VM's template: the VM without what each clone gets fresh."""
     networks = None if config.networks is None else [Tap() for _ in config.networks]
-    return clone_config(config).replace(networks=networks, data_disk=None, shared_dirs=(), netns=None)
+    no_disks: Any = {disk.kind.field: None for disk in _plugged_disks(config)}
+    return clone_config(config).replace(networks=networks, shared_dirs=(), netns=None, **no_disks)
 
 
 def clone_config(config: VmConfig) -> VmConfig:
     """Return a clone's config: disks and shared dirs are plugged in, for which the template needs places too."""
-    return config.replace(hotplug=config.hotplug or config.data_disk is not None or bool(config.shared_dirs))
+    return config.replace(hotplug=config.hotplug or bool(_plugged_disks(config) or config.shared_dirs))
+
+
+def _plugged_disks(config: VmConfig) -> list[VmDisk]:
+    """Return the disks that each clone has plugged in, since it is its own image that the guest writes to."""
+    return [disk for disk in config.all_disks if disk.written]
 
 
 def made_of(
@@ -111,9 +119,7 @@ def made_of(
         "kernel": identify(config.kernel) if config.kernel else None,
         "initramfs": identify(config.initramfs) if config.initramfs else None,
         # Its path too, which is in the template's overlay.
-        "root_disk": [[os.fspath(image), identify(image)] for image in plain_images(config.root_disk)]
-        if config.root_disk
-        else None,
+        "disks": [[[os.fspath(image), identify(image)] for image in plain_images(disk.image)] for disk in config.all_disks],
         "cmdline": config.cmdline,
         "processors": [config.cpus, config.max_cpus, config.cpu_model],
         "memory_mb": [config.memory_mb, config.max_memory_mb],

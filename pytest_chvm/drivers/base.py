@@ -283,8 +283,7 @@ def check_abilities(driver: VmDriver, config: VmConfig) -> None:
 
 
 def _check_devices(config: VmConfig) -> None:
-    count = len(config.networks or ()) + len(config.shared_dirs)
-    count += sum(disk is not None for disk in (config.root_disk, config.seed_iso, config.data_disk))
+    count = len(config.networks or ()) + len(config.shared_dirs) + len(config.all_disks)
     most = MOST_DEVICES_WITH_HOTPLUG if config.hotplug else MOST_DEVICES
     if count > most:
         raise InvalidConfigError(

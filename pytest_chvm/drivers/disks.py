@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.drivers.boot import ROOT_FILE, Boot
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError, UnsupportedError
+from pytest_chvm.model import ROOT, SEED, VmConfig, VmDisk
 
 QCOW2_MAGIC = b"QFI\xfb"
 # Incompatible features of an image (QEMU's docs/interop/qcow2.txt): its refcounts may be wrong; its data is not in it.
@@ -75,16 +77,48 @@ def plain_images(image: Path) -> list[Path]:
     return images
 
 
-def root_overlay(boot: Boot) -> Path | None:
-    """Make what takes all that a VM writes to its root disk, and return it; None where it has none.
+def image_format(image: Path, *, read_only: bool) -> str:
+    """Return "qcow2" or "raw" for an image as a guest may use it."""
+    return base_format(image) if read_only else data_format(image)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFile:
+    """The file that a VMM opens for a disk: its image, or the overlay that keeps this from being written."""
+
+    id: str
+    path: Path
+    format: str
+    read_only: bool
+
+
+def disk_files(boot: Boot) -> list[DiskFile]:
+    """Return the file of each disk that a VMM is started with, and make the overlays among them; a clone's others are plugged in.
 
     Raises what `make_overlay` does.
     """
-    if boot.config.root_disk is None:
-        return None
+    disks = boot.config.all_disks
+    return [_disk_file(disk, boot) for disk in disks if boot.restoring is None or disk.kind.throwaway]
+
+
+def _disk_file(disk: VmDisk, boot: Boot) -> DiskFile:
+    if disk.kind.throwaway:
+        return DiskFile(disk.kind.id, _overlay(disk, boot), "qcow2", read_only=False)
+    # A seed is an ISO, and is checked to be one.
+    form = "raw" if disk.kind is SEED else image_format(disk.image, read_only=disk.kind.read_only)
+    return DiskFile(disk.kind.id, disk.image, form, disk.kind.read_only)
+
+
+def _overlay(disk: VmDisk, boot: Boot) -> Path:
     overlay = (boot.options.template_dir or _overlay_dir(boot)) / ROOT_FILE
-    make_overlay(boot.config.root_disk if boot.restoring is None else boot.restoring / ROOT_FILE, overlay)
+    make_overlay(disk.image if boot.restoring is None else boot.restoring / ROOT_FILE, overlay)
     return overlay
+
+
+def default_cmdline(config: VmConfig) -> str:
+    """Return the kernel command line of a VM that was given none."""
+    has_root = any(disk.kind is ROOT for disk in config.all_disks)
+    return "console=ttyS0 root=/dev/vda1 rw ds=nocloud" if has_root else "console=ttyS0"
 
 
 def _overlay_dir(boot: Boot) -> Path:

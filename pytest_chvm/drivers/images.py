@@ -10,12 +10,14 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_chvm.drivers.disks import LONGEST_NAME, QCOW2_MAGIC, data_format
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.kernel_image import PACKED
+from pytest_chvm.model import ROOT, SEED, DiskKind, VmDisk
 
 SECTOR = 512
 # How much of a file is looked at to tell what it is.
@@ -45,76 +47,87 @@ PROTOCOL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*:")
 CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
-def check_disk(key: str, image: Path) -> None:
-    """Raise InvalidConfigError where a file is no disk that a VM can have as `key`: root_disk, data_disk or seed_iso.
+def check_disk(disk: VmDisk) -> None:
+    """Raise InvalidConfigError where a file is no disk of its kind that a VM can have.
 
     A disk that is all zeros is one: somebody is about to format it.
     """
     try:
-        if stat.S_ISBLK(image.stat().st_mode):
+        if stat.S_ISBLK(disk.image.stat().st_mode):
             return
-        _check_chain(key, image)
+        _check_chain(disk)
     except OSError as error:
-        raise InvalidConfigError(f"{key} {str(image)!r} cannot be read: {error.strerror or error}") from error
+        raise InvalidConfigError(f"{disk} cannot be read: {error.strerror or error}") from error
 
 
-def _check_chain(key: str, image: Path) -> None:
-    if key == "data_disk":
-        data_format(image)
-    seen = [image]
-    while (below := _check_one(key, seen[-1], top=image)) is not None:
+def _check_chain(disk: VmDisk) -> None:
+    if disk.written:
+        data_format(disk.image)
+    seen = [disk.image]
+    while (below := _check_one(disk, seen[-1])) is not None:
         if os.path.realpath(below) in map(os.path.realpath, seen):
-            raise InvalidConfigError(f"{key} {str(image)!r} stands on itself: {' -> '.join(map(str, [*seen, below]))}")
+            raise InvalidConfigError(f"{disk} stands on itself: {' -> '.join(map(str, [*seen, below]))}")
         if not below.exists():
             raise InvalidConfigError(
-                f"{key} {str(image)!r} stands on {str(below)!r}, which does not exist: put it there, or name its new place with "
+                f"{disk} stands on {str(below)!r}, which does not exist: put it there, or name its new place with "
                 f"'qemu-img rebase -u -F FORMAT -b PLACE {seen[-1]}'"
             )
         seen.append(below)
         if len(seen) > LONGEST_CHAIN:
-            raise InvalidConfigError(
-                f"{key} {str(image)!r} stands on more than {LONGEST_CHAIN} images: run 'qemu-img convert' on it"
-            )
+            raise InvalidConfigError(f"{disk} stands on more than {LONGEST_CHAIN} images: run 'qemu-img convert' on it")
         if not below.is_file():
             return
 
 
-def _check_one(key: str, image: Path, *, top: Path) -> Path | None:
-    """Look at one file, the image `top` or one that it stands on; returns the one that this stands on."""
-    what = f"{key} {str(top)!r}" if image == top else f"{key} {str(top)!r} stands on {str(image)!r}, which"
+def _check_one(disk: VmDisk, image: Path) -> Path | None:
+    """Look at one file, the disk's image or one that it stands on; returns the one that this stands on."""
+    what = str(disk) if image == disk.image else f"{disk} stands on {str(image)!r}, which"
     with image.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(HEAD)
     if head[:4] == QCOW2_MAGIC:
-        if key == "seed_iso":
+        if disk.kind is SEED:
             raise InvalidConfigError(f"{what} is a qcow2 image: expected an ISO")
         return _check_qcow2(what, image, head, size)
     # What is below an image may be of any format that QEMU knows.
-    if image == top:
-        _check_raw(what, key, image, head, size)
+    if image == disk.image:
+        _check_raw(what, disk, head, size)
     return None
 
 
-def _check_raw(what: str, key: str, image: Path, head: bytes, size: int) -> None:
+def _check_raw(what: str, disk: VmDisk, head: bytes, size: int) -> None:
+    image = disk.image
     for place, magic, name in FORMATS:
         if head[place : place + len(magic)] == magic:
             raise InvalidConfigError(f"{what} is {name}: run 'qemu-img convert -O qcow2 {image} DISK.qcow2', and name that")
     for magic, (name, tool) in PACKED.items():
         # What a guest writes to its disk is its own affair, also where it is an archive.
-        if head.startswith(magic) and (key != "data_disk" or image.name.endswith(SUFFIXES[name]) or size % SECTOR):
+        if head.startswith(magic) and (not disk.written or image.name.endswith(SUFFIXES[name]) or size % SECTOR):
             raise InvalidConfigError(f"{what} is packed with {name}: run '{tool}' on it, and name what comes out")
     if size < SECTOR or size % SECTOR:
         raise InvalidConfigError(
             f"{what} is no disk: it has {size} bytes, and expected was a multiple of {SECTOR}{_in_words(head)}; "
             "was it cut off, or is it another file?"
         )
-    if key == "seed_iso" and not _is_seed(image, head):
+    if disk.kind in FURTHER_CHECKS:
+        FURTHER_CHECKS[disk.kind](what, image, head)
+
+
+def _check_seed(what: str, image: Path, head: bytes) -> None:
+    if not _is_seed(image, head):
         raise InvalidConfigError(
             f"{what} is no ISO{_in_words(head)}: make one with 'cloud-localds' or 'xorriso -as mkisofs -V cidata -J -r -o SEED.iso "
             "user-data meta-data'"
         )
-    if key == "root_disk" and _is_text(head):
+
+
+def _check_root(what: str, _image: Path, head: bytes) -> None:
+    if _is_text(head):
         raise InvalidConfigError(f"{what} is a text{_in_words(head)}: expected a raw or qcow2 disk image")
+
+
+# What a raw image of a kind has to be beside a disk.
+FURTHER_CHECKS: dict[DiskKind, Callable[[str, Path, bytes], None]] = {ROOT: _check_root, SEED: _check_seed}
 
 
 def _is_seed(image: Path, head: bytes) -> bool:

@@ -31,17 +31,14 @@ def preflight(config: VmConfig) -> None:
                 f"the kernel command line has {size} bytes, and this kernel takes {image.cmdline_bytes} and cuts off the rest: "
                 "shorten it"
             )
-        for key in ("initramfs", "root_disk", "seed_iso", "data_disk"):
-            path = getattr(config, key)
-            if path is not None:
-                _check_file(key, path)
-        for key in ("root_disk", "seed_iso", "data_disk"):
-            if (path := getattr(config, key)) is not None:
-                check_disk(key, path)
-        if config.data_disk is not None and not os.access(config.data_disk, os.W_OK):
-            raise InvalidConfigError(
-                f"data_disk {str(config.data_disk)!r} cannot be written, and the guest's writes are to stay on it"
-            )
+        if config.initramfs is not None:
+            _check_file("initramfs", config.initramfs)
+        for disk in config.all_disks:
+            _check_file(disk.kind.field, disk.image)
+        for disk in config.all_disks:
+            check_disk(disk)
+            if disk.written and not os.access(disk.image, os.W_OK):
+                raise InvalidConfigError(f"{disk} cannot be written, and the guest's writes are to stay on it")
         _check_size(config)
         for share in config.shared_dirs:
             check_shared_dir(share)

@@ -13,7 +13,7 @@ from pytest_chvm.host.processes import end_process
 from pytest_chvm.host.virtiofsd import PROGRAMS, ServedShare, check_shared_dir, find_virtiofsd, serve_share
 from pytest_chvm.machine.events import PLUGGED, UNPLUGGED
 from pytest_chvm.machine.machine import Machine
-from pytest_chvm.model import ProcessIdentity, SharedDir, Tap, checked_mac, mac_for
+from pytest_chvm.model import DATA, ROOT, ProcessIdentity, SharedDir, Tap, VmDisk, checked_mac, mac_for
 
 SIDECAR_TIMEOUT_S = 1.0
 # Of the NICs that a VM has from its boot on there are fewer.
@@ -45,7 +45,7 @@ def add_disk(machine: Machine, image: Path, *, read_only: bool) -> Device:
         )
     try:
         # One that is only read may be any image, as a root disk is.
-        check_disk("root_disk" if read_only else "data_disk", image)
+        check_disk(VmDisk(ROOT if read_only else DATA, image))
     except InvalidConfigError as error:
         raise InvalidConfigError(f"VM {machine.name!r}: {error}", vm_name=machine.name) from None
     return _plugged_in(machine, Device(machine.driver.add_disk(machine.handle, image, read_only=read_only), "disk"))

@@ -165,7 +165,7 @@ class Launcher:
             try:
                 with self._cold(replace(plan, guest=plain, wait=True), "it is to be a template", template_dir=directory) as vm:
                     saving.save(vm.machine, directory, go_on=False)
-                    if plain.config.root_disk is not None:
+                    if any(disk.kind.throwaway for disk in plain.config.all_disks):
                         _end_of_disk(vm, directory)
                 if plan.made_of(identify) != parts:
                     raise HostError(f"VM {guest.config.name!r}: what its template is made of was changed while it was made")

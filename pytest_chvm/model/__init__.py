@@ -9,6 +9,11 @@ from pytest_chvm.model.config import CPU_MODEL_PATTERN as CPU_MODEL_PATTERN
 from pytest_chvm.model.config import LAUNCH_FIELDS as LAUNCH_FIELDS
 from pytest_chvm.model.config import VmConfig as VmConfig
 from pytest_chvm.model.config import check_argument_names as check_argument_names
+from pytest_chvm.model.disks import DATA as DATA
+from pytest_chvm.model.disks import ROOT as ROOT
+from pytest_chvm.model.disks import SEED as SEED
+from pytest_chvm.model.disks import DiskKind as DiskKind
+from pytest_chvm.model.disks import VmDisk as VmDisk
 from pytest_chvm.model.handle import ProcessIdentity as ProcessIdentity
 from pytest_chvm.model.handle import VmHandle as VmHandle
 from pytest_chvm.model.handle import VmState as VmState

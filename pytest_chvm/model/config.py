@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.model.disks import DISK_KINDS, VmDisk
 from pytest_chvm.model.networks import Attachment, Tap
 from pytest_chvm.model.shares import SharedDir
 from pytest_chvm.model.values import NAME_PATTERN, _short, as_path
@@ -72,7 +73,7 @@ class VmConfig:
                     "'-', '_' or '.', beginning with a letter or digit",
                     vm_name=value if key == "name" and isinstance(value, str) else None,
                 )
-        for key in ("kernel", "initramfs", "root_disk", "seed_iso", "data_disk", "serial_log"):
+        for key in ("kernel", "initramfs", *(kind.field for kind in DISK_KINDS), "serial_log"):
             value = getattr(self, key)
             if value is not None:
                 object.__setattr__(self, key, as_path(key, value))
@@ -149,6 +150,12 @@ class VmConfig:
             if tags.count(tag) > 1:
                 raise self._invalid(f"shared dir tag {tag!r} is used twice")
         return tuple(shared)
+
+    @property
+    def all_disks(self) -> tuple[VmDisk, ...]:
+        """The disks that a VM is booted with, of every kind, in the order in which the guest sees them."""
+        named = ((kind, getattr(self, kind.field)) for kind in DISK_KINDS)
+        return tuple(VmDisk(kind, image) for kind, image in named if image is not None)
 
     def given(self) -> dict[str, Any]:
         """Return the fields that say something, by name: those that are not as by default. The rest is for others to say."""

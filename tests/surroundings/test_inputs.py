@@ -22,6 +22,7 @@ from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.guest.kernel_image import DEFAULT_CMDLINE_BYTES, check_kernel_image, why_silent
 from pytest_chvm.host.limits import memory_limit, processors
 from pytest_chvm.machine.guest_choice import built_in_kernel
+from pytest_chvm.model.disks import DATA, DISK_KINDS, ROOT, SEED, VmDisk
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels here are x86's")
 
@@ -131,9 +132,9 @@ def test_any_file_is_a_kernel_or_refused(tmp_path, content):
 @given(
     any_file(b"QFI\xfb\0\0\0\3", b"QFI\xfb\0\0\0\2", b"QFI\xfb"),
     st.lists(st.tuples(st.integers(8, 103), st.sampled_from([0, 1, 9, 16, 21, 127, 255])), max_size=12),
-    st.sampled_from(["root_disk", "data_disk", "seed_iso"]),
+    st.sampled_from(DISK_KINDS),
 )
-def test_any_file_is_a_disk_or_refused(tmp_path, content, fields, key):
+def test_any_file_is_a_disk_or_refused(tmp_path, content, fields, kind):
     content = bytearray(content)
     for place, value in fields:
         if place < len(content):
@@ -141,7 +142,7 @@ def test_any_file_is_a_disk_or_refused(tmp_path, content, fields, key):
     image = tmp_path / "disk.qcow2"
     image.write_bytes(bytes(content))
     with suppress(InvalidConfigError):
-        check_disk(key, image)
+        check_disk(VmDisk(kind, image))
 
 
 def qemu_img(*words):
@@ -169,8 +170,8 @@ def test_an_image_of_another_program_is_refused_with_how_to_convert_it(raw, tmp_
         preflight(VmConfig(kernel=built_in_kernel(Settings.resolve()).image, **{key: image}))
 
 
-@pytest.mark.parametrize("key", ["root_disk", "data_disk", "seed_iso"])
-def test_a_file_that_is_no_disk_is_refused(tmp_path, key):
+@pytest.mark.parametrize("kind", DISK_KINDS, ids=lambda kind: kind.id)
+def test_a_file_that_is_no_disk_is_refused(tmp_path, kind):
     file = tmp_path / "disk"
     for content, message in (
         (b"", "it has 0 bytes"),
@@ -180,34 +181,34 @@ def test_a_file_that_is_no_disk_is_refused(tmp_path, key):
     ):
         file.write_bytes(content)
         with pytest.raises(InvalidConfigError, match=message):
-            check_disk(key, file)
+            check_disk(VmDisk(kind, file))
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with pytest.raises(InvalidConfigError, match="is a pipe, socket or character device"):
-        preflight(VmConfig(kernel=built_in_kernel(Settings.resolve()).image, **{key: fifo}))
+        preflight(VmConfig(kernel=built_in_kernel(Settings.resolve()).image, **{kind.field: fifo}))
 
 
 def test_a_text_of_whole_sectors_is_no_root_disk(tmp_path):
     file = tmp_path / "disk"
     file.write_bytes(b"a line of a log\n" * 64)
     with pytest.raises(InvalidConfigError, match="is a text, and begins with b'a line of a log"):
-        check_disk("root_disk", file)
+        check_disk(VmDisk(ROOT, file))
     # A guest writes to its data disk what it likes.
-    check_disk("data_disk", file)
+    check_disk(VmDisk(DATA, file))
 
 
 def test_a_seed_that_is_no_iso_is_refused_and_what_cloud_init_takes_is_not(tmp_path):
     seed = tmp_path / "seed"
     seed.write_bytes(b"user-data".ljust(4096, b"."))
     with pytest.raises(InvalidConfigError, match="is no ISO, and begins with b'user-data"):
-        check_disk("seed_iso", seed)
+        check_disk(VmDisk(SEED, seed))
     seed.write_bytes(bytes(32768) + b"\1CD001\1" + bytes(2041))
-    check_disk("seed_iso", seed)
+    check_disk(VmDisk(SEED, seed))
     seed.write_bytes(bytes(54) + b"FAT12   " + bytes(450) + bytes(512))
-    check_disk("seed_iso", seed)
+    check_disk(VmDisk(SEED, seed))
     # Of one that is still to be filled there is nothing to say.
     seed.write_bytes(bytes(4096))
-    check_disk("seed_iso", seed)
+    check_disk(VmDisk(SEED, seed))
 
 
 @pytest.mark.parametrize(
@@ -226,39 +227,39 @@ def test_a_seed_that_is_no_iso_is_refused_and_what_cloud_init_takes_is_not(tmp_p
 def test_a_qcow2_that_is_cut_off_is_refused_and_a_whole_one_is_not(raw, tmp_path, options):
     image = tmp_path / "disk.qcow2"
     qemu_img("convert", "-O", "qcow2", *(["-c"] if options == "compressed" else ["-o", options] if options else []), raw, image)
-    check_disk("root_disk", image)
-    check_disk("data_disk", image)
+    check_disk(VmDisk(ROOT, image))
+    check_disk(VmDisk(DATA, image))
     size = image.stat().st_size
     for part in (0.75, 0.3, 0.01, 0):
         os.truncate(image, int(size * part) or 20)
         with pytest.raises(InvalidConfigError, match="is a qcow2 image that is cut off, at"):
-            check_disk("root_disk", image)
+            check_disk(VmDisk(ROOT, image))
 
 
 def test_an_empty_qcow2_is_a_disk(tmp_path):
     for size in ("0", "1M", "10T"):
         image = tmp_path / f"{size}.qcow2"
         qemu_img("create", "-f", "qcow2", image, size)
-        check_disk("root_disk", image)
+        check_disk(VmDisk(ROOT, image))
 
 
 def test_what_an_image_stands_on_must_be_there_and_not_itself(raw, tmp_path):
     below, top = tmp_path / "below.qcow2", tmp_path / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-F", "raw", "-b", raw, below)
     qemu_img("create", "-f", "qcow2", "-F", "qcow2", "-b", below.name, top)
-    check_disk("root_disk", top)
+    check_disk(VmDisk(ROOT, top))
     os.truncate(below, 70_000)
     with pytest.raises(InvalidConfigError, match=rf"top.qcow2' stands on '{below}', which is a qcow2 image that is cut off"):
-        check_disk("root_disk", top)
+        check_disk(VmDisk(ROOT, top))
     below.unlink()
     with pytest.raises(InvalidConfigError, match=rf"stands on '{below}', which does not exist.*qemu-img rebase"):
-        check_disk("root_disk", top)
+        check_disk(VmDisk(ROOT, top))
     below.symlink_to(top)
     with pytest.raises(InvalidConfigError, match=r"top.qcow2' stands on itself: .* -> .*below.qcow2"):
-        check_disk("data_disk", top)
+        check_disk(VmDisk(DATA, top))
     # What is no file is QEMU's to find.
     qemu_img("create", "-f", "qcow2", "-u", "-F", "raw", "-b", "nbd://192.0.2.1", top, "1M")
-    check_disk("root_disk", top)
+    check_disk(VmDisk(ROOT, top))
 
 
 def test_a_command_line_as_long_as_the_kernel_takes_is_the_guests(tmp_path):

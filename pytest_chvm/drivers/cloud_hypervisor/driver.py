@@ -31,7 +31,7 @@ from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
 from pytest_chvm.drivers.cloud_hypervisor import state
 from pytest_chvm.drivers.cloud_hypervisor.events import EventMonitor
-from pytest_chvm.drivers.disks import base_format, data_format, root_overlay
+from pytest_chvm.drivers.disks import DiskFile, default_cmdline, disk_files, image_format
 from pytest_chvm.drivers.events import event_log, open_event_log
 from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.memory import copy_sparse, inherited_memory
@@ -105,18 +105,16 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
 
     def _command(self, boot: Boot) -> VmmCommand:
         config = boot.config
-        for path in (config.kernel, config.initramfs, config.root_disk, config.seed_iso, config.data_disk, boot.serial_log):
+        for path in (config.kernel, config.initramfs, *(disk.image for disk in config.all_disks), boot.serial_log):
             _check_text(config, path)
         machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), os.fspath(self.binary().path)]
-        cmdline = config.cmdline
-        if cmdline is None:
-            cmdline = "console=ttyS0 root=/dev/vda1 rw ds=nocloud" if config.root_disk else "console=ttyS0"
+        cmdline = default_cmdline(config) if config.cmdline is None else config.cmdline
         machine += ["--kernel", os.fspath(config.kernel or ""), "--cmdline", cmdline]
         if config.initramfs is not None:
             machine += ["--initramfs", os.fspath(config.initramfs)]
         machine += ["--cpus", f"boot={config.cpus}{f',max={config.max_cpus}' if config.max_cpus else ''}"]
         machine += self._memory(boot)
-        machine += self._disks(boot)
+        machine += [word for file in disk_files(boot) for word in _disk(file)]
         taps = taps_of(boot)
         for tap in taps:
             machine += ["--net", f"tap={tap.name},mac={tap.mac}"]
@@ -150,20 +148,6 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
         # For vhost-user: a shared dir, now or plugged in later.
         shared = ",shared=on" if config.shared_dirs or config.hotplug else ""
         return ["--memory", f"size={config.memory_mb}M{room}{shared}"]
-
-    @staticmethod
-    def _disks(boot: Boot) -> list[str]:
-        config = boot.config
-        words = []
-        if (overlay := root_overlay(boot)) is not None:
-            words += ["--disk", f"path={_quoted(overlay)},image_type=qcow2,backing_files=on"]
-        if config.seed_iso is not None:
-            words += ["--disk", f"path={_quoted(config.seed_iso)},readonly=on,image_type=raw"]
-        if config.data_disk is not None:
-            form = data_format(config.data_disk)
-            backing = ",backing_files=on" if form == "qcow2" else ""
-            words += ["--disk", f"path={_quoted(config.data_disk)},image_type={form}{backing}"]
-        return words
 
     def stop(self, handle: VmHandle) -> None:
         """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
@@ -228,7 +212,7 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
 
     def add_disk(self, handle: VmHandle, image: Path, *, read_only: bool) -> str:
         """Plug a disk in; returns its id."""
-        form = (base_format(image) if read_only else data_format(image)).capitalize()
+        form = image_format(image, read_only=read_only).capitalize()
         body: dict[str, object] = {"path": os.fspath(image), "readonly": read_only, "image_type": form}
         body |= {"backing_files": form == "Qcow2"}
         return self._add(handle, "vm.add-disk", body)
@@ -344,8 +328,9 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
             if shared := inherited_memory(handle.process.pid):
                 state.name_memory(source, shared)
             self._call(handle, "vm.restore", {"source_url": f"file://{source}"})
-            if config.data_disk is not None:
-                self.add_disk(handle, config.data_disk, read_only=False)
+            for disk in config.all_disks:
+                if disk.written:
+                    self.add_disk(handle, disk.image, read_only=False)
             for index, share in enumerate(config.shared_dirs):
                 self.add_share(handle, share, handle.run_dir / f"fs{index}.sock")
             if options.console:
@@ -379,6 +364,11 @@ def _check_text(config: VmConfig, path: Path | None) -> None:
             "rename it",
             vm_name=config.name,
         ) from error
+
+
+def _disk(file: DiskFile) -> list[str]:
+    read_only, backing = ",readonly=on" if file.read_only else "", ",backing_files=on" if file.format == "qcow2" else ""
+    return ["--disk", f"path={_quoted(file.path)}{read_only},image_type={file.format}{backing}"]
 
 
 def _quoted(path: Path) -> str:

@@ -46,9 +46,9 @@ def rules(boot: Boot, taps: list[AttachedTap]) -> list[tuple[Path, str]]:
     # What it is restored from is linked to from its own directory.
     found += [(boot.restoring, "r")] if boot.restoring is not None else []
     # An overlay of ours is on top of the root disk, and is a path of the configuration.
-    root, data = boot.config.root_disk, boot.config.data_disk
-    images = [*([root, *backing_files(root)] if root else []), *(backing_files(data) if data else [])]
-    found += [(image, "r") for image in images]
+    for disk in boot.config.all_disks:
+        images = [*([disk.image] if disk.kind.throwaway else []), *backing_files(disk.image)]
+        found += [(image, "r") for image in images]
     # Whether it has several queues (net_util/src/open_tap.rs).
     found += [(Path("/sys/devices/virtual/net", tap.name), "r") for tap in taps]
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 from pytest_chvm.drivers.boot import Boot
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
-from pytest_chvm.drivers.disks import root_overlay
+from pytest_chvm.drivers.disks import disk_files
 from pytest_chvm.drivers.taps import AttachedTap
 from pytest_chvm.errors import HypervisorError
 
@@ -52,8 +52,8 @@ def _rewrite(config: dict[str, Any], boot: Boot, taps: Sequence[AttachedTap]) ->
     nics = config.get("net") or []
     if len(nics) != len(taps):
         raise HypervisorError(f"the snapshot has {len(nics)} NICs and the VM {len(taps)}")
-    if (overlay := root_overlay(boot)) is not None:
-        config["disks"][0]["path"] = os.fspath(overlay)
+    for index, disk in enumerate(disk_files(boot)):
+        config["disks"][index]["path"] = os.fspath(disk.path)
     for nic, tap in zip(nics, taps, strict=True):
         nic.update(tap=tap.name, mac=tap.mac, host_mac=None, fds=None)
     # None where the VM was not booted to be a template: its memory is in the snapshot then.

@@ -14,7 +14,7 @@ from typing import Any
 from pytest_chvm.base.untouched import Socket
 from pytest_chvm.drivers.base import Abilities, AbleDriver
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, Boot, BootOptions, VmmCommand
-from pytest_chvm.drivers.disks import base_format, copy_overlay, data_format, root_overlay
+from pytest_chvm.drivers.disks import DiskFile, copy_overlay, default_cmdline, disk_files, image_format
 from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.drivers.qemu import devices, qmp
@@ -129,9 +129,9 @@ class QemuDriver(AbleDriver):
             number = boot.add_fd(fd)
             machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
             shown[f",vhostfd={number}"] = ""
-        machine += self._root_disk(boot)
+        machine += [word for file in disk_files(boot) for word in _disk(file)]
         # A clone's are plugged in before it goes on.
-        machine += [*self._other_disks(config), *self._shares(boot)] if boot.restoring is None else []
+        machine += self._shares(boot) if boot.restoring is None else []
         control = ["-incoming", "defer", "-S"] if boot.restoring is not None else []
         control += ["-chardev", f"socket,id=qmp,fd={boot.add_listener('qmp.sock')},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control", *qemu_events.event_arguments(boot)]
@@ -171,23 +171,9 @@ class QemuDriver(AbleDriver):
 
     @staticmethod
     def _boot_source(config: VmConfig) -> list[str]:
-        cmdline = config.cmdline
-        if cmdline is None:
-            cmdline = "console=ttyS0 root=/dev/vda1 rw ds=nocloud" if config.root_disk else "console=ttyS0"
+        cmdline = default_cmdline(config) if config.cmdline is None else config.cmdline
         words = ["-kernel", os.fspath(config.kernel or ""), "-append", cmdline]
         return words + (["-initrd", os.fspath(config.initramfs)] if config.initramfs else [])
-
-    @staticmethod
-    def _root_disk(boot: Boot) -> list[str]:
-        overlay = root_overlay(boot)
-        return _disk("root", "qcow2", overlay, read_only=False) if overlay is not None else []
-
-    @staticmethod
-    def _other_disks(config: VmConfig) -> list[str]:
-        words = _disk("seed", "raw", config.seed_iso, read_only=True) if config.seed_iso is not None else []
-        if config.data_disk is not None:
-            words += _disk("data", data_format(config.data_disk), config.data_disk, read_only=False)
-        return words
 
     @staticmethod
     def _nics(boot: Boot, shown: dict[str, str]) -> list[str]:
@@ -292,7 +278,7 @@ class QemuDriver(AbleDriver):
 
     def add_disk(self, handle: VmHandle, image: Path, *, read_only: bool) -> str:
         """Plug a disk in; returns its id."""
-        form = base_format(image) if read_only else data_format(image)
+        form = image_format(image, read_only=read_only)
         return devices.add_disk(handle, self._socket(handle, "qmp.sock"), image, form, read_only=read_only)
 
     def add_tap(self, handle: VmHandle, tap: str, mac: str) -> str:
@@ -382,8 +368,10 @@ class QemuDriver(AbleDriver):
         handle = self._process.boot(config, self._command, options, directory)
 
         async def go_on(client: Any) -> None:
-            if disk := config.data_disk:
-                await devices.plug_disk(client, handle, disk, data_format(disk), read_only=False)
+            for disk in config.all_disks:
+                if disk.written:
+                    form = image_format(disk.image, read_only=False)
+                    await devices.plug_disk(client, handle, disk.image, form, read_only=False)
             for index, share in enumerate(config.shared_dirs):
                 await devices.plug_share(client, handle, share, self._socket(handle, f"fs{index}.sock"))
             await client.execute("cont")
@@ -404,10 +392,10 @@ class QemuDriver(AbleDriver):
         return handle.run_dir / name
 
 
-def _disk(name: str, form: str, image: Path, *, read_only: bool) -> list[str]:
-    mode = "on" if read_only else "off"
-    node = f"node-name={name},driver={form},read-only={mode},file.driver=file,file.filename={_quoted(image)}"
-    return ["-blockdev", node, "-device", f"virtio-blk-pci,drive={name}"]
+def _disk(file: DiskFile) -> list[str]:
+    mode = "on" if file.read_only else "off"
+    node = f"node-name={file.id},driver={file.format},read-only={mode},file.driver=file,file.filename={_quoted(file.path)}"
+    return ["-blockdev", node, "-device", f"virtio-blk-pci,drive={file.id}"]
 
 
 def _channel_socket(name: str) -> str:

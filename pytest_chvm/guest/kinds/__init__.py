@@ -35,8 +35,7 @@ class Guest(ABC):
         words += self.own_words()
         if marker != DEFAULT_MARKER:
             words.append(f"chvm.marker={marker}")
-        if self.config.data_disk is not None:
-            words.append("chvm.disk=/dev/vda")
+        words += [disk.kind.guest_word for disk in self.config.all_disks if disk.kind.guest_word is not None]
         return words + [f"chvm.share={share.guest_word}" for share in self.config.shared_dirs]
 
     @abstractmethod
