@@ -26,7 +26,7 @@ from pytest_chvm.machine.events import (
 )
 
 # What a VM is after the last of these events; what is not here is booting.
-STATES = {READY: "ready", RESUMED: "ready", PAUSED: "paused", PANIC: "panicked", ENDED: "ended"}
+STATES = {READY: "ready", PAUSED: "paused", PANIC: "panicked", ENDED: "ended"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,17 +102,20 @@ def _entry(vm: dict[str, Any], owner_pid: int, lease: str, *, same_boot: bool, a
 
 def _events_of(vm: dict[str, Any]) -> tuple[Event, ...]:
     place = vm.get("events")
-    if not isinstance(place, str) or "\0" in place:
+    if not isinstance(place, str):
         return ()
     try:
         return read_events(Path(place))
-    except OSError:
-        # It is about to be made; or its directory is gone, or somebody else's.
+    except (OSError, ValueError):
+        # It is about to be made; or its directory is gone, or somebody else's; or it is no path.
         return ()
 
 
 def _state(events: tuple[Event, ...]) -> str:
-    last = last_of(events, SPAWNED, REBOOT, *STATES)
+    last = last_of(events, SPAWNED, REBOOT, *STATES, RESUMED)
+    if last and last.kind == RESUMED:
+        # A guest can be paused while it boots.
+        last = last_of((event for event in events if event.kind != PAUSED), SPAWNED, REBOOT, *STATES)
     return STATES.get(last.kind, "booting") if last else "booting"
 
 
