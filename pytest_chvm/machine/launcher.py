@@ -126,6 +126,8 @@ class Launcher:
 
     def start(self, plan: Plan) -> Vm:
         """Start a VM as it was planned; one that was to be a clone is booted where it may be and cannot be cloned."""
+        # Before a template is made, or the VM is booted because it could not be cloned.
+        self.host.names.require_free(plan.guest.config)
         why, template = plan.why_cold, None
         if why is None:
             try:

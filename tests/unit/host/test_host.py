@@ -52,12 +52,13 @@ def test_the_end_of_one_host_leaves_another_s_leases_locks_and_processes_alone(h
     assert not is_there(process)
 
 
-def test_vms_of_two_hosts_may_have_one_name_are_counted_apart_and_end_apart(hosts):
+def test_vms_of_two_hosts_may_have_one_name_are_counted_apart_and_end_apart(hosts, caplog):
     first, second = hosts
     with launch(name="same", vmm="qemu", networks=[], host=first) as ended:
         vm = launch(name="same", vmm="qemu", networks=[], host=second)
         with pytest.raises(InvalidConfigError, match="is running already"):
             launch(name="same", vmm="qemu", networks=[], host=second)
+        assert "is booted, not cloned" not in caplog.text
         assert ended.check_output("echo first") == "first\n"
     assert first.close() == []
     assert vm.check_output("echo second") == "second\n"
