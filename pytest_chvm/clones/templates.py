@@ -15,7 +15,7 @@ from pytest_chvm import __version__
 from pytest_chvm.drivers.base import SAVE, Saves, VmDriver
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.errors import UnsupportedError
-from pytest_chvm.model import Network, Tap, VmConfig, VmDisk
+from pytest_chvm.model import Tap, VmConfig, VmDisk
 
 # Of /proc/cpuinfo.
 PROCESSOR_FACTS = ("model name", "flags", "microcode")
@@ -40,7 +40,7 @@ def why_no_clone(config: VmConfig, driver: VmDriver, *, built_in_guest: bool, ne
     slots = driver.abilities.spare_slots
     if len(config.shared_dirs) + len(_plugged_disks(config)) > slots:
         return f"it has more shared dirs and disks than the {slots} for which a clone has places"
-    if not all(isinstance(n, Tap) or (isinstance(n, Network) and n.bridge) for n in config.networks or ()):
+    if not all(network.clonable for network in config.networks or ()):
         return "it has a network that is not a TAP's"
     return None
 

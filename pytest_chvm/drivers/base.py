@@ -18,7 +18,7 @@ from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, BootOptions
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmError
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmStatus
+from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmStatus
 
 logger = logging.getLogger("pytest_chvm")
 
@@ -275,8 +275,7 @@ def check_abilities(driver: VmDriver, config: VmConfig) -> None:
     if config.channels and not isinstance(driver, Channels):
         raise unsupported(driver.vmm, config.name, IN_WORDS[Channels], "leave out channels")
     for network in config.networks or ():
-        is_user, is_multicast = isinstance(network, UserNetwork), isinstance(network, Network) and network.bridge is None
-        if (is_user and not able.user_network) or (is_multicast and not able.multicast_network):
+        if network.ability is not None and not getattr(able, network.ability):
             raise unsupported(
                 driver.vmm, config.name, "have a network without a TAP", "run as root, which can make TAPs, or use --chvm-vmm=qemu"
             )

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pytest_chvm.drivers.boot import Boot
-from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.host.networks.tap import interface_exists, make_tap
-from pytest_chvm.model import SocketPairFd, Tap, mac_for
+from pytest_chvm.model import Tap, mac_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +20,10 @@ class AttachedTap:
 
 
 def taps_of(boot: Boot) -> list[AttachedTap]:
-    """Return the TAPs of a VM, in order; one that is not there yet is made, in the lease first.
-
-    Raises InvalidConfigError for a socket pair, which no VMM on Linux takes.
-    """
+    """Return the TAPs of a VM, in order; one that is not there yet is made, in the lease first."""
     config = boot.config
     taps = []
     for index, network in enumerate(config.networks or ()):
-        if isinstance(network, SocketPairFd):
-            raise InvalidConfigError(
-                f"VM {config.name!r}: a socket-pair network works on macOS only, not on Linux: use a Tap", vm_name=config.name
-            )
         if isinstance(network, Tap):
             name, ours = network.name, network.take_over
             if name is None or not interface_exists(name, config.netns):

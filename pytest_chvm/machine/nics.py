@@ -14,7 +14,7 @@ from pytest_chvm.host.networks.nic import Nic
 from pytest_chvm.host.networks.subnets import Subnet, parse_pool
 from pytest_chvm.host.networks.tap import lease_tap_nic, why_no_taps
 from pytest_chvm.host.networks.user import lease_user_nic
-from pytest_chvm.model import Attachment, Network, Tap, UserNetwork, VmConfig, mac_for
+from pytest_chvm.model import Attachment, Network, Tap, VmConfig, mac_for
 from pytest_chvm.settings import Settings
 
 
@@ -52,7 +52,7 @@ def check_networks(config: VmConfig, mode: str, driver: VmDriver) -> None:
             raise InvalidConfigError(
                 f"VM {config.name!r}: netns goes with a TAP, not with the user-mode network", vm_name=config.name
             )
-    if not config.outbound and any(_reaches_out(network) for network in _networks(config, mode)):
+    if not config.outbound and any(n != "user" and n.reaches_host for n in _networks(config, mode)):
         raise UnsupportedError(
             f"VM {config.name!r}: outbound=False goes with the user-mode network (QEMU, network='user') or none: on a TAP or "
             "a bridge the host is the guest's neighbour",
@@ -82,16 +82,8 @@ def lease_nics(config: VmConfig, mode: str, settings: Settings, lease: Lease, un
     return nics
 
 
-def _reaches_out(network: Any) -> bool:
-    if isinstance(network, Network):
-        return network.bridge is not None
-    return network.outbound if isinstance(network, UserNetwork) else network != "user"
-
-
 def _tell(words: list[str], index: int, nic: Nic, vm_name: str) -> None:
-    mac = mac_for(vm_name, index)
-    if isinstance(nic.attachment, Tap | UserNetwork):
-        mac = nic.attachment.mac or mac
+    mac = nic.attachment.mac or mac_for(vm_name, index)
     address = nic.address
     if address is None:
         words.append(f"chvm.net=eth{index},,,{mac}")

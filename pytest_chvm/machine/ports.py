@@ -8,7 +8,7 @@ from pytest_chvm.base.steps import Step
 from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.machine.machine import Machine
-from pytest_chvm.model import UserNetwork, check_port
+from pytest_chvm.model import check_port
 
 HIGHEST_TCP_PORT = (1 << 16) - 1
 
@@ -30,7 +30,7 @@ class Ports:
             raise UnsupportedError(
                 f"VM {machine.name!r} has no network: boot it with network='tap' or network='user'", vm_name=machine.name
             )
-        if isinstance(networks[0], UserNetwork):
+        if networks[0].forwarded:
             if port not in self._forwarded:
                 self._forwarded[port] = machine.driver.forward_port(machine.handle, port)
             return self._forwarded[port]

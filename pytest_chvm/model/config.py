@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.model.disks import DISK_KINDS, VmDisk
-from pytest_chvm.model.networks import Attachment, Tap
+from pytest_chvm.model.networks import Attachment, SocketPairFd, Tap
 from pytest_chvm.model.shares import SharedDir
 from pytest_chvm.model.values import NAME_PATTERN, _short, as_path
 
@@ -120,13 +120,15 @@ class VmConfig:
         networks: Any = self.networks
         if networks is None:
             return None
-        if isinstance(networks, Attachment):
+        if isinstance(networks, Attachment | SocketPairFd):
             networks = (networks,)
         if not isinstance(networks, Sequence) or isinstance(networks, str):
-            raise self._invalid(f"networks={networks!r}, expected a list of Tap, SocketPairFd or Network")
+            raise self._invalid(f"networks={networks!r}, expected a list of Tap or Network")
         for network in networks:
+            if isinstance(network, SocketPairFd):
+                raise self._invalid("a socket-pair network works on macOS only, not on Linux: use a Tap")
             if not isinstance(network, Attachment):
-                raise self._invalid(f"networks has {network!r}, expected a Tap, a SocketPairFd or a Network")
+                raise self._invalid(f"networks has {network!r}, expected a Tap or a Network")
         named = [n.name for n in networks if isinstance(n, Tap) and n.name is not None]
         if len(set(named)) != len(named):
             raise self._invalid(f"networks uses a TAP twice: {', '.join(named)}")

@@ -1,10 +1,16 @@
-"""What a guest's NIC is attached to."""
+"""What a guest's NIC is attached to, a class a kind.
+
+Each says `ability`, the one of a driver's `Abilities` without which it cannot have a NIC there; `reaches_host`, whether by it the
+guest reaches the host; `forwarded`, whether the guest's ports are reached by a forwarding of the VMM's; `clonable`, whether a clone
+of a template can be on it.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.model.values import checked_mac
@@ -25,6 +31,11 @@ class Tap:
     mac: str | None = None
     take_over: bool = False
 
+    ability: ClassVar[str | None] = None
+    reaches_host: ClassVar[bool] = True
+    forwarded: ClassVar[bool] = False
+    clonable: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.name is not None and (
             not isinstance(self.name, str) or not INTERFACE_PATTERN.fullmatch(self.name) or self.name in (".", "..")
@@ -39,7 +50,7 @@ class Tap:
 
 @dataclass(frozen=True, slots=True)
 class SocketPairFd:
-    """One end of a socket pair as the other end of a guest's NIC (not on Linux: use a TAP)."""
+    """One end of a socket pair as the other end of a guest's NIC: of macOS only, so that `VmConfig` refuses it (use a `Tap`)."""
 
     fd: int
 
@@ -58,6 +69,24 @@ class Network:
     bridge: str | None = None
     multicast: str | None = None
 
+    mac: ClassVar[str | None] = None
+    forwarded: ClassVar[bool] = False
+
+    @property
+    def ability(self) -> str | None:
+        """Without a bridge the VMM carries the frames."""
+        return None if self.bridge else "multicast_network"
+
+    @property
+    def reaches_host(self) -> bool:
+        """On a bridge the host is the guest's neighbour."""
+        return self.bridge is not None
+
+    @property
+    def clonable(self) -> bool:
+        """On a bridge a NIC is a TAP's."""
+        return self.bridge is not None
+
 
 @dataclass(frozen=True, slots=True)
 class UserNetwork:
@@ -73,8 +102,17 @@ class UserNetwork:
     mac: str | None = None
     outbound: bool = True
 
+    ability: ClassVar[str | None] = "user_network"
+    forwarded: ClassVar[bool] = True
+    clonable: ClassVar[bool] = False
 
-Attachment = Tap | SocketPairFd | Network | UserNetwork
+    @property
+    def reaches_host(self) -> bool:
+        """And beyond it what the host reaches."""
+        return self.outbound
+
+
+Attachment = Tap | Network | UserNetwork
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -19,7 +18,6 @@ from pytest_chvm import (
     InvalidConfigError,
     MissingRequirementError,
     SharedDir,
-    SocketPairFd,
     Tap,
     VmConfig,
     VmError,
@@ -244,16 +242,9 @@ def broken_image(directory):
     return image
 
 
-def make_socket_pair():
-    ours, theirs = socket.socketpair()
-    ours.close()
-    return theirs
-
-
 FAILURES = {
     "executable": MissingRequirementError,
     "root-disk": HostError,
-    "socket-pair": InvalidConfigError,
     "second-sidecar-has-no-socket": BootFailedError,
     "second-sidecar-exits": BootFailedError,
     "no-virtiofsd": MissingRequirementError,
@@ -272,10 +263,6 @@ def test_failure_leaves_nothing(
         stand_in_ch.path.touch()
     elif step == "root-disk":
         config["root_disk"] = broken_image(tmp_path)
-    elif step == "socket-pair":
-        pair = make_socket_pair()
-        request.addfinalizer(pair.close)
-        config["networks"] = [Tap(tap_name), SocketPairFd(pair.fileno())]
     elif step == "second-sidecar-has-no-socket":
         monkeypatch.setattr(virtiofsd, "SOCKET_TIMEOUT_S", 0.5)
         stand_in_virtiofsd.does(no_socket_for=["fs1.sock"])

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,21 +183,13 @@ class QemuDriver(AbleDriver):
         words = []
         taps = {tap.index: tap for tap in taps_of(boot)}
         for index, network in enumerate(config.networks or ()):
-            mac = mac_for(config.name, index)
             if tap := taps.get(index):
-                mac = tap.mac
                 number = boot.add_fd(open_tap(tap.name, config.netns, ours=tap.ours))
                 words += ["-netdev", f"tap,id=net{index},fd={number}"]
                 shown[f"fd={number}"] = f"ifname={tap.name},script=no,downscript=no"
-            elif isinstance(network, UserNetwork):
-                mac = network.mac or mac
-                words += [
-                    "-netdev",
-                    f"user,id=net{index},net={network.subnet},host={network.host},dns={network.subnet[3]},dhcpstart={network.guest}"
-                    + ("" if network.outbound else ",restrict=on"),
-                ]
-            elif isinstance(network, Network):
-                words += ["-netdev", f"socket,id=net{index},mcast={network.multicast},localaddr=127.0.0.1"]
+            else:
+                words += ["-netdev", NETDEVS[type(network)](network, f"net{index}")]
+            mac = network.mac or mac_for(config.name, index)
             words += ["-device", f"virtio-net-pci,netdev=net{index},mac={mac},romfile="]
         return words
 
@@ -390,6 +382,19 @@ class QemuDriver(AbleDriver):
         if handle.run_dir is None:
             raise VmNotFoundError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
         return handle.run_dir / name
+
+
+def _user_netdev(network: UserNetwork, name: str) -> str:
+    addresses = f"net={network.subnet},host={network.host},dns={network.subnet[3]},dhcpstart={network.guest}"
+    return f"user,id={name},{addresses}{'' if network.outbound else ',restrict=on'}"
+
+
+def _multicast_netdev(network: Network, name: str) -> str:
+    return f"socket,id={name},mcast={network.multicast},localaddr=127.0.0.1"
+
+
+# Of each kind of network that is not a TAP by now.
+NETDEVS: dict[type, Callable[[Any, str], str]] = {UserNetwork: _user_netdev, Network: _multicast_netdev}
 
 
 def _disk(file: DiskFile) -> list[str]:

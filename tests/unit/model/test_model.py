@@ -157,7 +157,9 @@ def test_networks():
     network = Tap("a")
     assert VmConfig(networks=network).networks == (network,)
     assert VmConfig(networks=[]).networks == ()
-    assert VmConfig(networks=[SocketPairFd(3)]).networks == (SocketPairFd(3),)
+    for pair in (SocketPairFd(3), [SocketPairFd(3)]):
+        with pytest.raises(InvalidConfigError, match="VM 'vm': a socket-pair network works on macOS only, not on Linux: use a Tap"):
+            VmConfig(networks=pair)
     for wrong in ("tap0", ["tap0"], 5, [None]):
         with pytest.raises(InvalidConfigError, match="networks"):
             VmConfig(networks=wrong)
