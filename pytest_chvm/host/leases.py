@@ -7,6 +7,7 @@ import os
 import threading
 from pathlib import Path
 
+from pytest_chvm.errors import HostError
 from pytest_chvm.host.host import Host
 from pytest_chvm.host.keeper import records, remains
 
@@ -15,7 +16,8 @@ class Lease:
     """The run directory of one VM, and the record of all that it has elsewhere.
 
     Whoever outlives this process (the keeper, a later run) removes what the record names, so each entry is
-    added before the thing itself is made. Only the process that made the lease releases it, never a forked child.
+    added before the thing itself is made. Only the process that made the lease releases it, never a forked child. Raises
+    HostError where it cannot be written, as on a full disk.
     """
 
     def __init__(self, host: Host) -> None:
@@ -26,7 +28,10 @@ class Lease:
         self._record: dict[str, list[object]] = {}
         self._vm: dict[str, object] = {}
         self._lock = threading.Lock()
-        self.directory.mkdir(mode=0o700)
+        try:
+            self.directory.mkdir(mode=0o700)
+        except OSError as error:
+            raise self._not_written(error) from error
 
     def describe(self, **facts: object) -> None:
         """Record what people are to know of the VM: `test`, `worker`, `name`, `vmm`, `memory_mb`, `events` (its event log)..."""
@@ -73,6 +78,13 @@ class Lease:
         except FileNotFoundError:
             # Somebody has removed the directory. This process and its keeper know what is in the record.
             return
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: OSError) -> HostError:
+        return HostError(
+            f"the run directory {str(self.directory)!r} cannot be written: {error.strerror}; free it, or set XDG_RUNTIME_DIR"
+        )
 
     def left(self) -> list[str]:
         """Return in words what of it still exists, also where somebody has removed the directory."""

@@ -5,7 +5,7 @@ import traceback
 
 import pytest
 
-from pytest_chvm import InvalidConfigError, launch
+from pytest_chvm import HostError, InvalidConfigError, launch
 from pytest_chvm.host.host import Host
 from pytest_chvm.host.keeper.remains import start_time_ticks
 from pytest_chvm.host.leases import Lease
@@ -50,6 +50,18 @@ def test_the_end_of_one_host_leaves_another_s_leases_locks_and_processes_alone(h
 
     assert second.close() == []
     assert not is_there(process)
+
+
+def test_a_run_directory_that_cannot_be_written_is_the_host_s_fault(hosts):
+    host, _other = hosts
+    lease = Lease(host)
+    (lease.directory / "lease.new").mkdir()
+    with pytest.raises(HostError, match="cannot be written"):
+        lease.add_path(lease.directory / "path")
+    lease.directory.with_name("2").mkdir()
+    with pytest.raises(HostError, match="cannot be written"):
+        Lease(host)
+    assert host.close() == []
 
 
 def test_vms_of_two_hosts_may_have_one_name_are_counted_apart_and_end_apart(hosts, caplog):
