@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,20 @@ from typing import Any
 from pytest_chvm.base.untouched import Socket
 from pytest_chvm.drivers.base import Abilities, AbleDriver
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, Boot, BootOptions, VmmCommand
-from pytest_chvm.drivers.disks import DiskFile, copy_overlay, default_cmdline, disk_files, image_format
+from pytest_chvm.drivers.disks import copy_overlay, default_cmdline, disk_files, image_format
 from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.process import VmmProcess
-from pytest_chvm.drivers.qemu import devices, qmp
+from pytest_chvm.drivers.qemu import arguments, devices, qmp
 from pytest_chvm.drivers.qemu import events as qemu_events
 from pytest_chvm.drivers.qemu import state as qemu_state
 from pytest_chvm.drivers.qemu import vsock as qemu_vsock
-from pytest_chvm.drivers.taps import taps_of
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError, VmNotFoundError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import Network, SharedDir, UserNetwork, VmConfig, VmHandle, VmState, VmStatus, mac_for
+from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmState, VmStatus
 
 PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
 INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
@@ -121,17 +120,17 @@ class QemuDriver(AbleDriver):
         machine += devices.port_arguments() if config.hotplug else []
         machine += self._memory(boot)
         machine += self._boot_source(config)
-        machine += ["-chardev", f"file,id=serial,path={_quoted(boot.serial_log)},append=on", "-serial", "chardev:serial"]
+        machine += ["-chardev", f"file,id=serial,path={arguments.quoted(boot.serial_log)},append=on", "-serial", "chardev:serial"]
         machine += ["-device", "virtio-rng-pci", *GENERATION_DEVICE]
-        machine += self._nics(boot, shown)
+        machine += arguments.nics(boot, shown)
         if vsock := qemu_vsock.open_device(config.name):
             fd, cid = vsock
             number = boot.add_fd(fd)
             machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
             shown[f",vhostfd={number}"] = ""
-        machine += [word for file in disk_files(boot) for word in _disk(file)]
+        machine += [word for file in disk_files(boot) for word in arguments.disk(file)]
         # A clone's are plugged in before it goes on.
-        machine += self._shares(boot) if boot.restoring is None else []
+        machine += arguments.shares(boot) if boot.restoring is None else []
         control = ["-incoming", "defer", "-S"] if boot.restoring is not None else []
         control += ["-chardev", f"socket,id=qmp,fd={boot.add_listener('qmp.sock')},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control", *qemu_events.event_arguments(boot)]
@@ -142,20 +141,12 @@ class QemuDriver(AbleDriver):
     def _memory(boot: Boot) -> list[str]:
         size = f"id=ram,size={boot.config.memory_mb}M"
         if boot.memory is not None:
-            path = _quoted(Path(boot.memory.path))
+            path = arguments.quoted(Path(boot.memory.path))
             return ["-object", f"memory-backend-file,{size},mem-path={path},share={'on' if boot.memory.shared else 'off'}"]
         # For vhost-user: a shared dir, now or plugged in later.
         if boot.config.shared_dirs or boot.config.hotplug:
             return ["-object", f"memory-backend-memfd,{size},share=on"]
         return ["-object", f"memory-backend-ram,{size}"]
-
-    @staticmethod
-    def _shares(boot: Boot) -> list[str]:
-        words = []
-        for index, (share, path) in enumerate(zip(boot.config.shared_dirs, boot.share_sockets, strict=True)):
-            words += ["-chardev", f"socket,id=fs{index},path={_quoted(path)}"]
-            words += ["-device", f"vhost-user-fs-pci,chardev=fs{index},tag={share.tag},queue-size=512"]
-        return words
 
     @staticmethod
     def _serial_ports(boot: Boot) -> list[str]:
@@ -174,24 +165,6 @@ class QemuDriver(AbleDriver):
         cmdline = default_cmdline(config) if config.cmdline is None else config.cmdline
         words = ["-kernel", os.fspath(config.kernel or ""), "-append", cmdline]
         return words + (["-initrd", os.fspath(config.initramfs)] if config.initramfs else [])
-
-    @staticmethod
-    def _nics(boot: Boot, shown: dict[str, str]) -> list[str]:
-        from pytest_chvm.host.networks.tap import open_tap
-
-        config = boot.config
-        words = []
-        taps = {tap.index: tap for tap in taps_of(boot)}
-        for index, network in enumerate(config.networks or ()):
-            if tap := taps.get(index):
-                number = boot.add_fd(open_tap(tap.name, config.netns, ours=tap.ours))
-                words += ["-netdev", f"tap,id=net{index},fd={number}"]
-                shown[f"fd={number}"] = f"ifname={tap.name},script=no,downscript=no"
-            else:
-                words += ["-netdev", NETDEVS[type(network)](network, f"net{index}")]
-            mac = network.mac or mac_for(config.name, index)
-            words += ["-device", f"virtio-net-pci,netdev=net{index},mac={mac},romfile="]
-        return words
 
     def stop(self, handle: VmHandle) -> None:
         """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
@@ -384,30 +357,6 @@ class QemuDriver(AbleDriver):
         return handle.run_dir / name
 
 
-def _user_netdev(network: UserNetwork, name: str) -> str:
-    addresses = f"net={network.subnet},host={network.host},dns={network.subnet[3]},dhcpstart={network.guest}"
-    return f"user,id={name},{addresses}{'' if network.outbound else ',restrict=on'}"
-
-
-def _multicast_netdev(network: Network, name: str) -> str:
-    return f"socket,id={name},mcast={network.multicast},localaddr=127.0.0.1"
-
-
-# Of each kind of network that is not a TAP by now.
-NETDEVS: dict[type, Callable[[Any, str], str]] = {UserNetwork: _user_netdev, Network: _multicast_netdev}
-
-
-def _disk(file: DiskFile) -> list[str]:
-    mode = "on" if file.read_only else "off"
-    node = f"node-name={file.id},driver={file.format},read-only={mode},file.driver=file,file.filename={_quoted(file.path)}"
-    return ["-blockdev", node, "-device", f"virtio-blk-pci,drive={file.id}"]
-
-
 def _channel_socket(name: str) -> str:
     # Of one length whatever the name, so that the path fits into a socket's address.
     return f"channel-{hashlib.sha256(name.encode()).hexdigest()[:8]}.sock"
-
-
-def _quoted(path: Path) -> str:
-    """Return a path as an option's value: QEMU's option parser takes a doubled comma as one."""
-    return os.fspath(path).replace(",", ",,")
