@@ -97,7 +97,8 @@ def _read(file: BinaryIO, machine: str) -> KernelImage:
         if head.startswith(magic):
             raise _NoKernelError(f"is packed with {name}, which no VMM unpacks: run '{tool}' on it, and name what comes out")
     raise _NoKernelError(
-        f"is not a kernel: expected a bzImage or an ELF vmlinux, and it begins with {head[:8].hex(' ') or 'nothing: it is empty'}"
+        "is not a kernel: expected a bzImage, an ELF vmlinux (both of x86_64), and it begins with "
+        f"{head[:8].hex(' ') or 'nothing: it is empty'}"
     )
 
 

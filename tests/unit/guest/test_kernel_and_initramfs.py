@@ -145,7 +145,7 @@ def test_order_of_any_graph_without_circles(depends):
 def test_file_that_is_no_kernel(tmp_path, content):
     image = tmp_path / "vmlinuz"
     image.write_bytes(content)
-    with pytest.raises(InvalidConfigError, match=r"is not a kernel: expected a bzImage or an ELF vmlinux, and it begins with"):
+    with pytest.raises(InvalidConfigError, match=r"is not a kernel: expected a bzImage, an ELF vmlinux"):
         inspect_kernel(image)
 
 
