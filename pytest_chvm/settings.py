@@ -9,7 +9,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pytest_chvm.base.choices import Accel, BootWay, NetworkMode, Vmm
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +120,10 @@ OPTIONS = (
     Option("memory_mb", count, 256, "memory of a VM in MiB (default: 256)", "N"),
     Option("boot_timeout", seconds, 60.0, "seconds from the start of the VMM to ready (default: 60)", "SECONDS"),
     Option("ready_marker", _marker, "CHVM_READY", "word before the guest's IP on its serial console", "WORD"),
-    _choice("vmm", ("auto", "cloud-hypervisor", "qemu"), "VMM (default: auto: Cloud Hypervisor where it and KVM are, else QEMU)"),
-    _choice("accel", ("auto", "kvm", "tcg"), "how QEMU runs guests (default: auto: KVM where it works, else in software)"),
-    _choice("network", ("auto", "tap", "user", "none"), "network of a VM (default: auto: a TAP where one can be made)"),
-    _choice("boot", ("auto", "cold", "clone"), "whether a VM may be a copy of a booted one (default: auto)"),
+    _choice("vmm", get_args(Vmm), "VMM (default: auto: Cloud Hypervisor where it and KVM are, else QEMU)"),
+    _choice("accel", get_args(Accel), "how QEMU runs guests (default: auto: KVM where it works, else in software)"),
+    _choice("network", get_args(NetworkMode), "network of a VM (default: auto: a TAP where one can be made)"),
+    _choice("boot", get_args(BootWay), "whether a VM may be a copy of a booted one (default: auto)"),
     _choice("missing", ("fail", "skip"), "what a test does when a VM cannot be had on this machine (default: fail)"),
     _choice("keep", ("never", "failed", "always"), "whose logs to keep below --chvm-artifacts (default: never)"),
     Option("artifacts", _path, None, "directory for the logs that --chvm-keep keeps (default: chvm-artifacts)", "DIR"),

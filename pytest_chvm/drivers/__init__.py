@@ -1,21 +1,19 @@
-"""VMMs. Each is one module here and one line in `DRIVERS`; nothing else knows one from another."""
+"""VMMs. Each is a folder here, and its name is one of `base/choices.py`; nothing else knows one from another."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from pytest_chvm.base.choices import Vmm
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
 
 if TYPE_CHECKING:
     from pytest_chvm.drivers.base import VmDriver
     from pytest_chvm.host.host import Host
 
-# In the order in which "auto" tries them: module and class, imported when used.
-DRIVERS = {
-    "cloud-hypervisor": ("pytest_chvm.drivers.cloud_hypervisor.driver", "CloudHypervisorDriver"),
-    "qemu": ("pytest_chvm.drivers.qemu.driver", "QemuDriver"),
-}
+# In the order in which "auto" tries them.
+VMMS: list[str] = [vmm for vmm in get_args(Vmm) if vmm != "auto"]
 
 
 def make_driver(
@@ -27,10 +25,10 @@ def make_driver(
     """
     from importlib import import_module
 
-    if vmm not in DRIVERS:
-        raise InvalidConfigError(f"vmm={vmm!r}: expected one of auto, {', '.join(DRIVERS)}")
-    module, name = DRIVERS[vmm]
-    driver: VmDriver = getattr(import_module(module), name)(accel=accel, binary=binary, virtiofsd=virtiofsd, host=host)
+    if vmm not in VMMS:
+        raise InvalidConfigError(f"vmm={vmm!r}: expected one of auto, {', '.join(VMMS)}")
+    module = import_module(f"{__name__}.{vmm.replace('-', '_')}.driver")
+    driver: VmDriver = module.DRIVER(accel=accel, binary=binary, virtiofsd=virtiofsd, host=host)
     return driver
 
 
@@ -43,7 +41,7 @@ def choose_vmm(*, accel: str = "auto", binary: Path | None = None) -> tuple[str,
     if binary is not None and (named := _vmm_of(binary)) is not None:
         return named
     reasons: list[str] = []
-    for vmm in DRIVERS:
+    for vmm in VMMS:
         try:
             reason = make_driver(vmm, accel=accel, binary=binary).why_not()
         except InvalidConfigError as error:
@@ -52,7 +50,7 @@ def choose_vmm(*, accel: str = "auto", binary: Path | None = None) -> tuple[str,
         if reason is None:
             return vmm, "; ".join(reasons) or "it and KVM are here"
         reasons.append(f"no {vmm}: {reason}")
-    return list(DRIVERS)[-1], "; ".join(reasons)
+    return VMMS[-1], "; ".join(reasons)
 
 
 def _vmm_of(binary: Path) -> tuple[str, str] | None:
@@ -65,4 +63,4 @@ def _vmm_of(binary: Path) -> tuple[str, str] | None:
         # Whoever needs it says so.
         return None
     program = versions.program_of(found)
-    return (program, f"{binary} is {found.version}") if program in DRIVERS else None
+    return (program, f"{binary} is {found.version}") if program in VMMS else None

@@ -6,8 +6,9 @@ What they mean and which values they take is said, and checked, by `VmConfig` an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import TypedDict
 
+from pytest_chvm.base.choices import Accel, BootWay, NetworkMode, Vmm
 from pytest_chvm.model import Attachment, SharedDir, StrPath
 
 
@@ -39,9 +40,9 @@ class ConfigArguments(TypedDict, total=False):
 class VmArguments(ConfigArguments, total=False):
     """Those of a launch too, but for `wait`."""
 
-    vmm: Literal["auto", "cloud-hypervisor", "qemu"] | None
-    accel: Literal["auto", "kvm", "tcg"] | None
-    network: Literal["auto", "tap", "user", "none"] | None
-    boot: Literal["auto", "cold", "clone"] | None
+    vmm: Vmm | None
+    accel: Accel | None
+    network: NetworkMode | None
+    boot: BootWay | None
     boot_timeout: float | None
     ready_marker: str | None

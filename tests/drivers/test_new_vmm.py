@@ -2,14 +2,16 @@
 
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pytest_chvm import UnsupportedError, VmConfig, VmState
-from pytest_chvm.drivers import DRIVERS, make_driver
+from pytest_chvm import Settings, UnsupportedError, VmConfig, VmState, drivers, launch
+from pytest_chvm.drivers import make_driver
 from pytest_chvm.drivers.base import Abilities, VmDriver
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, VmmCommand
+from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.host.host import default_host
@@ -49,12 +51,16 @@ class TinyDriver(VmDriver):
 
 @pytest.fixture
 def tiny(monkeypatch, fake_kernel, tmp_path):
-    """A config for a driver that was registered as any is: by one line."""
-    module = types.ModuleType("tiny_vmm_driver")
-    module.TinyDriver = TinyDriver
+    """A config for a driver that was registered as any is: by its name and its folder."""
+    module = types.ModuleType("pytest_chvm.drivers.tiny.driver")
+    module.DRIVER = TinyDriver
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(DRIVERS, "tiny", (module.__name__, "TinyDriver"))
+    monkeypatch.setattr(drivers, "VMMS", [*drivers.VMMS, "tiny"])
     return {"kernel": fake_kernel, "networks": [], "serial_log": tmp_path / "serial.log"}
+
+
+def test_each_vmm_that_can_be_asked_for_has_a_driver_of_its_name():
+    assert [make_driver(name).vmm for name in drivers.VMMS] == drivers.VMMS
 
 
 def test_a_vmm_that_only_boots_is_refused_what_it_lacks_by_name(tiny):
@@ -69,3 +75,21 @@ def test_a_vmm_that_only_boots_is_refused_what_it_lacks_by_name(tiny):
     finally:
         driver.stop(handle)
     assert driver.state(handle).state is VmState.STOPPED
+
+
+def test_a_vm_of_it_is_launched_and_the_host_is_looked_at_once(tiny, tmp_path, monkeypatch):
+    asked = []
+
+    def counted(config):
+        asked.append(config.name)
+        preflight(config)
+
+    for module in ("machine.guest_choice", "machine.launcher", "drivers.process"):
+        monkeypatch.setattr(f"pytest_chvm.{module}.preflight", counted)
+    initramfs = tmp_path / "initramfs"
+    initramfs.touch()
+    settings = replace(Settings.resolve({}, {}, {}), vmm="tiny", cache_dir=tmp_path / "cache")
+    with launch(name="least", settings=settings, initramfs=initramfs, **tiny) as vm:
+        assert vm.ip == "127.0.0.1"
+        assert vm.origin.in_words == "booted: tiny cannot save a VM, or start a saved one"
+    assert asked == ["least"]

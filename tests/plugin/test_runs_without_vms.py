@@ -10,7 +10,8 @@ from .conftest import RunPytest
 
 ROOMS = ("collection", "end", "fixtures", "keys", "options", "protocol", "run")
 LIGHT = {
-    *("pytest_chvm", "pytest_chvm.settings", "pytest_chvm.base", "pytest_chvm.base.untouched", "pytest_chvm.plugin"),
+    *("pytest_chvm", "pytest_chvm.settings", "pytest_chvm.plugin"),
+    *("pytest_chvm.base", "pytest_chvm.base.choices", "pytest_chvm.base.untouched"),
     *(f"pytest_chvm.plugin.{room}" for room in ROOMS),
 }
 

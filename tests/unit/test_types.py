@@ -11,7 +11,6 @@ import pytest
 import pytest_chvm
 from pytest_chvm.model import CONFIG_FIELDS, LAUNCH_FIELDS, VmConfig
 from pytest_chvm.model.arguments import ConfigArguments, VmArguments
-from pytest_chvm.settings import OPTIONS_BY_NAME
 
 RIGHT = """\
 from pathlib import Path
@@ -65,12 +64,6 @@ def test_a_wrong_argument_is_told(said_by_mypy, number, code):
 def test_the_typed_arguments_are_those_of_the_model():
     assert set(get_type_hints(ConfigArguments)) == set(CONFIG_FIELDS) == {field.name for field in fields(VmConfig)}
     assert set(get_type_hints(VmArguments)) == {*CONFIG_FIELDS, *LAUNCH_FIELDS} - {"wait"}
-
-
-@pytest.mark.parametrize("name", ["vmm", "accel", "network", "boot"])
-def test_the_typed_choices_are_those_of_the_options(name):
-    literal, _none = get_type_hints(VmArguments)[name].__args__
-    assert literal.__args__ == OPTIONS_BY_NAME[name].choices
 
 
 def test_the_stub_has_the_public_names():

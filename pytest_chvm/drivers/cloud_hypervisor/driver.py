@@ -377,3 +377,6 @@ def _quoted(path: Path) -> str:
     if not re.search(r'[,"\[\]]', text):
         return text
     return '"' + text.replace('"', '""') + '"'
+
+
+DRIVER = CloudHypervisorDriver

@@ -360,3 +360,6 @@ class QemuDriver(AbleDriver):
 def _channel_socket(name: str) -> str:
     # Of one length whatever the name, so that the path fits into a socket's address.
     return f"channel-{hashlib.sha256(name.encode()).hexdigest()[:8]}.sock"
+
+
+DRIVER = QemuDriver
