@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,11 @@ from pytest_chvm.drivers.base import VmDriver
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks.isolated import lease_network_nic
-from pytest_chvm.host.networks.nic import Nic
+from pytest_chvm.host.networks.nic import Need, Nic
 from pytest_chvm.host.networks.subnets import Subnet, parse_pool
 from pytest_chvm.host.networks.tap import lease_tap_nic, why_no_taps
 from pytest_chvm.host.networks.user import lease_user_nic
-from pytest_chvm.model import Attachment, Network, Tap, VmConfig, mac_for
+from pytest_chvm.model import Attachment, Network, Tap, UserNetwork, VmConfig, mac_for
 from pytest_chvm.settings import Settings
 
 
@@ -30,6 +31,15 @@ def network_mode(settings: Settings, driver: VmDriver, *, outbound: bool = True)
     if driver.abilities.user_network:
         return "user", f"no TAP can be made: {reason}"
     return "none", f"no TAP can be made: {reason}; {driver.vmm} has no user mode"
+
+
+# Of each kind of network, what takes from the host what a NIC on it needs; a user-mode network that has its addresses
+# needs nothing.
+LEASES: dict[type, Callable[[Any, Need], Nic]] = {
+    Tap: lease_tap_nic,
+    Network: lease_network_nic,
+    UserNetwork: lambda network, _need: Nic(network, is_told=False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +72,16 @@ def check_networks(config: VmConfig, mode: str, driver: VmDriver) -> None:
 
 def lease_nics(config: VmConfig, mode: str, settings: Settings, lease: Lease, undo: ExitStack) -> Nics:
     """Take what a VM's networks need from the host; `undo` gives it back. `mode`: see `network_mode`."""
-    pool = parse_pool(settings.subnet_pool)
+    need = Need(lease, parse_pool(settings.subnet_pool), config.netns, config.outbound)
     nics = Nics([], [], [])
     for index, network in enumerate(_networks(config, mode)):
-        if isinstance(network, Tap):
-            nic, subnet = lease_tap_nic(lease, network, pool, config.netns)
-        elif network == "user":
-            nic, subnet = lease_user_nic(lease, pool, outbound=config.outbound)
-        elif isinstance(network, Network):
-            nic, subnet = lease_network_nic(lease, network), None
-        else:
-            nics.attachments.append(network)
-            continue
-        if subnet is not None:
-            nics.held.append(subnet)
-            undo.callback(subnet.release)
+        nic = lease_user_nic(need) if network == "user" else LEASES[type(network)](network, need)
+        if nic.subnet is not None:
+            nics.held.append(nic.subnet)
+            undo.callback(nic.subnet.release)
         nics.attachments.append(nic.attachment)
-        _tell(nics.words, index, nic, config.name)
+        if nic.is_told:
+            _tell(nics.words, index, nic, config.name)
     return nics
 
 

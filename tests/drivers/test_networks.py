@@ -15,6 +15,7 @@ from pytest_chvm import HostError, HypervisorError, InvalidConfigError, Settings
 from pytest_chvm.host.directories import common_lock_dir
 from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
+from pytest_chvm.host.networks.nic import Need
 from pytest_chvm.host.networks.subnets import parse_pool, take_subnet
 from pytest_chvm.host.networks.tap import lease_tap_nic, make_tap
 
@@ -97,7 +98,8 @@ def test_tap_in_a_namespace(vmm, netns, link_exists):
 
 
 def test_point_to_point_subnet_of_a_tap(lease, needs_taps, pool):
-    nic, subnet = lease_tap_nic(lease, Tap(), parse_pool(pool), None)
+    nic = lease_tap_nic(Tap(), Need(lease, parse_pool(pool)))
+    subnet = nic.subnet
     try:
         assert subnet.network.prefixlen == 30
         assert subnet.network.subnet_of(parse_pool(pool))

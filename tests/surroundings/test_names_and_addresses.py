@@ -8,6 +8,7 @@ from pytest_chvm import InvalidConfigError, MissingRequirementError
 from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks.isolated import lease_network, lease_network_nic
+from pytest_chvm.host.networks.nic import Need
 from pytest_chvm.host.networks.subnets import NETWORK_PREFIX, Subnet, parse_pool, take_subnet
 from pytest_chvm.machine.snapshot import Snapshot
 from pytest_chvm.plugin.factory import VmFactory
@@ -17,13 +18,14 @@ from tests.conftest import kept
 def test_networks_of_one_name_have_addresses_of_their_own(pool: str) -> None:
     first, second = (lease_network(default_host(), parse_pool(pool), "lan") for _ in range(2))
     lease = Lease(default_host())
+    need = Need(lease, parse_pool(pool))
     try:
         for leased in (first, second):
-            address = lease_network_nic(lease, leased.network).address
+            address = lease_network_nic(leased.network, need).address
             assert address is not None
             assert address.address.ip == leased.network.subnet[2]
         assert first.close() == []
-        after = lease_network_nic(lease, second.network).address
+        after = lease_network_nic(second.network, need).address
         assert after is not None
         assert after.address.ip == second.network.subnet[3]
     finally:

@@ -13,7 +13,7 @@ from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirement
 from pytest_chvm.host.host import Host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.netlink import Routes, route_socket
-from pytest_chvm.host.networks.nic import Nic
+from pytest_chvm.host.networks.nic import Need, Nic
 from pytest_chvm.host.networks.subnets import NETWORK_PREFIX, IPv4Net, Subnet, take_subnet
 from pytest_chvm.host.networks.tap import make_tap, why_no_taps
 from pytest_chvm.model import Network, NicAddress, Tap
@@ -21,16 +21,16 @@ from pytest_chvm.model import Network, NicAddress, Tap
 ATTEMPTS = 5
 
 
-def lease_network_nic(lease: Lease, network: Network) -> Nic:
+def lease_network_nic(network: Network, need: Need) -> Nic:
     """Return a NIC on a network of several VMs, with the next address that none of them has had."""
-    hosts = lease.host.next_addresses.setdefault(network, iter(list(network.subnet.hosts())[1:]))
+    hosts = need.lease.host.next_addresses.setdefault(network, iter(list(network.subnet.hosts())[1:]))
     address = next(hosts, None)
     if address is None:
         raise InvalidConfigError(f"network {network.name!r} has no address left in {network.subnet}")
     guest = NicAddress(ipaddress.IPv4Interface((address, network.subnet.prefixlen)), network.subnet[1] if network.bridge else None)
     if network.bridge is None:
         return Nic(network, guest)
-    return Nic(Tap(make_tap(lease, None, None, None, bridge=network.bridge), None, take_over=True), guest)
+    return Nic(Tap(make_tap(need.lease, None, None, None, bridge=network.bridge), None, take_over=True), guest)
 
 
 @dataclass

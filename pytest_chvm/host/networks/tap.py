@@ -17,8 +17,8 @@ from pytest_chvm.host.keeper import remains
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.namespaces import inside
 from pytest_chvm.host.netlink import route_socket
-from pytest_chvm.host.networks.nic import Nic
-from pytest_chvm.host.networks.subnets import POINT_TO_POINT_PREFIX, IPv4Net, Subnet, take_subnet
+from pytest_chvm.host.networks.nic import Need, Nic
+from pytest_chvm.host.networks.subnets import POINT_TO_POINT_PREFIX, take_subnet
 from pytest_chvm.model import NicAddress, Tap
 
 # linux/if_tun.h
@@ -130,19 +130,19 @@ def open_tap(name: str, netns: str | None, *, ours: bool) -> int:
     return fd
 
 
-def lease_tap_nic(lease: Lease, wanted: Tap, pool: IPv4Net, netns: str | None) -> tuple[Nic, Subnet | None]:
+def lease_tap_nic(wanted: Tap, need: Need) -> Nic:
     """Return a NIC on a TAP, point to point with the host; an existing TAP that is named is used as it is."""
-    if wanted.name is not None and interface_exists(wanted.name, netns):
-        return Nic(wanted, None), None
-    subnet = take_subnet(pool, POINT_TO_POINT_PREFIX, lease, netns)
+    if wanted.name is not None and interface_exists(wanted.name, need.netns):
+        return Nic(wanted)
+    subnet = take_subnet(need.pool, POINT_TO_POINT_PREFIX, need.lease, need.netns)
     try:
         address = ipaddress.IPv4Interface((subnet.host, POINT_TO_POINT_PREFIX))
-        name = make_tap(lease, wanted.name, address, netns)
+        name = make_tap(need.lease, wanted.name, address, need.netns)
     except BaseException:
         subnet.release()
         raise
     guest = NicAddress(ipaddress.IPv4Interface((subnet.guest, POINT_TO_POINT_PREFIX)), subnet.host)
-    return Nic(Tap(name, wanted.mac, take_over=True), guest), subnet
+    return Nic(Tap(name, wanted.mac, take_over=True), guest, subnet)
 
 
 def remove_taps(names: tuple[str, ...], netns: str | None) -> list[str]:

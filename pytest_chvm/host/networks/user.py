@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 
-from pytest_chvm.host.leases import Lease
-from pytest_chvm.host.networks.nic import Nic
-from pytest_chvm.host.networks.subnets import POINT_TO_POINT_PREFIX, IPv4Net, Subnet, take_subnet
+from pytest_chvm.host.networks.nic import Need, Nic
+from pytest_chvm.host.networks.subnets import POINT_TO_POINT_PREFIX, take_subnet
 from pytest_chvm.model import NicAddress, UserNetwork
 
 
-def lease_user_nic(lease: Lease, pool: IPv4Net, *, outbound: bool) -> tuple[Nic, Subnet]:
+def lease_user_nic(need: Need) -> Nic:
     """Return a NIC on QEMU's user-mode network, with a subnet that no other VM of the machine has."""
-    subnet = take_subnet(pool, POINT_TO_POINT_PREFIX, lease, of_the_host=False)
+    subnet = take_subnet(need.pool, POINT_TO_POINT_PREFIX, need.lease, of_the_host=False)
     guest = NicAddress(ipaddress.IPv4Interface((subnet.guest, POINT_TO_POINT_PREFIX)), subnet.host)
-    return Nic(UserNetwork(subnet.network, subnet.host, subnet.guest, outbound=outbound), guest), subnet
+    return Nic(UserNetwork(subnet.network, subnet.host, subnet.guest, outbound=need.outbound), guest, subnet)
