@@ -75,7 +75,7 @@ def lease_nics(config: VmConfig, mode: str, settings: Settings, lease: Lease, un
     need = Need(lease, parse_pool(settings.subnet_pool), config.netns, config.outbound)
     nics = Nics([], [], [])
     for index, network in enumerate(_networks(config, mode)):
-        nic = lease_user_nic(need) if network == "user" else LEASES[type(network)](network, need)
+        nic = lease_user_nic(need) if network == "user" else _leased(network, need)
         if nic.subnet is not None:
             nics.held.append(nic.subnet)
             undo.callback(nic.subnet.release)
@@ -83,6 +83,10 @@ def lease_nics(config: VmConfig, mode: str, settings: Settings, lease: Lease, un
         if nic.is_told:
             _tell(nics.words, index, nic, config.name)
     return nics
+
+
+def _leased(network: Attachment, need: Need) -> Nic:
+    return next(lease for kind, lease in LEASES.items() if isinstance(network, kind))(network, need)
 
 
 def _tell(words: list[str], index: int, nic: Nic, vm_name: str) -> None:
