@@ -17,6 +17,9 @@ import pytest
 from pytest_chvm.base.deadline import Deadline, wait_readable
 from tests.leaks import Sandbox
 
+# Arguments of inner runs: hypothesis has a plugin whose import takes three times as long as all the rest of a short run.
+LIGHT = ("-p", "no:hypothesispytest")
+
 
 @pytest.fixture(scope="session")
 def guest_cache() -> Path:
@@ -73,7 +76,16 @@ class PytestProcess:
         # Both ends, so that opening it does not block and it never ends.
         self._fd = os.open(self._news, os.O_RDWR | os.O_CLOEXEC)
         self.output_path = directory / "output.txt"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={directory / 'basetemp'}", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *LIGHT,
+            "-p",
+            "no:cacheprovider",
+            f"--basetemp={directory / 'basetemp'}",
+            *arguments,
+        ]
         with self.output_path.open("wb") as output:
             self._process = subprocess.Popen(
                 sandbox.command(*command, cwd=directory),

@@ -78,9 +78,10 @@ class Health:
         self.expects_panic = False
         self._expected: GuestPanicError | None = None
         self._asking = False
-        events = driver.event_log(first) if isinstance(driver, Watches) else None
-        self._watch = FileWatch(first.serial_log, *([events] if events else []))
         self._pidfds: dict[int, int] = {}
+        events = driver.event_log(first) if isinstance(driver, Watches) else None
+        # Last: an interrupt before it leaves nothing open.
+        self._watch = FileWatch(first.serial_log, *([events] if events else []))
 
     def close(self) -> None:
         """Let go of what is watched."""

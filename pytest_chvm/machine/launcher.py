@@ -286,7 +286,9 @@ def _boot(plan: Plan, origin: Origin, lent: Lent, template_dir: Path | None, und
     handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
     undo.callback(driver.kill, handle)
     lent.lease.describe(events=os.fspath(handle.event_log))
-    return Machine(config, handle, guest, origin, lent.lease, settings.virtiofsd, boot_deadline, driver)
+    machine = Machine(config, handle, guest, origin, lent.lease, settings.virtiofsd, boot_deadline, driver)
+    undo.callback(machine.health.close)
+    return machine
 
 
 def _end_of_disk(vm: Vm, directory: Path) -> None:

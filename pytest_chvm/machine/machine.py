@@ -85,6 +85,13 @@ class Machine:
             noticed=lambda error: self.log.add_trouble(error, vmm_ended=self.health.has_ended()),
             console_start=_size(self.origin.saved / CONSOLE_FILE) if self.origin.saved else 0,
         )
+        try:
+            self._connect(vmm_driver)
+        except BaseException:
+            self.health.close()
+            raise
+
+    def _connect(self, vmm_driver: VmDriver) -> None:
         self.driver = cast("AbleDriver", Telling(vmm_driver, self.health, self.name))
         started = self.handle
         line = Line(

@@ -11,6 +11,7 @@ import pytest
 from pytest_chvm.machine.guest_choice import choose_guest
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
+from tests.runs import LIGHT
 
 INNER_RUN_TIMEOUT_S = 240.0
 
@@ -30,6 +31,6 @@ def run_pytest(pytester: pytest.Pytester, user_environment: pytest.MonkeyPatch) 
     """Run pytest as a user does, in a process of its own."""
 
     def run(*arguments: str | os.PathLike[str]) -> pytest.RunResult:
-        return pytester.runpytest_subprocess(*arguments, timeout=INNER_RUN_TIMEOUT_S)
+        return pytester.runpytest_subprocess(*LIGHT, *arguments, timeout=INNER_RUN_TIMEOUT_S)
 
     return run

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.runs import LIGHT
+
 INNER_RUN_TIMEOUT_S = 60.0
 
 RunPytest = Callable[..., pytest.RunResult]
@@ -17,6 +19,6 @@ def run_pytest(pytester: pytest.Pytester, user_environment: pytest.MonkeyPatch) 
     """Run pytest as a user does, in a process of its own."""
 
     def run(*arguments: str | os.PathLike[str]) -> pytest.RunResult:
-        return pytester.runpytest_subprocess(*arguments, timeout=INNER_RUN_TIMEOUT_S)
+        return pytester.runpytest_subprocess(*LIGHT, *arguments, timeout=INNER_RUN_TIMEOUT_S)
 
     return run
