@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
@@ -110,7 +111,8 @@ def test_a_vm_whose_finalizer_was_interrupted_is_ended_and_an_error_of_its_test(
     )
     run = start_pytest()
     assert run.wait(60) == 1
-    assert "2 passed, 1 error" in run.output
+    # What such a VM never closes is closed by the garbage collector, which Python warns of, if it comes to that within the run.
+    assert re.search("2 passed,( 1 warning,)? 1 error", run.output)
     assert "test_interrupted has left behind: process " in run.output
     assert "started; all gone" in run.output
     assert not sandbox.left_behind()
