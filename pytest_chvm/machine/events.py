@@ -198,9 +198,9 @@ def _bounded(value: object) -> object:
 
 
 def read_events(path: Path) -> tuple[Event, ...]:
-    """Return the events that are in a file, which anybody may have written; lines that are none are left out.
+    """Return the events in a file, which anybody may have written; malformed lines are skipped.
 
-    Raises OSError where there is no such file, or it is none.
+    Raises OSError where there is no such file, or it is no regular one.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:

@@ -287,7 +287,7 @@ def _boot(plan: Plan, origin: Origin, lent: Lent, template_dir: Path | None, und
     undo.callback(driver.kill, handle)
     lent.lease.describe(events=os.fspath(handle.event_log))
     machine = Machine(config, handle, guest, origin, lent.lease, settings.virtiofsd, boot_deadline, driver)
-    undo.callback(machine.health.close)
+    undo.callback(machine.close)
     return machine
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from pytest_chvm.base.deadline import Deadline
-from pytest_chvm.base.text import read_tail
+from pytest_chvm.base.text import read_tail, shown_outputs
 from pytest_chvm.drivers.base import AbleDriver, VmDriver
 from pytest_chvm.drivers.boot import CONSOLE_FILE
-from pytest_chvm.errors import CommandTimeoutError, VmError, VmIOError
+from pytest_chvm.errors import CommandTimeoutError, GuestCommandError, VmError, VmIOError
 from pytest_chvm.guest.channels import Channel, Line, open_channel
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.leases import Lease
@@ -74,35 +75,39 @@ class Machine:
 
     def __post_init__(self, vmm_driver: VmDriver) -> None:
         self.log = EventLog(self.handle.event_log)
-        self.log.add_spawned(self.handle, self.origin.in_words, [share.tag for share in self.config.shared_dirs])
-        self.health = Health(
-            self.config,
-            lambda: self.handle,
-            vmm_driver,
-            self.lease.keeper,
-            lacks=self.guest.lacks,
-            answers=self._answers,
-            noticed=lambda error: self.log.add_trouble(error, vmm_ended=self.health.has_ended()),
-            console_start=_size(self.origin.saved / CONSOLE_FILE) if self.origin.saved else 0,
-        )
-        try:
-            self._connect(vmm_driver)
-        except BaseException:
-            self.health.close()
-            raise
+        with ExitStack() as undo:
+            undo.callback(self.log.close)
+            self.log.add_spawned(self.handle, self.origin.in_words, [share.tag for share in self.config.shared_dirs])
+            self.health = Health(
+                self.config,
+                lambda: self.handle,
+                vmm_driver,
+                self.lease.keeper,
+                lacks=self.guest.lacks,
+                answers=self._answers,
+                noticed=lambda error: self.log.add_trouble(error, vmm_ended=self.health.has_ended()),
+                console_start=_size(self.origin.saved / CONSOLE_FILE) if self.origin.saved else 0,
+            )
+            undo.callback(self.health.close)
+            self.driver = cast("AbleDriver", Telling(vmm_driver, self.health, self.name))
+            started = self.handle
+            line = Line(
+                self.name,
+                lambda: self.driver.open_console(started),
+                self.health.wake_fds,
+                self.check_alive,
+                self.health.check_ending,
+                vmm_driver.abilities.console_piece,
+            )
+            self.channel = open_channel(self.guest.channel, line)
+            undo.pop_all()
 
-    def _connect(self, vmm_driver: VmDriver) -> None:
-        self.driver = cast("AbleDriver", Telling(vmm_driver, self.health, self.name))
-        started = self.handle
-        line = Line(
-            self.name,
-            lambda: self.driver.open_console(started),
-            self.health.wake_fds,
-            self.check_alive,
-            self.health.check_ending,
-            vmm_driver.abilities.console_piece,
-        )
-        self.channel = open_channel(self.guest.channel, line)
+    def close(self) -> None:
+        """Let go of what is watched, and of the event log's file."""
+        try:
+            self.health.close()
+        finally:
+            self.log.close()
 
     @property
     def name(self) -> str:
@@ -146,6 +151,17 @@ class Machine:
             if not self.ended:
                 self.health.explain(error)
             raise
+
+    def check_succeeded(self, done: CommandResult) -> None:
+        """Raise GuestCommandError, with both outputs, for a command that returned non-zero."""
+        if done.returncode != 0:
+            raise GuestCommandError(
+                f"VM {self.name!r}: {done.command!r} returned {done.returncode}.\n{shown_outputs(done.stdout, done.stderr)}",
+                vm_name=self.name,
+                returncode=done.returncode,
+                stdout=done.stdout,
+                stderr=done.stderr,
+            )
 
     def allow_reboot(self) -> None:
         """Let the guest's next reboot be one, in place of trouble or the VMM's end."""

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pytest_chvm.base.text import shown_outputs
 from pytest_chvm.drivers.base import share_id
 from pytest_chvm.drivers.boot import CONSOLE_FILE
-from pytest_chvm.errors import GuestCommandError, UnsupportedError
+from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.guest import renewal
 from pytest_chvm.guest.channels import RenewingChannel
 from pytest_chvm.guest.kinds.built_in import READ_SET_UP
@@ -89,12 +88,4 @@ def _without_shares(machine: Machine) -> Iterator[None]:
 
 
 def _must(machine: Machine, command: str | Sequence[str]) -> None:
-    done = machine.run(command, input=None)
-    if done.returncode != 0:
-        raise GuestCommandError(
-            f"VM {machine.name!r}: {done.command!r} returned {done.returncode}.\n{shown_outputs(done.stdout, done.stderr)}",
-            vm_name=machine.name,
-            returncode=done.returncode,
-            stdout=done.stdout,
-            stderr=done.stderr,
-        )
+    machine.check_succeeded(machine.run(command, input=None))

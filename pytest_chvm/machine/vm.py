@@ -13,7 +13,6 @@ from typing import Self
 
 from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.steps import take_all
-from pytest_chvm.base.text import shown_outputs
 from pytest_chvm.base.untouched import Socket
 from pytest_chvm.drivers.base import logger
 from pytest_chvm.errors import GuestCommandError, InvalidConfigError, StopFailedError, UnsupportedError, VmError, VmIOError
@@ -183,14 +182,7 @@ class Vm:
     ) -> str:
         """Run a command that must succeed and return its standard output; raises GuestCommandError with both outputs."""
         done = self.run(command, timeout=timeout, input=input)
-        if done.returncode != 0:
-            raise GuestCommandError(
-                f"VM {self.name!r}: {done.command!r} returned {done.returncode}.\n{shown_outputs(done.stdout, done.stderr)}",
-                vm_name=self.name,
-                returncode=done.returncode,
-                stdout=done.stdout,
-                stderr=done.stderr,
-            )
+        self._machine.check_succeeded(done)
         return done.stdout
 
     def put(self, src: str | os.PathLike[str], dst: str, *, timeout: float | None = RUN_TIMEOUT_S) -> None:
@@ -375,5 +367,5 @@ class Vm:
         self.closed = True
         machine = self._machine
         ending = [] if self._removed else [lambda: self._end(machine.driver.kill, "close()")]
-        if failures := take_all([*ending, *self._ports.closing(), machine.health.close, self._release, machine.log.close]):
+        if failures := take_all([*ending, *self._ports.closing(), machine.close, self._release]):
             raise StopFailedError("; ".join(failures), vm_name=self.name)
