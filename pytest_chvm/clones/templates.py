@@ -15,6 +15,7 @@ from pytest_chvm import __version__
 from pytest_chvm.drivers.base import SAVE, Saves, VmDriver
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.errors import UnsupportedError
+from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.model import Tap, VmConfig, VmDisk
 
 # Of /proc/cpuinfo.
@@ -22,16 +23,22 @@ PROCESSOR_FACTS = ("model name", "flags", "microcode")
 KVM_MODULES = Path("/sys/module")
 
 
-def why_no_clone(config: VmConfig, driver: VmDriver, *, built_in_guest: bool, network_mode: str) -> str | None:
+def why_no_clone(guest: Guest, driver: VmDriver, *, network_mode: str) -> str | None:
     """Return why a VM has to be booted, or None where it can be a clone.
 
     `network_mode` is that of a VM whose config names no networks.
     """
+    config = guest.config
     if not isinstance(driver, Saves):
         return f"{driver.vmm} cannot {SAVE}"
-    why = None if built_in_guest else _why_no_clone_of_an_image(config, network_mode)
-    if why is not None:
-        return f"it has an initramfs or root disk of its own, and {why}"
+    if (why := guest.why_no_clone(network_mode)) is not None:
+        return why
+    try:
+        for disk in config.all_disks:
+            if disk.kind.throwaway:
+                plain_images(disk.image)
+    except (OSError, UnsupportedError) as error:
+        return str(error)
     for disk in config.all_disks:
         if disk.kind.read_only:
             return f"it has a {disk.kind.field}"
@@ -42,27 +49,6 @@ def why_no_clone(config: VmConfig, driver: VmDriver, *, built_in_guest: bool, ne
         return f"it has more shared dirs and disks than the {slots} for which a clone has places"
     if not all(network.clonable for network in config.networks or ()):
         return "it has a network that is not a TAP's"
-    return None
-
-
-def _why_no_clone_of_an_image(config: VmConfig, network_mode: str) -> str | None:
-    # The built-in guest sets these up in a clone too; an image has set them up in its boot.
-    if config.shared_dirs or any(not disk.kind.throwaway for disk in config.all_disks):
-        return "what it does with a seed_iso, a data_disk or shared dirs it does when it boots"
-    try:
-        for disk in config.all_disks:
-            plain_images(disk.image)
-    except (OSError, UnsupportedError) as error:
-        return str(error)
-    if config.netns is not None:
-        return "it is in a network namespace, which its template would not be in"
-    has_network = bool(config.networks) if config.networks is not None else network_mode != "none"
-    if has_network and config.cmdline is None:
-        return "it is not told its addresses: give it a cmdline"
-    if not all(isinstance(network, Tap) and network.name is None for network in config.networks or ()) or (
-        config.networks is None and network_mode == "user"
-    ):
-        return "it is on a network whose addresses are not given by a TAP of ours"
     return None
 
 
@@ -97,25 +83,19 @@ def _plugged_disks(config: VmConfig) -> list[VmDisk]:
 
 
 def made_of(
-    config: VmConfig,
-    driver: Saves,
-    identify: Callable[[Path], str],
-    *,
-    built_in_guest: bool,
-    network_mode: str,
-    ready_marker: str,
+    guest: Guest, driver: Saves, identify: Callable[[Path], str], *, network_mode: str, ready_marker: str
 ) -> dict[str, object]:
-    """Return all that a template depends on, by name, for its key; `config` is a template's, `identify` says which file one is.
+    """Return all that the template of a guest depends on, by name, for its key; `identify` says which file one is.
 
     Raises OSError where a file cannot be read.
     """
+    config = template_config(guest.config)
     return {
         # Another version of this package may start, save and renew VMs in another way.
         "code": _code(),
         "vmm": driver.snapshot_key(),
         "host": [platform.machine(), platform.release(), platform.version(), _processor(), _kvm_parameters()],
-        # Which of the two is renewed how. An image says itself that it is ready, with a word that its clones have to say too.
-        "guest": ["built-in"] if built_in_guest else ["image", ready_marker],
+        "guest": guest.clone_key(ready_marker),
         "kernel": identify(config.kernel) if config.kernel else None,
         "initramfs": identify(config.initramfs) if config.initramfs else None,
         # Its path too, which is in the template's overlay.

@@ -80,7 +80,7 @@ def told_config(guest: Guest, words: Sequence[str], directory: Path) -> VmConfig
     size, own_size = len(os.fsencode(cmdline or "")), len(os.fsencode(own or ""))
     if size <= room:
         return config.replace(cmdline=cmdline)
-    if guest.built_in and config.initramfs is not None and own_size <= room:
+    if guest.reads_words_of_file and config.initramfs is not None and own_size <= room:
         return config.replace(initramfs=add_words(config.initramfs, words, directory / "initramfs"))
     raise InvalidConfigError(
         f"VM {config.name!r}: the kernel command line has {size} bytes, {own_size} of yours and {size - own_size} that its "

@@ -144,7 +144,7 @@ class Launcher:
             assert plan.image_parts is not None
             # Not of an image that does not get ready: its template would take as long to fail.
             template_store(plan.settings, self.host).want(plan.image_parts)
-        elif template is not None and not plan.guest.built_in:
+        elif template is not None and not plan.guest.cloned_at_once:
             # Each of its clones would be waited for as long as this one.
             template.call_unfit(f"a clone of it failed, and then it booted: {why[:500]}")
         return vm
@@ -161,7 +161,7 @@ class Launcher:
     def _template(self, plan: Plan) -> HeldTemplate:
         """Return the template for a VM, from the store; the first call boots and saves it."""
         guest = plan.guest
-        plain = replace(guest, config=template_config(guest.config), nonce=random_hex(8) if guest.built_in else None)
+        plain = guest.with_new_nonce(template_config(guest.config))
 
         def build(directory: Path) -> None:
             try:
@@ -172,7 +172,7 @@ class Launcher:
                 if plan.made_of(identify) != parts:
                     raise HostError(f"VM {guest.config.name!r}: what its template is made of was changed while it was made")
             except (BootFailedError, GuestPanicError) as error:
-                if guest.built_in or insists:
+                if guest.cloned_at_once or insists:
                     raise
                 # It may have booted where it was meant to be.
                 raise UnsupportedError(f"its template did not boot: {str(error)[:500]}") from error

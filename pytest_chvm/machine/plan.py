@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pytest_chvm.clones.digests import file_identity
 from pytest_chvm.clones.store import TemplateStore
-from pytest_chvm.clones.templates import made_of, template_config, why_no_clone
+from pytest_chvm.clones.templates import made_of, why_no_clone
 from pytest_chvm.drivers import choose_vmm, make_driver
 from pytest_chvm.drivers.base import Saves, VmDriver, check_abilities, logger
 from pytest_chvm.errors import HostError, UnsupportedError, VmError
@@ -48,19 +48,12 @@ class Plan:
 
     def made_of(self, identify: Callable[[Path], str]) -> dict[str, object]:
         """Return what its template is made of, of a kind that can be cloned; raises HostError where a file cannot be read."""
-        config = self.guest.config
         assert isinstance(self.driver, Saves)
         try:
-            return made_of(
-                template_config(config),
-                self.driver,
-                identify,
-                built_in_guest=self.guest.built_in,
-                network_mode=self.network,
-                ready_marker=self.settings.ready_marker,
-            )
+            return made_of(self.guest, self.driver, identify, network_mode=self.network, ready_marker=self.settings.ready_marker)
         except OSError as error:
-            raise HostError(f"VM {config.name!r} cannot be a clone: {error}", vm_name=config.name) from error
+            name = self.guest.config.name
+            raise HostError(f"VM {name!r} cannot be a clone: {error}", vm_name=name) from error
 
 
 def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = True) -> Plan:
@@ -80,7 +73,7 @@ def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = 
         logger.warning("VM %r has %d processors, and the host %d: it will be slow", config.name, config.cpus, processors())
     network, _why = network_mode(settings, driver, outbound=config.outbound)
     check_networks(config, network, driver)
-    no_clone = why_no_clone(config, driver, built_in_guest=guest.built_in, network_mode=network)
+    no_clone = why_no_clone(guest, driver, network_mode=network)
     plan = Plan(guest, driver, settings, network, wait, no_clone)
     plan = _boot_or_clone(plan, template_store(settings, host))
     if plan.why_cold is not None and settings.boot == "clone":
@@ -95,7 +88,7 @@ def _boot_or_clone(plan: Plan, store: TemplateStore) -> Plan:
     boot = plan.settings.boot
     if boot == "cold":
         return replace(plan, why_cold="asked for")
-    if plan.why_no_clone is not None or plan.guest.built_in:
+    if plan.why_no_clone is not None or plan.guest.cloned_at_once:
         return replace(plan, why_cold=plan.why_no_clone)
     if not plan.wait:
         return replace(plan, why_cold="it is an image of its own, whose boot is not waited for")

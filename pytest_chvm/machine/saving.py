@@ -13,7 +13,6 @@ from pytest_chvm.drivers.boot import CONSOLE_FILE
 from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.guest import renewal
 from pytest_chvm.guest.channels import RenewingChannel
-from pytest_chvm.guest.kinds.built_in import READ_SET_UP
 from pytest_chvm.machine import hotplug
 from pytest_chvm.machine.hotplug import Device
 from pytest_chvm.machine.machine import Machine
@@ -82,7 +81,7 @@ def _without_shares(machine: Machine) -> Iterator[None]:
             fresh = hotplug.plug_share(machine, shares[index].share).served
             assert fresh is not None
             shares[index] = fresh
-            _must(machine, f"{READ_SET_UP}; chvm_share {fresh.share.guest_word}")
+            _must(machine, machine.guest.mount_line(fresh.share))
         machine.health.shares = shares
         machine.handle = replace(machine.handle, sidecars=tuple(served.process for served in shares))
 

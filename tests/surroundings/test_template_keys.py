@@ -19,6 +19,8 @@ from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.qemu import state as qemu_state
 from pytest_chvm.drivers.qemu import vsock as qemu_vsock
+from pytest_chvm.guest.kinds.built_in import BuiltInGuest
+from pytest_chvm.guest.kinds.image import ImageGuest
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.machine import saving
 
@@ -73,11 +75,9 @@ def test_a_digest_is_not_believed_of_a_file_that_may_have_changed_within_its_tim
 def key(guest):
     """All that a template of the built-in guest depends on."""
 
-    def make(*, built_in_guest=True, ready_marker="CHVM_READY", **config):
+    def make(*, kind=BuiltInGuest, ready_marker="CHVM_READY", **config):
         config = VmConfig(**{"kernel": guest.kernel, "initramfs": guest.initramfs, **config})
-        return made_of(
-            config, QemuDriver(), file_identity, built_in_guest=built_in_guest, network_mode="tap", ready_marker=ready_marker
-        )
+        return made_of(kind(config), QemuDriver(), file_identity, network_mode="tap", ready_marker=ready_marker)
 
     return make
 
@@ -95,7 +95,7 @@ def test_what_a_vm_is_made_of_is_in_the_key(key, config):
 
 
 def test_the_word_that_an_image_says_that_it_is_ready_with_is_in_the_key(key):
-    image = functools.partial(key, built_in_guest=False)
+    image = functools.partial(key, kind=ImageGuest)
     assert image(ready_marker="VMRS_READY") != image() == image()
     assert image() != key()
     # The built-in guest says what it is told, booted or cloned.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_chvm.guest.ready import DEFAULT_MARKER
-from pytest_chvm.model import CommandResult, VmConfig
+from pytest_chvm.model import CommandResult, SharedDir, VmConfig
 
 # Runs a command in the guest, with an input.
 Run = Callable[[str, bytes | None], CommandResult]
@@ -21,7 +21,10 @@ class Guest(ABC):
     `lacks` says in words why it may lack drivers.
     """
 
-    built_in: ClassVar[bool]
+    # Whether its first VM is a clone too: its template is known to boot. Of another guest the first VM shows whether it does.
+    cloned_at_once: ClassVar[bool]
+    # Whether its initramfs is ours: what a kernel command line has no room for can be a file of it.
+    reads_words_of_file: ClassVar[bool]
     # What runs its commands, a kind of `pytest_chvm.guest.channels`.
     channel: ClassVar[str] = "console"
 
@@ -45,6 +48,22 @@ class Guest(ABC):
     @abstractmethod
     def boot_words(self, marker: str, networks: list[str]) -> list[str]:
         """Return what is added to the kernel command line of a boot; `networks` are the words of its NICs."""
+
+    @abstractmethod
+    def clone_key(self, marker: str) -> list[str]:
+        """Return what distinguishes its template from those of other kinds of guest with the same files."""
+
+    @abstractmethod
+    def why_no_clone(self, network_mode: str) -> str | None:
+        """Return why it has to be booted, or None where it can be a clone; `network_mode`: see `Plan.network`."""
+
+    @abstractmethod
+    def with_new_nonce(self, config: VmConfig) -> Guest:
+        """Return the guest with another config, and a nonce of its own where the ready line of a boot has one."""
+
+    @abstractmethod
+    def mount_line(self, share: SharedDir) -> str:
+        """Return the shell line that mounts a shared dir which was plugged in again. Of a guest whose shares are unplugged only."""
 
     @abstractmethod
     def set_up_for_saving(self, run: Run, ip: Callable[[], str], told: Sequence[str], *, trial: bool) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.guest.kinds import Guest, Run
+from pytest_chvm.model import SharedDir, VmConfig
 
 # Has its shell read what sets the guest up; before it is saved too, so that a clone's does not have to.
 READ_SET_UP = ". /lib/chvm/configure.sh"
@@ -16,7 +18,8 @@ READ_SET_UP = ". /lib/chvm/configure.sh"
 class BuiltInGuest(Guest):
     """The built-in guest, which has all that renews it."""
 
-    built_in: ClassVar[bool] = True
+    cloned_at_once: ClassVar[bool] = True
+    reads_words_of_file: ClassVar[bool] = True
 
     def own_words(self) -> list[str]:
         """Return its host name; an image has its own."""
@@ -25,6 +28,21 @@ class BuiltInGuest(Guest):
     def boot_words(self, marker: str, networks: list[str]) -> list[str]:
         """Return all its words."""
         return self.words(marker) + networks
+
+    def clone_key(self, _marker: str) -> list[str]:
+        """Return its name: each clone is told what it says when it is ready."""
+        return ["built-in"]
+
+    def why_no_clone(self, _network_mode: str) -> None:
+        """Return None: all that it does with its devices it can do again."""
+
+    def with_new_nonce(self, config: VmConfig) -> BuiltInGuest:
+        """Return it with a nonce that nothing has printed yet."""
+        return replace(self, config=config, nonce=random_hex(8))
+
+    def mount_line(self, share: SharedDir) -> str:
+        """Return what its init does with a shared dir."""
+        return f"{READ_SET_UP}; chvm_share {share.guest_word}"
 
     def set_up_for_saving(self, _run: Run, _ip: Callable[[], str], _told: Sequence[str], *, trial: bool) -> str:
         """Return what reads its set-up; one of which only clones come also waits for the clock source that they will have."""

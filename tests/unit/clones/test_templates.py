@@ -21,6 +21,8 @@ from pytest_chvm.clones.store import RECORD_FILE, Template, TemplateStore, descr
 from pytest_chvm.clones.templates import template_config, why_no_clone
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.guest import renew, renewal
+from pytest_chvm.guest.kinds.built_in import BuiltInGuest
+from pytest_chvm.guest.kinds.image import ImageGuest
 from pytest_chvm.model import SharedDir, Tap
 
 MADE_OF = {"vmm": ["qemu", "7.2"], "memory_mb": [256, None], "processors": [1, None, None], "networks": ["tap"], "hotplug": False}
@@ -336,8 +338,8 @@ def test_digests_that_nobody_wanted_for_a_month_are_removed(store, tmp_path):
 def test_only_what_a_clone_can_have_is_cloned(tmp_path):
     can = VmConfig(networks=[Tap()], shared_dirs={"a": tmp_path}, data_disk=tmp_path)
 
-    def why(config, *, built_in_guest=True, network_mode="tap"):
-        return why_no_clone(config, QemuDriver(), built_in_guest=built_in_guest, network_mode=network_mode)
+    def why(config):
+        return why_no_clone(BuiltInGuest(config), QemuDriver(), network_mode="tap")
 
     assert why(can) is None
     assert "seed_iso" in why(VmConfig(seed_iso=tmp_path))
@@ -363,8 +365,7 @@ def test_only_what_a_clone_can_have_is_cloned(tmp_path):
     ],
 )
 def test_only_an_image_that_a_clone_can_be_renewed_of_is_cloned(asked, more, why):
-    options = {"built_in_guest": False, "network_mode": "tap", **more}
-    found = why_no_clone(VmConfig(**asked), QemuDriver(), **options)
+    found = why_no_clone(ImageGuest(VmConfig(**asked)), QemuDriver(), **{"network_mode": "tap", **more})
     assert why in found if why else found is None
 
 
