@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from pytest_chvm.cli import lab, ps, reap, templates
+from pytest_chvm.cli import guest, lab, ps, reap, templates
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="chvm", description="Virtual machines for tests.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for subcommand in (lab, templates, ps, reap):
+    for subcommand in (guest, lab, templates, ps, reap):
         subcommand.add(commands)
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):

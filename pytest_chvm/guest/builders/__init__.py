@@ -1,0 +1,1 @@
+"""Disk images of whole systems, made of a distribution's packages: stock ones, with nothing of ours in them."""
