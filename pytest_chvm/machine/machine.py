@@ -70,6 +70,8 @@ class Machine:
     # Devices that were plugged in, by their ids.
     plugged: dict[str, Device] = field(default_factory=dict)
     resized: bool = False
+    # How often the guest has started again.
+    starts: int = 0
     ended: bool = False
     last_console: str | None = None
 
@@ -170,6 +172,7 @@ class Machine:
     def started_anew(self) -> None:
         """Take note that the guest, which was expected to start again, is ready."""
         self.health.started_anew()
+        self.starts += 1
         # Cloud Hypervisor has made a new console with the new boot.
         self.channel.close()
 

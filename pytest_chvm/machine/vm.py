@@ -7,9 +7,10 @@ import re
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.steps import take_all
@@ -25,7 +26,12 @@ from pytest_chvm.machine.hotplug import Device
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine, Origin
 from pytest_chvm.machine.ports import Ports
 from pytest_chvm.machine.snapshot import Snapshot
+from pytest_chvm.machine.ssh import Ssh
+from pytest_chvm.machine.testinfra import testinfra_host
 from pytest_chvm.model import CommandResult, SharedDir, Tap, VmConfig, VmHandle, VmState, VmStatus, as_path, check_port
+
+if TYPE_CHECKING:
+    from testinfra.host import Host
 
 SHUTDOWN_TIMEOUT_S = 30.0
 # The one above is anybody's (vsock(7), VMADDR_PORT_ANY).
@@ -38,6 +44,7 @@ class Vm:
     def __init__(self, machine: Machine, *, snapshot: Callable[[Machine], Snapshot], release: Callable[[], list[str]]) -> None:
         self._machine = machine
         self._ports = Ports(machine)
+        self._ssh = Ssh(machine, self._ports.address)
         self._snapshot = snapshot
         self._release = release
         self.closed = False
@@ -208,6 +215,19 @@ class Vm:
         relay of ours does. Raises UnsupportedError for a VM without a network.
         """
         return self._ports.address(port)
+
+    def ssh_command(self, *arguments: str) -> list[str]:
+        """Return the arguments of a program (`subprocess.run`) that logs in as the guest's root over SSH, in each network mode.
+
+        `arguments`: nothing for a login, one line for the guest's shell, several for one program; or, where the first begins with
+        "-", options of ssh(1), as they are. Raises UnsupportedError where the guest has no sshd that root can log into.
+        """
+        return self._ssh.command(*arguments)
+
+    @cached_property
+    def testinfra(self) -> Host:
+        """The VM as a host of pytest-testinfra's, without a network too; raises MissingRequirementError where that is missing."""
+        return testinfra_host(self)
 
     def open_channel(self, name: str) -> socket.socket:
         """Return a connection to one of the config's channels; raises InvalidConfigError for another name."""

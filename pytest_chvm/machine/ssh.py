@@ -1,0 +1,91 @@
+"""SSH to a guest: a key of the run's, the guest's own key pinned, and no file of the user's read or written."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pytest_chvm.errors import UnsupportedError
+from pytest_chvm.guest import ssh
+from pytest_chvm.guest.ssh import SshServer
+from pytest_chvm.host.ssh_key import run_key
+from pytest_chvm.machine.machine import Machine
+
+LET_IN_TIMEOUT_S = 30.0
+# Whatever the user's or the machine's configuration says: no questions, no agent, nobody's files, and no waiting for ever for a
+# guest that is gone.
+OPTIONS = {
+    "BatchMode": "yes",
+    "IdentitiesOnly": "yes",
+    "IdentityAgent": "none",
+    "StrictHostKeyChecking": "yes",
+    "GlobalKnownHostsFile": os.devnull,
+    "UpdateHostKeys": "no",
+    "CheckHostIP": "no",
+    "ConnectTimeout": "30",
+    "ServerAliveInterval": "15",
+    "LogLevel": "ERROR",
+}
+
+
+@dataclass(eq=False)
+class Ssh:
+    """The way to one VM's sshd; `address` leads to a port of the guest's."""
+
+    machine: Machine
+    address: Callable[[int], tuple[str, int]]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _server: SshServer | None = None
+    # Which of the guest's starts it is known of.
+    _known_of: int = 0
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return the arguments of a program that logs into the guest; see `Vm.ssh_command`."""
+        with self._lock:
+            machine = self.machine
+            key = run_key(machine.lease.host)
+            known_hosts = machine.lease.directory / "known_hosts"
+            if self._server is None or self._known_of != machine.starts:
+                self._server = self._let_in(key.public, known_hosts)
+                self._known_of = machine.starts
+            host, port = self.address(self._server.port)
+        options = {
+            **OPTIONS,
+            "IdentityFile": _quoted(key.private),
+            "UserKnownHostsFile": _quoted(known_hosts),
+            # Not the address: it may be a forwarding's, and another VM has had it.
+            "HostKeyAlias": machine.name,
+        }
+        words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        return ["ssh", "-F", os.devnull, *words, "-p", str(port), f"root@{host}", *_remote(arguments)]
+
+    def _let_in(self, public_key: str, known_hosts: Path) -> SshServer:
+        machine = self.machine
+        server = ssh.let_in(
+            lambda script, data: machine.run(script, input=data, timeout=LET_IN_TIMEOUT_S), public_key, machine.name
+        )
+        if not server.listens:
+            raise UnsupportedError(
+                f"VM {machine.name!r} cannot be reached over SSH: the guest has an sshd, and nothing listens at its port "
+                f"{server.port}: start it, by vm.run('systemctl start ssh') for instance. {ssh.INSTEAD}",
+                vm_name=machine.name,
+            )
+        known_hosts.write_text("".join(f"{machine.name} {key}\n" for key in server.host_keys))
+        return server
+
+
+def _remote(arguments: tuple[str, ...]) -> list[str]:
+    """Return what stands behind the destination: options of ssh's as they are, a program's arguments as one line for a shell."""
+    if len(arguments) < 2 or arguments[0].startswith("-"):
+        return list(arguments)
+    return [shlex.join(arguments)]
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as a value of ssh_config(5), where spaces part values and % begins a token."""
+    escaped = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{escaped}"'
