@@ -173,7 +173,7 @@ def socket_pair_path(tmp_path):
 @pytest.mark.parametrize("network", ["tap", "user"])
 def test_vms_start_while_an_event_loop_runs(chvm_vm, needs_taps, network):
     async def test():
-        vm = chvm_vm(network=network, hotplug=True)
+        vm = chvm_vm(network=network)
         vm.pause()
         vm.resume()
         assert vm.address(80)[1]
