@@ -53,7 +53,9 @@ def test_tests_of_ps_pass_beside_a_vm_whose_run_directory_they_see(user_environm
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", NEIGHBOUR], env=environment, **pipes) as neighbour:
         assert neighbour.stdout.readline().startswith("/tmp/pytest-chvm-")
-        run_project_s(["tests/plugin/test_ps_and_reap.py::test_ps_lists_vms_with_what_one_needs_to_find_them"])
+        run_project_s(
+            ["tests/plugin/test_ps_and_reap.py::test_records_that_are_none_are_reported_survived_and_cannot_reach_the_terminal"]
+        )
         neighbour.communicate("\n")
     assert neighbour.returncode == 0
 
