@@ -16,7 +16,7 @@ _HOMES = {
     "Vm": "machine.vm",
     "VmFactory": "plugin.factory",
     "Snapshot": "machine.snapshot",
-    "Device": "machine.hotplug",
+    "Device": "machine.device",
     **dict.fromkeys(("ConfigArguments", "VmArguments"), "model.arguments"),
     "Settings": "settings",
     "VmDriver": "drivers.base",

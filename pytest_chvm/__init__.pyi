@@ -22,7 +22,7 @@ from pytest_chvm.errors import UnsupportedError as UnsupportedError
 from pytest_chvm.errors import VmError as VmError
 from pytest_chvm.errors import VmIOError as VmIOError
 from pytest_chvm.errors import VmNotFoundError as VmNotFoundError
-from pytest_chvm.machine.hotplug import Device as Device
+from pytest_chvm.machine.device import Device as Device
 from pytest_chvm.machine.launcher import launch as launch
 from pytest_chvm.machine.snapshot import Snapshot as Snapshot
 from pytest_chvm.machine.vm import Vm as Vm

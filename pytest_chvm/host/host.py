@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_chvm.base.progress import show_progress
 from pytest_chvm.host.keeper_client import Keeper
@@ -21,10 +21,18 @@ from pytest_chvm.model import Network, ProcessIdentity
 if TYPE_CHECKING:
     from ipaddress import IPv4Address
 
-    from pytest_chvm.host.leases import Lease
-    from pytest_chvm.host.locks import HeldLock
-
 Uncaptured = Callable[[], AbstractContextManager[object]]
+
+
+class Held(Protocol):
+    """A lock that is held."""
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+
+    def release(self) -> None:
+        """Let go of it."""
 
 
 class Host:
@@ -38,8 +46,8 @@ class Host:
         self.end_run()
         self.begin_run(run or Run(), uncaptured)
         self.names = LiveNames()
-        # Those that are held, with the leases that they are in.
-        self.locks: dict[HeldLock, Lease] = {}
+        # Those that are held, with the directories of the leases that they are in.
+        self.locks: dict[Held, Path] = {}
         self.lease_numbers = itertools.count(1)
         # Of VMs without a name.
         self.vm_numbers = itertools.count(1)
@@ -104,8 +112,8 @@ class Host:
 
     def _release_locks(self, keeper_directory: Path) -> None:
         """Give back what is held for the leases of a keeper, which it would leave alone: an interrupted teardown has not."""
-        for lock, lease in list(self.locks.items()):
-            if lease.directory.parent == keeper_directory:
+        for lock, lease_directory in list(self.locks.items()):
+            if lease_directory.parent == keeper_directory:
                 lock.release()
 
     def forget(self) -> None:

@@ -10,6 +10,7 @@ from pytest_chvm.base.lockfiles import holder, holder_in_words, remove_free_lock
 from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.errors import HostError
 from pytest_chvm.host.directories import common_lock_dir
+from pytest_chvm.host.host import Held
 from pytest_chvm.host.leases import Lease
 
 # All but those that may be tried for nothing are this process's own, by their names.
@@ -53,7 +54,7 @@ class HeldLock:
                     kind = TimeoutError if timeout_s == 0 else HostError
                     raise kind(f"{path} is held by another user") from None
                 _wait_until_gone(path, deadline)
-        self._host.locks[self] = lease
+        self._host.locks[self] = lease.directory
 
     @property
     def name(self) -> str:
@@ -88,6 +89,6 @@ def _wait_until_gone(path: Path, deadline: Deadline) -> None:
         return
 
 
-def held_under(lease: Lease) -> list[HeldLock]:
+def held_under(lease: Lease) -> list[Held]:
     """Return the locks in a lease that are still held."""
-    return [lock for lock, its_lease in list(lease.host.locks.items()) if its_lease is lease]
+    return [lock for lock, directory in list(lease.host.locks.items()) if directory == lease.directory]

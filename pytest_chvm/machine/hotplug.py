@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pytest_chvm.drivers.images import check_disk
@@ -11,29 +11,14 @@ from pytest_chvm.errors import InvalidConfigError, UnsupportedError
 from pytest_chvm.host.networks.tap import interface_exists, make_tap
 from pytest_chvm.host.processes import end_process
 from pytest_chvm.host.virtiofsd import PROGRAMS, ServedShare, check_shared_dir, find_virtiofsd, serve_share
+from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.events import PLUGGED, UNPLUGGED
 from pytest_chvm.machine.machine import Machine
-from pytest_chvm.model import DATA, ROOT, ProcessIdentity, SharedDir, Tap, VmDisk, checked_mac, mac_for
+from pytest_chvm.model import DATA, ROOT, SharedDir, Tap, VmDisk, checked_mac, mac_for
 
 SIDECAR_TIMEOUT_S = 1.0
 # Of the NICs that a VM has from its boot on there are fewer.
 FIRST_PLUGGED_NIC = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A device that was plugged in; `id` is the VMM's name for it."""
-
-    id: str
-    kind: str
-    tap: str | None = None
-    mac: str | None = None
-    served: ServedShare | None = None
-
-    @property
-    def sidecar(self) -> ProcessIdentity | None:
-        """The virtiofsd of a shared dir."""
-        return self.served.process if self.served else None
 
 
 def add_disk(machine: Machine, image: Path, *, read_only: bool) -> Device:

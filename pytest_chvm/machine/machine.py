@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.text import read_tail, shown_outputs
@@ -17,12 +17,10 @@ from pytest_chvm.guest.channels import Channel, Line, open_channel
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.machine import liveness
+from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.events import EventLog
 from pytest_chvm.machine.health import Health, Telling
 from pytest_chvm.model import CommandResult, VmConfig, VmHandle
-
-if TYPE_CHECKING:
-    from pytest_chvm.machine.hotplug import Device
 
 RUN_TIMEOUT_S = 60.0
 # How long a guest has to show that it lives, once there is a reason to doubt it.

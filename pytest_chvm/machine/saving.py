@@ -14,7 +14,7 @@ from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.guest import renewal
 from pytest_chvm.guest.channels import RenewingChannel
 from pytest_chvm.machine import hotplug
-from pytest_chvm.machine.hotplug import Device
+from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.machine import Machine
 
 

@@ -20,9 +20,9 @@ from pytest_chvm.errors import GuestCommandError, InvalidConfigError, StopFailed
 from pytest_chvm.guest import fetch, files, renewal
 from pytest_chvm.guest.search import ConsoleSearch
 from pytest_chvm.machine import hotplug, starts
+from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.events import CLONE, COMMAND, GET, PAUSED, PUT, RESUMED, SNAPSHOT, Event
 from pytest_chvm.machine.health import ends_with
-from pytest_chvm.machine.hotplug import Device
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine, Origin
 from pytest_chvm.machine.ports import Ports
 from pytest_chvm.machine.snapshot import Snapshot

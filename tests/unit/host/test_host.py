@@ -43,7 +43,7 @@ def test_the_end_of_one_host_leaves_another_s_leases_locks_and_processes_alone(h
 
     assert first.close() == []
     assert (is_there(its_process), ended.directory.exists(), first.locks) == (False, False, {})
-    assert (is_there(process), lease.directory.exists(), second.locks) == (True, True, {lock: lease})
+    assert (is_there(process), lease.directory.exists(), second.locks) == (True, True, {lock: lease.directory})
     with pytest.raises(TimeoutError):
         HeldLock(lock.name, Lease(second), timeout_s=0)
     HeldLock(its_lock.name, lease, timeout_s=0).release()
