@@ -19,6 +19,7 @@ from pytest_chvm.host.limits import processors
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.machine.guest_choice import cache_dir, choose_guest
 from pytest_chvm.machine.nics import check_networks, network_mode
+from pytest_chvm.machine.seeds import with_seed
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 
@@ -63,6 +64,7 @@ def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = 
     UnsupportedError where it is to be a clone and cannot be one.
     """
     driver = driver_for(settings, host)
+    config = with_seed(config, cache_dir(settings), host)
     guest = choose_guest(config, settings, host.show_progress)
     config = guest.config
     driver.binary()

@@ -24,6 +24,9 @@ class ConfigArguments(TypedDict, total=False):
     memory_mb: int
     root_disk: StrPath | None
     seed_iso: StrPath | None
+    user_data: str | Mapping[str, object] | None
+    meta_data: str | Mapping[str, object] | None
+    network_config: str | Mapping[str, object] | None
     data_disk: StrPath | None
     networks: Sequence[Attachment] | Attachment | None
     netns: str | None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.model.disks import DISK_KINDS, VmDisk
 from pytest_chvm.model.networks import Attachment, SocketPairFd, Tap
+from pytest_chvm.model.seeds import SEED_FIELDS, seed_text
 from pytest_chvm.model.shares import SharedDir
 from pytest_chvm.model.values import NAME_PATTERN, _short, as_path
 
@@ -37,6 +38,9 @@ class VmConfig:
     outside. `hotplug`: there is room for devices to be plugged in while it runs; `max_cpus` and `max_memory_mb`: up to how much
     `vm.resize` can go (None: no further). `outbound=False`: by its user-mode network the guest reaches
     neither the host nor what the host reaches; it can still be reached at `vm.address`.
+
+    `user_data`, `meta_data` and `network_config`, text or mapping in and text out, are what an image's cloud-init is told, by a
+    NoCloud seed.
     """
 
     name: str = "vm"
@@ -48,6 +52,9 @@ class VmConfig:
     memory_mb: int = 256
     root_disk: Path | None = None
     seed_iso: Path | None = None
+    user_data: str | None = None
+    meta_data: str | None = None
+    network_config: str | None = None
     data_disk: Path | None = None
     networks: tuple[Attachment, ...] | None = None
     netns: str | None = None
@@ -77,6 +84,12 @@ class VmConfig:
             value = getattr(self, key)
             if value is not None:
                 object.__setattr__(self, key, as_path(key, value))
+        for key in SEED_FIELDS:
+            if (value := getattr(self, key)) is not None:
+                try:
+                    object.__setattr__(self, key, seed_text(key, value))
+                except InvalidConfigError as error:
+                    raise self._invalid(str(error)) from error
         for key in ("cpus", "memory_mb"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -88,7 +88,7 @@ def build_debian(recipe: DebianRecipe, cache: Path, progress: Progress, *, anew:
         layout = Layout(recipe.size_mb, root_uuid, f"Debian {recipe.suite}", CMDLINE)
         make_disk(archive, layout, directory, directory / "image.qcow2")
 
-    target = cache / "images" / f"debian-{recipe.suite}-{key[:24]}"
+    target = cache / "built" / f"debian-{recipe.suite}-{key[:24]}"
     before = _identity(target) if anew else None
     return built_once(target, build, lambda path: path.is_dir() and _identity(path) != before, progress=progress) / "image.qcow2"
 

@@ -94,7 +94,7 @@ def test_missing_programs_are_named_with_their_packages(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingRequirementError, match=r"needs mmdebstrap, .*: install mmdebstrap .*mtools"):
         build_debian(DebianRecipe(), tmp_path, lambda text: None)
-    assert not list((tmp_path / "images").glob("debian*[!k]"))
+    assert not list((tmp_path / "built").glob("debian*[!k]"))
 
 
 def test_a_program_that_fails_is_named_with_what_it_said_last():

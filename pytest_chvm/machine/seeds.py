@@ -1,0 +1,80 @@
+"""The seed of a VM whose config says what cloud-init is told: made at the first use, and kept by what it says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from pytest_chvm.base.cache import built_once
+from pytest_chvm.base.trees import remove_tree
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
+from pytest_chvm.guest.seed import write_seed
+from pytest_chvm.host.host import Host
+from pytest_chvm.host.ssh_key import run_key
+from pytest_chvm.model import VmConfig
+from pytest_chvm.model.seeds import CLOUD_CONFIG, SEED_FIELDS
+
+# Small, and each test may have its own.
+MOST_SEEDS = 256
+SEED_FILE = "seed.iso"
+
+
+def with_seed(config: VmConfig, cache: Path, host: Host) -> VmConfig:
+    """Return a config whose `seed_iso` says what its `user_data`, `meta_data` and `network_config` do.
+
+    Raises InvalidConfigError where no image is there to read it, or there is another seed.
+    """
+    given = {name: text for field, name in SEED_FIELDS.items() if (text := getattr(config, field)) is not None}
+    if not given:
+        return config
+    names = ", ".join(field for field, name in SEED_FIELDS.items() if name in given)
+    if config.seed_iso is not None:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: {names} would make a seed, and it has one: leave out seed_iso, or put them into it",
+            vm_name=config.name,
+        )
+    if config.root_disk is None and config.initramfs is None:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: {names} is for an image's cloud-init, and the built-in guest has none: name a root_disk",
+            vm_name=config.name,
+        )
+    key = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:32]
+    target = cache / "seeds" / key
+
+    def build(directory: Path) -> None:
+        write_seed(_files(given, key, host), directory / SEED_FILE)
+
+    built_once(target, build, progress=host.show_progress)
+    _keep_within(target)
+    return config.replace(seed_iso=target / SEED_FILE)
+
+
+def _files(given: dict[str, str], key: str, host: Host) -> dict[str, str]:
+    """Return the files of a seed: what was given, an instance id that follows from it, and a key for the image's users.
+
+    The key is that of the run that makes the seed, as is all of a template's; root is let in when `vm.ssh_command` is asked.
+    """
+    import yaml
+
+    meta = yaml.safe_load(given.get("meta-data", "")) or {}
+    meta.setdefault("instance-id", f"chvm-{key}")
+    with suppress(MissingRequirementError):
+        meta["public-keys"] = [*_listed(meta.get("public-keys")), run_key(host).public]
+    return {"user-data": f"{CLOUD_CONFIG}\n", **given, "meta-data": yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}
+
+
+def _listed(keys: object) -> list[object]:
+    if isinstance(keys, dict):
+        return list(keys.values())
+    return keys if isinstance(keys, list) else [keys] if keys else []
+
+
+def _keep_within(used: Path) -> None:
+    """Remove the seeds used longest ago beyond as many as are kept; `used` was used just now."""
+    with suppress(OSError):
+        used.touch()
+        seeds = sorted((path for path in used.parent.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        for old in seeds[:-MOST_SEEDS]:
+            remove_tree(old)
