@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pytest_chvm.plugin.keys import DEFAULT_ARTIFACTS, VM_FIXTURES, controller_key, settings_key, sigterm_key
+from pytest_chvm.plugin.keys import DEFAULT_ARTIFACTS, VM_FIXTURES, controller_key, in_guest_key, settings_key, sigterm_key
+from pytest_chvm.plugin.marker import inside_of
 from pytest_chvm.plugin.run import run_id, worker_input
 from pytest_chvm.settings import Settings
 
@@ -38,11 +39,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Prepare for VMs where there are tests that use them."""
+    if in_guest_key in session.config.stash:
+        return
     if any(item.get_closest_marker("chvm") for item in session.items):
         # Under xdist the controller checks.
         if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
             _check_options(session.config)
         expect_vms(session.config, session)
+        if any(inside_of(item) for item in session.items):
+            from pytest_chvm.plugin.inside.runs import InsideRuns
+
+            session.config.pluginmanager.register(InsideRuns(session.config), "chvm-inside")
 
 
 def _check_options(config: pytest.Config) -> None:
@@ -77,7 +84,7 @@ def expect_vms(config: pytest.Config, session: pytest.Session | None = None) -> 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
     """Say which VMM and network the VM tests get, and why; nothing in a run without them."""
-    if not any(item.get_closest_marker("chvm") for item in items):
+    if in_guest_key in config.stash or not any(item.get_closest_marker("chvm") for item in items):
         return None
     return choices(config.stash[settings_key])
 

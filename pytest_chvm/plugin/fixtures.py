@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_chvm.plugin.collection import expect_vms
-from pytest_chvm.plugin.keys import factories_key, item_key, settings_key
+from pytest_chvm.plugin.keys import factories_key, in_guest_key, item_key, settings_key
+from pytest_chvm.plugin.marker import marker_arguments
 from pytest_chvm.plugin.protocol import at_end_of_caller
 from pytest_chvm.plugin.run import begin_host, worker_of
 from pytest_chvm.settings import Settings
@@ -53,8 +54,8 @@ def chvm_vm(
     request: pytest.FixtureRequest, chvm_settings: Settings, chvm_kernel: Path | None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VmFactory]:
     """Factory of VMs that end with the test: `vm = chvm_vm(kernel=..., shared_dirs=...)` boots one and blocks until it is ready."""
-    marks = [mark.kwargs for mark in request.node.iter_markers("chvm")]
-    defaults = {key: value for kwargs in reversed(marks) for key, value in kwargs.items()}
+    defaults = marker_arguments(request.node)
+    defaults.pop("inside", None)
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if len(chvm_settings.kernel) > 1 and "kernel" not in defaults and "chvm_kernel" not in parameters:
         request.node.warn(pytest.PytestWarning(f"{request.node.nodeid} {ONE_KERNEL_ONLY}: {chvm_kernel}"))
@@ -86,38 +87,63 @@ def _factory(
     defaults: dict[str, Any],
     longest_boot_s: float | None,
 ) -> Iterator[VmFactory]:
-    from functools import cache
+    if in_guest_key in request.config.stash:
+        from pytest_chvm.errors import UnsupportedError
 
-    from pytest_chvm.plugin.factory import VmFactory
-
-    expect_vms(request.config, request.session)
+        raise UnsupportedError("this test runs in a guest (`inside`), where no VM can be started: those are started out there")
     item = request.config.stash[item_key]
     if item.get_closest_marker("chvm") is None:
         # It was not seen to use a VM when it was collected (`getfixturevalue`).
         item.add_marker("chvm")
     if kernel is not None:
         defaults = {"kernel": kernel, **defaults}
-    log_dir = cache(lambda: tmp_path_factory.mktemp("chvm"))
-    factory = VmFactory(
-        settings,
-        begin_host(request.config),
-        name=name,
-        namespace=worker_of(request.config),
-        log_dir=log_dir,
-        defaults=defaults,
-        longest_boot_s=longest_boot_s,
-        at_end_of_caller=lambda end: at_end_of_caller(request.config, end),
-        test=getattr(request.node, "nodeid", None) or "(session)",
-    )
-    request.config.stash[factories_key].append(factory)
+    test = getattr(request.node, "nodeid", None) or "(session)"
+    factory = new_factory(request.session, settings, tmp_path_factory, name, test, defaults, longest_boot_s)
     try:
         yield factory
     finally:
         factory.close()
 
 
+def new_factory(
+    session: pytest.Session,
+    settings: Settings,
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    test: str,
+    defaults: dict[str, Any],
+    longest_boot_s: float | None,
+) -> VmFactory:
+    """Return a factory of VMs for a test, which its reports know of; whoever asks for it closes it."""
+    from functools import cache
+
+    from pytest_chvm.plugin.factory import VmFactory
+
+    config = session.config
+    expect_vms(config, session)
+    factory = VmFactory(
+        settings,
+        begin_host(config),
+        name=name,
+        namespace=worker_of(config),
+        log_dir=cache(lambda: tmp_path_factory.mktemp("chvm")),
+        defaults=defaults,
+        longest_boot_s=longest_boot_s,
+        at_end_of_caller=lambda end: at_end_of_caller(config, end),
+        test=test,
+    )
+    config.stash[factories_key].append(factory)
+    return factory
+
+
 def _longest_boot_s(config: pytest.Config, item: pytest.Item | None = None) -> float | None:
     """Return how long a boot may take to fail before pytest-timeout does: it ends in its own report; None: as long as it likes."""
+    limit = time_limit_s(config, item)
+    return None if limit is None else limit * 0.8
+
+
+def time_limit_s(config: pytest.Config, item: pytest.Item | None = None) -> float | None:
+    """Return the seconds after which pytest-timeout ends a test; None: never."""
     mark = item.get_closest_marker("timeout") if item is not None else None
     limit = (mark.args[0] if mark.args else mark.kwargs.get("timeout")) if mark else None
     if limit is None and config.pluginmanager.hasplugin("timeout"):
@@ -125,4 +151,4 @@ def _longest_boot_s(config: pytest.Config, item: pytest.Item | None = None) -> f
         limit = config.getoption("timeout")
         if limit is None:
             limit = os.environ.get("PYTEST_TIMEOUT") or config.getini("timeout")
-    return float(limit) * 0.8 if limit and float(limit) > 0 else None
+    return float(limit) if limit and float(limit) > 0 else None

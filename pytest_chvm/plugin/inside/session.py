@@ -1,0 +1,132 @@
+"""A pytest in a guest, as it is seen from out here: started, asked for tests, its answers taken apart."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any, Protocol
+
+import pytest
+
+from pytest_chvm.base.untouched import random_hex
+from pytest_chvm.errors import GuestError, VmIOError
+from pytest_chvm.model import CommandResult
+from pytest_chvm.plugin.inside import program
+
+# What a program in the guest has printed is shown up to here.
+OUTPUT_BYTES = 1 << 14
+# Of the host's session, of no use to a pytest in a guest, or telling coverage to measure on its own account.
+NOT_PASSED_ON = (
+    "COV_CORE_",
+    "COVERAGE_PROCESS_",
+    "PYTEST_XDIST_",
+    "XDG_RUNTIME_DIR",
+    "DBUS_",
+    "SSH_AUTH_SOCK",
+    "PYTEST_CURRENT_TEST",
+)
+# Which a shell may refuse to set, and end.
+OF_THE_SHELL = {"UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO", "IFS", "ENV", "BASH_ENV"}
+
+
+class Runs(Protocol):
+    """What runs commands in the guest: a `Vm`."""
+
+    def run(self, command: str | Sequence[str], *, timeout: float | None = ..., input: str | bytes | None = ...) -> CommandResult:
+        """Run one and return what it did."""
+
+
+class PytestEndedError(GuestError):
+    """The pytest in the guest has ended before its test had."""
+
+
+class GuestPytest:
+    """A pytest in a guest that runs tests of one file. Raises what `Vm.run` does when the guest dies meanwhile."""
+
+    def __init__(self, guest: Runs) -> None:
+        self._guest = guest
+        self.directory = f"/tmp/chvm-inside-{random_hex(8)}"
+        self._printed = 0
+
+    def start(self, item: pytest.Item, coverage: Mapping[str, Any] | None, timeout: float) -> None:
+        """Start it, and wait until it has collected the tests of an item's file, for `timeout` seconds."""
+        config = item.config
+        job = {
+            "path": sys.path,
+            "argv": sys.argv,
+            "args": [os.fspath(argument) for argument in config.invocation_params.args]
+            + (["--no-cov"] if config.pluginmanager.hasplugin("pytest_cov") else []),
+            "file": os.fspath(item.path),
+            "markers": config.getini("markers"),
+            "coverage": coverage,
+        }
+        # Not as the command itself: that is in the event log, and the environment may have secrets.
+        begin = f"umask 077; cat >{self.directory}.sh && . {self.directory}.sh"
+        self._taken_apart(self._guest.run(begin, input=self._script(config, job), timeout=timeout))
+
+    def _script(self, config: pytest.Config, job: Mapping[str, Any]) -> str:
+        mask = os.umask(0o077)
+        os.umask(mask)
+        # As multiprocessing starts an interpreter that is to be like this one.
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        words = [sys.executable, *flags, program.__file__]
+        return "\n".join(
+            [
+                *_exports(os.environ),
+                f"chvm_directory={self.directory}",
+                f"chvm_place={shlex.quote(os.fspath(config.invocation_params.dir))}",
+                f"chvm_mask={mask:o}",
+                f"chvm_job={shlex.quote(json.dumps(job))}",
+                f"set -- {shlex.join(words)}",
+                files(__package__).joinpath("start.sh").read_text(),
+            ]
+        )
+
+    def ask(self, timeout: float | None, **what: object) -> dict[str, Any]:
+        """Ask for something, or for what comes next, and return the answer, which is waited for at most so many seconds."""
+        command = f"cat >{self.directory}/ask && cat {self.directory}/answer"
+        return self._taken_apart(self._guest.run(command, input=f"{json.dumps(what)}\n", timeout=timeout))
+
+    def printed(self) -> str:
+        """Return what the program has printed since the last call, its last 16 KiB."""
+        text = self._guest.run(f"tail -c +{self._printed + 1} {self.directory}/out").stdout_bytes
+        self._printed += len(text)
+        return text[-OUTPUT_BYTES:].decode(errors="replace")
+
+    def coverage(self, timeout: float) -> bytes | None:
+        """End it, and return the file with the data of coverage.py that it has measured."""
+        try:
+            return base64.b64decode(self.ask(timeout, finish=True).get("coverage", ""), validate=True) or None
+        except (binascii.Error, TypeError) as error:
+            raise VmIOError(f"the pytest in the guest gave no data of coverage.py: {error}") from error
+
+    def _taken_apart(self, done: CommandResult) -> dict[str, Any]:
+        try:
+            # It is one line. The one that says that the program has ended can come twice.
+            answer = json.loads(done.stdout.partition("\n")[0])
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise VmIOError(
+                f"the pytest in the guest gave no answer that can be read: {done.stdout[:200]!r}; {done.stderr[-OUTPUT_BYTES:]}"
+            )
+        if "ended" in answer:
+            raise PytestEndedError(
+                f"the pytest in the guest has ended, with exit status {answer['ended']!r}, before the test had. It printed last:\n"
+                f"{self.printed() or '(nothing)'}"
+            )
+        return answer
+
+
+def _exports(environment: Mapping[str, str]) -> list[str]:
+    """Return the shell's lines for an environment."""
+    fit = (name for name in environment if name.isidentifier() and name.isascii())
+    names = (name for name in fit if name not in OF_THE_SHELL and not name.startswith(NOT_PASSED_ON))
+    return [f"export {name}={shlex.quote(environment[name])}" for name in names]

@@ -1,0 +1,134 @@
+"""Tests that run in a guest: what comes back of them. The guest's pytest is a process of the host's here, where it starts in a second."""
+
+from __future__ import annotations
+
+import pytest
+
+from .conftest import RunPytest
+
+# Gives the tests a shell of the host's in place of a guest's.
+NO_VM = """
+    import os, signal, subprocess
+
+    from pytest_chvm.model import CommandResult
+    from pytest_chvm.plugin.inside import runs
+
+
+    class HostShell:
+        def __init__(self, factory):
+            self.groups = set()
+            factory.close = self.close
+
+        def run(self, command, *, timeout=60, input=b""):
+            data = input.encode(errors="surrogateescape") if isinstance(input, str) else input
+            process = subprocess.Popen(["sh", "-c", command], stdin=-1, stdout=-1, stderr=-1, process_group=0)
+            self.groups.add(process.pid)
+            out, err = process.communicate(data, timeout=timeout)
+            return CommandResult(command, process.returncode, out, err, 0.0)
+
+        def close(self):
+            for group in self.groups:
+                try:
+                    os.killpg(group, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+
+
+    runs.boot = HostShell
+"""
+
+
+@pytest.fixture
+def run_inside(pytester: pytest.Pytester, run_pytest: RunPytest) -> RunPytest:
+    pytester.makeconftest(NO_VM)
+    return run_pytest
+
+
+def test_each_outcome_is_that_of_the_test_in_the_guest(pytester: pytest.Pytester, run_inside: RunPytest) -> None:
+    pytester.makepyfile(
+        """
+        import logging, os, sys, warnings
+        import pytest
+
+        pytestmark = pytest.mark.chvm(inside="module")
+
+        def there(): return sys.modules["__main__"].__file__.endswith("program.py")
+
+        @pytest.fixture
+        def broken():
+            yield
+            raise ValueError("at the end")
+
+        @pytest.mark.parametrize("what", ["a b", "ü/[::]'", "$(id)\\n"])
+        def test_parameters(what, record_property):
+            record_property("what", what)
+            assert there()
+
+        def test_fails():
+            print("it is printed")
+            logging.getLogger("mine").warning("it is logged")
+            left = [1, 2]
+            assert left == [1, 3]
+
+        def test_warns(): warnings.warn("careful", DeprecationWarning)
+
+        @pytest.mark.skipif("not there()", reason="out here")
+        def test_skips(): pytest.skip("in the middle")
+
+        @pytest.mark.xfail(strict=True)
+        def test_passes_strictly(): pass
+
+        @pytest.mark.xfail(reason="known")
+        def test_fails_as_expected(): assert 0
+
+        def test_lacks(nothing): pass
+        def test_ends_badly(broken): pass
+        """
+    )
+    result = run_inside("-rA", "-v")
+    result.assert_outcomes(passed=5, failed=2, errors=2, skipped=1, xfailed=1, warnings=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*fixture 'nothing' not found*",
+            "*ERROR at teardown of test_ends_badly*",
+            "E       ValueError: at the end",
+            ">       assert left == [[]1, 3[]]",
+            "E       *assert [[]1, 2[]] == [[]1, 3[]]",
+            "E         At index 1 diff: 2 != 3",
+            "it is printed",
+            "WARNING  mine:*it is logged",
+            "*[[]XPASS(strict)[]]*",
+            "*test_warns",
+            "*DeprecationWarning: careful*",
+            "SKIPPED [[]1[]] test_*: in the middle",
+        ]
+    )
+
+
+def test_what_cannot_run_in_a_guest_is_said(pytester: pytest.Pytester, run_inside: RunPytest) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.chvm(inside=True)
+        def test_with_a_vm(chvm_vm): pass
+
+        @pytest.mark.chvm(inside="yes")
+        def test_of_no_kind(): pass
+
+        @pytest.mark.chvm(inside=True)
+        def test_asks_late(request): request.getfixturevalue("chvm_network")
+        """
+    )
+    result = run_inside()
+    result.assert_outcomes(failed=1, errors=2)
+    result.stdout.fnmatch_lines(
+        [
+            "InvalidConfigError: *::test_with_a_vm runs in a guest (inside=True), where chvm_vm cannot be: *",
+            "InvalidConfigError: inside='yes', expected True * or 'module' *",
+            "E *UnsupportedError: this test runs in a guest*",
+        ]
+    )
+    debugged = run_inside("--pdb", "-k", "asks_late")
+    debugged.assert_outcomes(errors=1)
+    debugged.stdout.fnmatch_lines(["InvalidConfigError: --pdb cannot be used with *::test_asks_late: it runs in a guest *"])
