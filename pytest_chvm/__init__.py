@@ -25,6 +25,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             "CommandResult",
+            "HostRoot",
             "Network",
             "ProcessIdentity",
             "SharedDir",

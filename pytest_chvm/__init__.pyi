@@ -27,6 +27,7 @@ from pytest_chvm.machine.launcher import launch as launch
 from pytest_chvm.machine.snapshot import Snapshot as Snapshot
 from pytest_chvm.machine.vm import Vm as Vm
 from pytest_chvm.model import CommandResult as CommandResult
+from pytest_chvm.model import HostRoot as HostRoot
 from pytest_chvm.model import Network as Network
 from pytest_chvm.model import ProcessIdentity as ProcessIdentity
 from pytest_chvm.model import SharedDir as SharedDir

@@ -10,6 +10,8 @@ from pathlib import Path
 ESCAPE = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]{0,4096}(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+=")
+
 
 def read_tail(path: Path, limit: int) -> bytes:
     """Return the last `limit` bytes of a file; empty where there is no such file."""
@@ -40,6 +42,11 @@ def clean(raw: bytes) -> str:
 def clean_text(text: str) -> str:
     """Return a test's or guest's text as `clean` does its bytes; lone surrogates, which no encoding has, are replaced too."""
     return clean(text.encode(errors="surrogatepass"))
+
+
+def as_one_word(text: str | bytes) -> str:
+    """Return text that printf's %b turns back, of which neither a kernel nor a shell splits or expands anything."""
+    return "".join(chr(byte) if byte in PLAIN else f"\\0{byte:03o}" for byte in os.fsencode(text))
 
 
 def last_lines(path: Path, count: int = 20, limit: int = 16384) -> str:

@@ -58,6 +58,8 @@ def why_no_snapshot(config: VmConfig, driver: VmDriver, plugged: Iterable[str], 
         return f"{driver.vmm} has all of a root disk in its file only when it has ended"
     for disk in _plugged_disks(config):
         return f"it has a {disk.kind.field}, which would be its clones' too"
+    if config.root is not None:
+        return "its root is the host's, which cannot be unplugged while it is the root: make clones with boot='clone'"
     if config.shared_dirs and not is_clone:
         return "its shared dirs cannot be unplugged: start it with boot='clone' or 'auto'"
     if names := ", ".join(plugged):

@@ -1,7 +1,8 @@
 # What makes the built-in guest the machine that it is to be; read by its init, and by its console shell.
 # chvm_configure WORD...: the words are those of the kernel command line, others are passed over:
 #   chvm.net=DEVICE,ADDRESS/NETMASK,GATEWAY,MAC   one a NIC (each but the first may be empty)
-#   chvm.share=TAG[,ro]                           one a shared dir
+#   chvm.share=TAG,ro|rw,PLACE                    one a shared dir, the place as printf's %b takes it
+#   chvm.root=TAG                                 before those: the shared dir that is to be the root of all commands
 #   chvm.disk=DEVICE                              one that must be there
 #   chvm.ip= chvm.nonce= chvm.marker= chvm.hostname=
 # At last it says on the serial console that the machine is ready, after a line for each thing that it is not: MARKER failed=WHAT.
@@ -26,15 +27,33 @@ chvm_retry() {
         usleep 10000
     done
 }
-chvm_share() {
-    local tag=${1%,ro} options=rw
-    [ $tag != $1 ] && options=ro
-    mkdir -p /mnt/$tag
-    mount -t virtiofs -o $options $tag /mnt/$tag 2>/dev/null && return
+# chvm_mount TAG ro|rw PLACE
+chvm_mount() {
+    mount -t virtiofs -o $2 $1 "$3" 2>/dev/null && return
     # Where the kernel does not know the file system there is nothing to wait for.
-    grep -qw virtiofs /proc/filesystems && chvm_retry mount -t virtiofs -o $options $tag /mnt/$tag && return
-    echo "chvm: cannot mount shared dir $tag"
+    grep -qw virtiofs /proc/filesystems && chvm_retry mount -t virtiofs -o $2 $1 "$3" && return
+    echo "chvm: cannot mount shared dir $1"
     return 1
+}
+chvm_share() {
+    local tag=${1%%,*} place=${1##*,} mode=${1#*,}
+    case $place in *\\*) place=$(printf %b "$place") ;; esac
+    mkdir -p "$chvm_root$place"
+    chvm_mount $tag ${mode%%,*} "$chvm_root$place"
+}
+# The layer that takes what is written is there already.
+chvm_root() {
+    chvm_mount $1 ro /host/lower && mount -a -T /lib/chvm/root.fstab && chvm_root=/host/root
+}
+# What runs commands stays where it is, with its own programs; the commands see the other root in a mount namespace, where it is
+# not just another directory: a process whose root is one may make no user namespaces.
+chvm_enter_root() {
+    local name
+    read -r name </proc/sys/kernel/hostname
+    read -r machine_id </etc/machine-id
+    [ -e $chvm_root/etc/machine-id ] && echo $machine_id >$chvm_root/etc/machine-id
+    [ -e $chvm_root/etc/hosts ] && echo "127.0.1.1 $name" >>$chvm_root/etc/hosts
+    unshare --mount=/lib/chvm/root.ns mount -o move $chvm_root /
 }
 # A kernel that is still to measure its clock would do that in each clone: it does so a second after its boot.
 chvm_settle() {
@@ -43,7 +62,7 @@ chvm_settle() {
     [ $source != tsc-early ] || timeout 5 grep -qm1 'clocksource: Switched to clocksource tsc$' /dev/kmsg
 }
 chvm_configure() {
-    local word value ip=127.0.0.1 marker=CHVM_READY nonce= share=0 failed= machine_id level _
+    local chvm_root= word value ip=127.0.0.1 marker=CHVM_READY nonce= share=0 failed= machine_id level _
     read -r machine_id </proc/sys/kernel/random/uuid
     echo "${machine_id//-/}" >/etc/machine-id
     for word; do
@@ -55,12 +74,17 @@ chvm_configure() {
         chvm.nonce=*) nonce=$value ;;
         chvm.net=*) IFS=, && set -- $value && unset IFS && { chvm_net "$@" || failed="$failed nic${1#eth}"; } ;;
         chvm.share=*)
-            chvm_share $value || failed="$failed share$share"
+            chvm_share "$value" || failed="$failed share$share"
+            share=$((share + 1))
+            ;;
+        chvm.root=*)
+            chvm_root $value || failed="$failed share$share"
             share=$((share + 1))
             ;;
         chvm.disk=*) chvm_retry [ -b $value ] || failed="$failed disk" ;;
         esac
     done >$chvm_console 2>&1
+    [ -z "$chvm_root" ] || chvm_enter_root || failed="$failed share0"
     [ -c /dev/hvc0 ] || failed="$failed console"
     [ -d /sys/bus/pci/drivers/pvpanic-pci ] || failed="$failed panic"
     # A kernel message in the middle of the line would make it another one.

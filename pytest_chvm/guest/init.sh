@@ -14,6 +14,15 @@ ln -s fd/2 /dev/stderr
 
 while read -r module; do insmod "$module" 2>/dev/null; done </lib/chvm-modules
 
+# Where the root of what commands see will be another one, it is put together of these; see `chvm_root` of configure.sh.
+if [ -e /lib/chvm/root.fstab ]; then
+    mkdir -p /host/lower /host/root /host/layer
+    mount -t tmpfs -o mode=0755,size=80% layer /host/layer
+    mkdir /host/layer/upper /host/layer/work
+    touch /lib/chvm/root.ns
+    export chvm_sh='nsenter --mount=/lib/chvm/root.ns /bin/sh'
+fi
+
 ifconfig lo 127.0.0.1 up
 
 # The shell the host talks to: as a script, since an interactive one would edit lines and prompt.

@@ -40,20 +40,28 @@ DIRECTORIES = (
 
 
 def build_initramfs(
-    kernel: Kernel, cache: Path, progress: Progress, *, init_script: str = "init.sh", wanted: Sequence[str] = WANTED_MODULES
+    kernel: Kernel,
+    cache: Path,
+    progress: Progress,
+    *,
+    init_script: str = "init.sh",
+    wanted: Sequence[str] = WANTED_MODULES,
+    extra_files: Sequence[str] = (),
 ) -> Path:
     """Return an initramfs for a kernel, the built-in guest's by default, built at the first call.
 
-    `init_script` is its first process, a file of this package; `wanted` are the modules it has, with all they depend on.
+    `init_script` is its first process, a file of this package; `wanted` are the modules it has, with all they depend on;
+    `extra_files` are of this package too.
     Raises MissingRequirementError where BusyBox is not to be had or the cache cannot be written.
     """
     busybox = find_busybox(cache, progress)
     modules = modules_in_order(kernel.modules, wanted) if kernel.modules else []
     files = resources.files("pytest_chvm.guest")
     init = files.joinpath(init_script).read_bytes()
+    names = ("configure.sh", "fstab", *extra_files)
     tools = [
         Entry("lib/chvm", stat.S_IFDIR | 0o755),
-        *(Entry(f"lib/chvm/{name}", stat.S_IFREG | 0o644, files.joinpath(name).read_bytes()) for name in ("configure.sh", "fstab")),
+        *(Entry(f"lib/chvm/{name}", stat.S_IFREG | 0o644, files.joinpath(name).read_bytes()) for name in names),
         Entry("lib/chvm/renew", stat.S_IFREG | 0o755, renew.program()),
     ]
     key = hashlib.sha256(b"recipe 2")

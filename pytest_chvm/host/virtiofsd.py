@@ -6,6 +6,7 @@ options for the same things.
 
 from __future__ import annotations
 
+import glob
 import os
 import subprocess
 from collections.abc import Sequence
@@ -46,14 +47,17 @@ NEEDED_AS_ROOT = (
     "CAP_SETPCAP",
     "CAP_SETFCAP",
 )
-READ_ONLY_SCRIPT = """
-mkdir "$1" && mount --rbind "$0" "$1" || exit
-while read -r _ _ _ _ where options _; do
+# In a mount namespace of its own, since the C one writes below /run and may be asked for /. $0: the directory; $1: where its tree
+# is mounted; $2: "ro" for one that has to be read-only by its mounts; $3: lines for `mount -a`, of what something empty is to hide.
+MOUNT_SCRIPT = """
+mkdir "$1" && mount -t tmpfs -o mode=0755 chvm "$1" && cd "$1" && mkdir -m 0700 tree empty && :>nothing && chmod 0600 nothing &&
+    mount --rbind "$0" tree && printf %s "$3" >fstab && mount -a -T fstab || exit
+[ "$2" = rw ] || while read -r _ _ _ _ where options _; do
     where=$(printf %b "$where")
     # With the options that it has: in a user namespace none of them may be taken away.
-    case $where in "$1"|"$1"/*) mount -o "remount,bind,$options,ro" "$where" || exit ;; esac
+    case $where in "$1"/tree|"$1"/tree/*) mount -o "remount,bind,$options,ro" "$where" || exit ;; esac
 done </proc/self/mountinfo
-shift && exec "$@"
+cd / && shift 3 && exec "$@"
 """
 # Where the C one locks a file named after its socket, and leaves both behind.
 STATE_DIR = Path("/var/run/virtiofsd")
@@ -76,10 +80,12 @@ class Virtiofsd:
         """Return the arguments that serve one directory, in the strictest sandbox this user can have."""
         sandbox = "chroot" if os.geteuid() == 0 else "namespace"
         host_path = os.fspath(share.host_path)
-        place = f"{socket_path}.ro"
+        by_mount = share.read_only and not self.has_readonly
+        place = f"{socket_path}.mount"
+        mount = _mounted(share, place, read_only=by_mount) if by_mount or share.hidden else []
+        source = f"{place}/tree" if mount else host_path
         if self.is_rust:
-            mount = _read_only_mount(host_path, place) if share.read_only and not self.has_readonly else []
-            flags = ["--readonly"] if share.read_only and not mount else []
+            flags = ["--readonly"] if share.read_only and not by_mount else []
             flags += [f"--modcaps={NO_DEVICE_NODES}"] if os.geteuid() == 0 else []
             if not share.announce_submounts:
                 flags.append("--no-announce-submounts")
@@ -87,7 +93,7 @@ class Virtiofsd:
                 *mount,
                 os.fspath(self.path),
                 f"--socket-path={socket_path}",
-                f"--shared-dir={place if mount else host_path}",
+                f"--shared-dir={source}",
                 f"--cache={share.cache}",
                 f"--sandbox={sandbox}",
                 # The handles that newer ones use by default find a file on FUSE while the kernel has it cached, and are stale
@@ -101,13 +107,10 @@ class Virtiofsd:
                 "install the Rust one ('cargo install virtiofsd'; packaged from Debian 13 and Ubuntu 24.04 on), or run as root"
             )
         # Its option parser is libfuse's: a backslash takes the special meaning from a comma, and from itself.
-        source = (place if share.read_only else host_path).replace("\\", "\\\\").replace(",", "\\,")
+        source = source.replace("\\", "\\\\").replace(",", "\\,")
         cache = "none" if share.cache == "never" else share.cache
         options = f"source={source},cache={cache},sandbox={sandbox},modcaps={NO_DEVICE_NODES}"
-        command = [os.fspath(self.path), f"--socket-path={socket_path}", "-o", options]
-        if share.read_only:
-            return [*_read_only_mount(host_path, place), *command]
-        return command
+        return [*mount, os.fspath(self.path), f"--socket-path={socket_path}", "-o", options]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +127,47 @@ class ServedShare:
         return self.socket.with_suffix(".log")
 
 
-def _read_only_mount(host_path: str, place: str) -> list[str]:
-    # What cannot serve read-only is given a mount that is: in a mount namespace of its own, and elsewhere, because the C one
-    # writes below /run and may be asked for /. A read-only mount's submounts are not read-only by themselves.
+def _mounted(share: SharedDir, place: str, *, read_only: bool) -> list[str]:
+    """Return what runs a command with a shared dir at `place`/tree, without what is hidden in it, and read-only where asked for."""
+    # A virtiofsd that cannot serve read-only is given a mount that is. Its submounts are not read-only by themselves.
     reason = _why_no_mount_namespace(os.geteuid())
-    if reason is not None:
+    if reason is not None and read_only:
         since = ".".join(map(str, Feature.READ_ONLY_SHARES.value.since))
         raise MissingRequirementError(
-            f"shared dir {host_path!r} cannot be read-only with this virtiofsd, which has no --readonly (the Rust one has it since "
-            f"{since}), nor by a mount of ours: {reason}. Install a newer one ('cargo install virtiofsd'), or run as root"
+            f"shared dir {str(share.host_path)!r} cannot be read-only with this virtiofsd, which has no --readonly (the Rust one "
+            f"has it since {since}), nor by a mount of ours: {reason}. Install a newer one ('cargo install virtiofsd'), or run as "
+            "root"
         )
-    return [*_mount_namespace(os.geteuid()), "sh", "-c", READ_ONLY_SCRIPT, host_path, place]
+    if reason is not None:
+        raise MissingRequirementError(
+            f"nothing of {str(share.host_path)!r} can be hidden from the guest, since there can be no mount namespace: {reason}. "
+            "Allow user namespaces, run as root, or hide nothing: root=HostRoot(hidden=[])"
+        )
+    lines = ""
+    for path in hidden_paths(share):
+        empty = "empty" if (share.host_path / path).is_dir() else "nothing"
+        lines += f"{_fstab(f'{place}/{empty}')} {_fstab(f'{place}/tree/{path}')} none bind 0 0\n"
+    mode = "ro" if read_only else "rw"
+    return [*_mount_namespace(os.geteuid()), "sh", "-c", MOUNT_SCRIPT, os.fspath(share.host_path), place, mode, lines]
+
+
+def hidden_paths(share: SharedDir) -> list[Path]:
+    """Return what there is of a shared dir's hidden paths, relative to it; what is within another one is left out."""
+    base = Path(os.path.realpath(share.host_path))
+    found = set()
+    for pattern in share.hidden:
+        path = Path(os.path.expanduser(pattern))
+        for each in Path("/").glob(str(path.relative_to("/"))) if glob.has_magic(str(path)) else [path]:
+            # Of a link, what it leads to: the guest can go there by itself.
+            real = Path(os.path.realpath(each))
+            if real.exists() and base in real.parents:
+                found.add(real.relative_to(base))
+    return [path for path in sorted(found) if found.isdisjoint(path.parents)]
+
+
+def _fstab(path: str) -> str:
+    # fstab(5)
+    return "".join(f"\\{ord(char):03o}" if char in " \t\n\\#" else char for char in path)
 
 
 def _mount_namespace(user: int) -> list[str]:

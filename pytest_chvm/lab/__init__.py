@@ -24,6 +24,7 @@ from pathlib import Path
 
 from pytest_chvm.base.deadline import Deadline, poll_until, wait_readable
 from pytest_chvm.base.progress import show_progress
+from pytest_chvm.base.text import as_one_word
 from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.errors import BootFailedError, InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.guest.initramfs import build_initramfs, find_busybox
@@ -221,7 +222,7 @@ def _boot(kernel: Kernel, memory_mb: int, shares: list[SharedDir], boot_timeout:
         name="chvm-lab",
         kernel=kernel.image,
         initramfs=initramfs,
-        cmdline=f"{CMDLINE} chvm.root=root chvm.exec={','.join(map(_escaped, words))}",
+        cmdline=f"{CMDLINE} chvm.root=root chvm.exec={','.join(map(as_one_word, words))}",
         # With two, the machine's kernel has locked up in the VMM's thread.
         cpus=1,
         memory_mb=memory_mb,
@@ -231,12 +232,6 @@ def _boot(kernel: Kernel, memory_mb: int, shares: list[SharedDir], boot_timeout:
         channels=(agent.CHANNEL,),
     )
     return launch(config, settings=settings, vmm="qemu", accel="tcg", boot_timeout=boot_timeout)
-
-
-def _escaped(word: str) -> str:
-    # For printf's %b; what the kernel or the shell would split at goes that way.
-    plain = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+=")
-    return "".join(chr(byte) if byte in plain else f"\\0{byte:03o}" for byte in os.fsencode(word))
 
 
 def _umask() -> int:

@@ -13,14 +13,15 @@ from pytest_chvm.base.progress import Progress, show_progress
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest.initramfs import add_words, build_initramfs
+from pytest_chvm.guest.initramfs import WANTED_MODULES, add_words, build_initramfs
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
 from pytest_chvm.guest.kernel_image import check_kernel_image
-from pytest_chvm.guest.kinds import Guest
+from pytest_chvm.guest.kinds import Guest, host_root
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
+from pytest_chvm.guest.kinds.host_root import HostRootGuest
 from pytest_chvm.guest.kinds.image import ImageGuest
 from pytest_chvm.guest.vmlinux import unpacked_kernel
-from pytest_chvm.model import VmConfig
+from pytest_chvm.model import HostRoot, VmConfig
 from pytest_chvm.settings import Settings
 
 # For a kernel of the user's without a command line of theirs.
@@ -40,6 +41,11 @@ def choose_guest(config: VmConfig, settings: Settings, progress: Progress = show
     This is where `preflight` is asked, as soon as there is a kernel. Raises what it does, and InvalidConfigError where the built-in
     guest cannot be built.
     """
+    if config.root is not None and config.initramfs is not None:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: root='host' and an initramfs, and the guest's is the built-in one: leave one of them out",
+            vm_name=config.name,
+        )
     kernel = built_in_kernel(settings, progress) if config.kernel is None else None
     if kernel is not None:
         config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
@@ -48,11 +54,18 @@ def choose_guest(config: VmConfig, settings: Settings, progress: Progress = show
         return ImageGuest(config)
     assert config.kernel is not None
     known = kernel or inspect_kernel(config.kernel)
-    initramfs = _built_in_initramfs(known, cache_dir(settings), progress)
+    kind: type[BuiltInGuest] = BuiltInGuest
+    extra_modules: tuple[str, ...] = ()
+    extra_files: tuple[str, ...] = ()
+    if config.root is not None:
+        kind, extra_modules, extra_files = HostRootGuest, host_root.MODULES, host_root.FILES
+        root = HostRoot() if config.root == "host" else config.root
+        config = config.replace(shared_dirs=[root.share(), *config.shared_dirs])
+    initramfs = _built_in_initramfs(known, cache_dir(settings), progress, extra_modules, extra_files)
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
-    return BuiltInGuest(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(known))
+    return kind(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(known))
 
 
 def _lacks(kernel: Kernel) -> str | None:
@@ -105,5 +118,5 @@ def _built_in_kernel(cache: Path, progress: Progress) -> Kernel:
 
 
 @lru_cache(maxsize=16)
-def _built_in_initramfs(kernel: Kernel, cache: Path, progress: Progress) -> Path:
-    return build_initramfs(kernel, cache, progress)
+def _built_in_initramfs(kernel: Kernel, cache: Path, progress: Progress, modules: tuple[str, ...], files: tuple[str, ...]) -> Path:
+    return build_initramfs(kernel, cache, progress, wanted=(*WANTED_MODULES, *modules), extra_files=files)

@@ -78,7 +78,7 @@ def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:
     defaults: dict[str, Any] = {"cpus": settings.cpus, "memory_mb": settings.memory_mb, "cmdline": settings.cmdline}
     if settings.kernel:
         defaults["kernel"] = settings.kernel[0]
-    if "initramfs" not in fields and "root_disk" not in fields:
+    if not {"initramfs", "root_disk", "root"} & fields.keys():
         defaults |= {"initramfs": settings.initramfs, "root_disk": settings.root_disk}
     return {key: value for key, value in defaults.items() if key not in fields}
 

@@ -70,7 +70,7 @@ def _without_shares(machine: Machine) -> Iterator[None]:
     unplugged = []
     try:
         for index, served in enumerate(shares):
-            _must(machine, ["umount", f"/mnt/{served.share.tag}"])
+            _must(machine, ["umount", served.share.mount_point])
             # Its virtiofsd's end is no trouble from now on.
             machine.health.shares = shares[index + 1 :]
             unplugged.append(index)

@@ -6,10 +6,10 @@ What they mean and which values they take is said, and checked, by `VmConfig` an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from pytest_chvm.base.choices import Accel, BootWay, NetworkMode, Vmm
-from pytest_chvm.model import Attachment, SharedDir, StrPath
+from pytest_chvm.model import Attachment, HostRoot, SharedDir, StrPath
 
 
 class ConfigArguments(TypedDict, total=False):
@@ -22,6 +22,7 @@ class ConfigArguments(TypedDict, total=False):
     cmdline: str | None
     cpus: int
     memory_mb: int
+    root: Literal["host"] | HostRoot | None
     root_disk: StrPath | None
     seed_iso: StrPath | None
     user_data: str | Mapping[str, object] | None

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.model.disks import DISK_KINDS, VmDisk
+from pytest_chvm.model.host_root import HostRoot
 from pytest_chvm.model.networks import Attachment, SocketPairFd, Tap
 from pytest_chvm.model.seeds import SEED_FIELDS, seed_text
 from pytest_chvm.model.shares import SharedDir
@@ -33,6 +34,7 @@ class VmConfig:
     A field that is as by default is one that was not given: to `launch` and `chvm_vm` its value then comes from the marker, the
     options or the test's name. What is to be as by default whatever those say is an argument beside it: `launch(config, cpus=1)`.
 
+    `root="host"`, or a `HostRoot`: the guest's root is the host's, read-only, below a layer that goes with the VM.
     `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
     `channels` are names of virtio-serial ports: `/dev/virtio-ports/<name>` in the guest where udev runs, `vm.open_channel(name)`
     outside. `hotplug`: there is room for devices to be plugged in while it runs; `max_cpus` and `max_memory_mb`: up to how much
@@ -50,6 +52,7 @@ class VmConfig:
     cmdline: str | None = None
     cpus: int = 1
     memory_mb: int = 256
+    root: Literal["host"] | HostRoot | None = None
     root_disk: Path | None = None
     seed_iso: Path | None = None
     user_data: str | None = None
@@ -80,6 +83,10 @@ class VmConfig:
                     "'-', '_' or '.', beginning with a letter or digit",
                     vm_name=value if key == "name" and isinstance(value, str) else None,
                 )
+        if self.root is not None and self.root != "host" and not isinstance(self.root, HostRoot):
+            raise self._invalid(f"root={self.root!r}, expected 'host' or a HostRoot")
+        if self.root is not None and self.root_disk is not None:
+            raise self._invalid("root='host' and a root_disk, and a guest has one root: leave one of them out")
         for key in ("kernel", "initramfs", *(kind.field for kind in DISK_KINDS), "serial_log"):
             value = getattr(self, key)
             if value is not None:

@@ -39,7 +39,11 @@ class Guest(ABC):
         if marker != DEFAULT_MARKER:
             words.append(f"chvm.marker={marker}")
         words += [disk.kind.guest_word for disk in self.config.all_disks if disk.kind.guest_word is not None]
-        return words + [f"chvm.share={share.guest_word}" for share in self.config.shared_dirs]
+        return words + [self.share_word(share) for share in self.config.shared_dirs]
+
+    def share_word(self, share: SharedDir) -> str:
+        """Return what it is told of a shared dir."""
+        return f"chvm.share={share.guest_word}"
 
     @abstractmethod
     def own_words(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -42,7 +43,7 @@ class BuiltInGuest(Guest):
 
     def mount_line(self, share: SharedDir) -> str:
         """Return what its init does with a shared dir."""
-        return f"{READ_SET_UP}; chvm_share {share.guest_word}"
+        return f"{READ_SET_UP}; chvm_share {shlex.quote(share.guest_word)}"
 
     def set_up_for_saving(self, _run: Run, _ip: Callable[[], str], _told: Sequence[str], *, trial: bool) -> str:
         """Return what reads its set-up; one of which only clones come also waits for the clock source that they will have."""

@@ -61,7 +61,7 @@ chvm_supervise() {
         # It was to be killed before there was anything to kill.
         [ -e $files.kill ] && exit 137
         unset chvm_tmp chvm_cgroup chvm_number chvm_running chvm_piece chvm_token
-        exec setsid sh -c "$2" 7>&- 8>&- 9>&-
+        exec setsid ${chvm_sh:-sh} -c "$2" 7>&- 8>&- 9>&-
     ) <$input >&7 2>&8 &
     echo $! >$files.pid
     wait $!
