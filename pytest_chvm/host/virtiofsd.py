@@ -80,7 +80,7 @@ class Virtiofsd:
         """Return the arguments that serve one directory, in the strictest sandbox this user can have."""
         sandbox = "chroot" if os.geteuid() == 0 else "namespace"
         host_path = os.fspath(share.host_path)
-        by_mount = share.read_only and not self.has_readonly
+        by_mount = share.read_only and not (self.is_rust and self.has_readonly)
         place = f"{socket_path}.mount"
         mount = _mounted(share, place, read_only=by_mount) if by_mount or share.hidden else []
         source = f"{place}/tree" if mount else host_path

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -145,7 +146,8 @@ class Machine:
         if (silent := self.health.no_shell()) is not None:
             raise silent
         try:
-            return self.channel.run(command, timeout=timeout, input=input)
+            done = self.channel.run(self.guest.in_its_place(command), timeout=timeout, input=input)
+            return replace(done, command=command if isinstance(command, str) else tuple(map(os.fsdecode, command)))
         except (CommandTimeoutError, VmIOError) as error:
             # What another thread's end of the VM does to a command says that it was ended; that its VMM is gone is no news then.
             if not self.ended:

@@ -130,8 +130,8 @@ def test_arguments_of_the_c_virtiofsd(monkeypatch):
     command = program.command(SharedDir("t", "/d/a,b", read_only=True), Path("/run/s"))
     # It has no such option, so what it is given is a read-only mount.
     assert command[:4] == ["unshare", "--mount", "--propagation", "private"]
-    assert command[-7:-4] == [command[6], "/d/a,b", "/run/s.ro"]
-    assert command[command.index("-o") + 1].startswith("source=/run/s.ro,")
+    assert command[7:11] == ["/d/a,b", "/run/s.mount", "ro", ""]
+    assert command[command.index("-o") + 1].startswith("source=/run/s.mount/tree,")
 
 
 def test_without_root_the_sandbox_is_a_namespace(monkeypatch):

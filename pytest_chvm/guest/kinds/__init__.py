@@ -45,6 +45,10 @@ class Guest(ABC):
         """Return what it is told of a shared dir."""
         return f"chvm.share={share.guest_word}"
 
+    def in_its_place(self, command: str | Sequence[str]) -> str | Sequence[str]:
+        """Return a command of the test's as it is run, with the directory and the environment that this kind of guest gives it."""
+        return command
+
     @abstractmethod
     def own_words(self) -> list[str]:
         """Return what only this kind of guest is told."""

@@ -1,0 +1,95 @@
+"""The host's file system as the guest's: the same programs at the same paths, read-only below, without the host's secrets."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytest_chvm import InvalidConfigError, SharedDir, UnsupportedError
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A directory of the host's that the guest may write to."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def vm(chvm_vm_factory, vmm, kept):
+    """A guest that has the host's root, which the tests of this file share."""
+    shared = [SharedDir("kept", kept, mount="/srv/a place"), SharedDir("seen", kept, read_only=True)]
+    with chvm_vm_factory(vmm=vmm, root="host", shared_dirs=shared, name=f"host-root-{vmm}") as machine:
+        yield machine
+
+
+def test_the_same_python_runs_in_the_tests_directory(vm):
+    done = vm.run([sys.executable, "-c", "import os, pytest, sys; print(os.getcwd(), os.getuid(), pytest.__file__, sys.prefix)"])
+    assert done.stderr == ""
+    assert done.stdout.split() == [os.getcwd(), "0", pytest.__file__, sys.prefix]
+    assert done.command[0] == sys.executable
+
+
+def test_programs_are_found_where_the_test_finds_them(vm):
+    assert vm.check_output("echo $PATH") == os.environ["PATH"] + "\n"
+
+
+def test_what_the_guest_writes_goes_with_it(vm, tmp_path):
+    (tmp_path / "there").write_text("of the host's")
+    vm.check_output(f"cd {tmp_path} && echo new >made && echo more >>there && rm -r /usr/share/info && echo >/usr/bin/mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there").read_text() == "of the host's"
+    assert os.path.isdir("/usr/share/info")
+    assert not os.path.exists("/usr/bin/mine")
+
+
+def test_the_hosts_files_cannot_be_written_below_the_layer_either(vm, tmp_path):
+    """As root of the guest, with the file system mounted anew: virtiofsd refuses."""
+    said = vm.run(f"mkdir /lower && mount -t virtiofs -o rw chvm-root /lower && echo >/lower{tmp_path}/made")
+    assert said.returncode != 0
+    assert "Read-only" in said.stderr
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("secret", ["/etc/shadow", "/etc/gshadow"])
+def test_secrets_are_empty(vm, secret):
+    assert os.path.getsize(secret)
+    assert (
+        vm.check_output(f"cat {secret}; mkdir -p /low; mountpoint -q /low || mount -t virtiofs chvm-root /low; cat /low{secret}")
+        == ""
+    )
+
+
+def test_shared_dirs_are_where_they_were_asked_for(vm, kept):
+    vm.check_output("echo written >'/srv/a place/file'")
+    assert (kept / "file").read_text() == "written\n"
+    assert vm.check_output("cat /mnt/seen/file") == "written\n"
+    assert vm.run("echo >/mnt/seen/other").returncode != 0
+
+
+def test_the_guest_has_its_own_kernel_file_systems(vm):
+    assert vm.check_output("cat /proc/sys/kernel/hostname /etc/machine-id; ls /run").split()[0] == vm.name
+    assert vm.check_output("cat /proc/1/comm") == "init\n"
+    assert "pytest-chvm" not in vm.check_output("ls /run")
+
+
+def test_commands_may_make_user_namespaces(vm):
+    assert vm.check_output("unshare --user --map-root-user id -u") == "0\n"
+
+
+def test_it_is_a_clone_with_an_identity_of_its_own(vm, boot):
+    other = boot(root="host", boot="clone")
+    ids = [each.check_output("cat /etc/machine-id") for each in (vm, other)]
+    assert vm.machine.origin.boot == other.machine.origin.boot == "clone"
+    assert len({*ids, Path("/etc/machine-id").read_text()}) == 3
+
+
+def test_it_cannot_be_saved_while_it_is_the_root(vm):
+    with pytest.raises(UnsupportedError, match="its root is the host's"):
+        vm.snapshot()
+
+
+@pytest.mark.parametrize("other", ["root_disk", "initramfs"])
+def test_there_is_one_root(boot, other, tmp_path):
+    with pytest.raises(InvalidConfigError, match=f"root='host' and an? {other}"):
+        boot(root="host", **{other: tmp_path / "file"})
