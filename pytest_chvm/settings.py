@@ -1,4 +1,4 @@
-"""The options: their names, types and defaults, resolved once into a frozen `Settings`.
+"""The options: `Settings`, a frozen data class whose fields are all of them, and which they are resolved into once.
 
 Read by every pytest run on the machine, so nothing heavy is imported at the top.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,61 +107,49 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return convert
 
 
-def _choice(name: str, choices: tuple[str, ...], help: str) -> Option:
-    return Option(name, _one_of(*choices), choices[0], help, choices=choices)
+def _option(
+    convert: Callable[[str], object],
+    default: object,
+    help: str,
+    metavar: str | None = None,
+    *,
+    choices: tuple[str, ...] = (),
+    many: bool = False,
+) -> Any:
+    return field(default=default, metadata={"convert": convert, "help": help, "metavar": metavar, "choices": choices, "many": many})
 
 
-OPTIONS = (
-    Option("kernel", _path, (), "guest kernel; repeat it to run every VM test once per kernel", "PATH", many=True),
-    Option("initramfs", _path, None, "guest initramfs (default: the built-in guest)", "PATH"),
-    Option("root_disk", _path, None, "guest root disk, never written", "PATH"),
-    Option("cmdline", str, None, "guest kernel command line", "TEXT"),
-    Option("cpus", count, 1, "processors of a VM (default: 1)", "N"),
-    Option("memory_mb", count, 256, "memory of a VM in MiB (default: 256)", "N"),
-    Option("boot_timeout", seconds, 60.0, "seconds from the start of the VMM to ready (default: 60)", "SECONDS"),
-    Option("ready_marker", _marker, "CHVM_READY", "word before the guest's IP on its serial console", "WORD"),
-    _choice("vmm", get_args(Vmm), "VMM (default: auto: Cloud Hypervisor where it and KVM are, else QEMU)"),
-    _choice("accel", get_args(Accel), "how QEMU runs guests (default: auto: KVM where it works, else in software)"),
-    _choice("network", get_args(NetworkMode), "network of a VM (default: auto: a TAP where one can be made)"),
-    _choice("boot", get_args(BootWay), "whether a VM may be a copy of a booted one (default: auto)"),
-    _choice("missing", ("fail", "skip"), "what a test does when a VM cannot be had on this machine (default: fail)"),
-    _choice("keep", ("never", "failed", "always"), "whose logs to keep below --chvm-artifacts (default: never)"),
-    Option("artifacts", _path, None, "directory for the logs that --chvm-keep keeps (default: chvm-artifacts)", "DIR"),
-    Option("max_vms", count, None, "how many VMs may run at once, of all runs on the machine (default: any number)", "N"),
-    Option("memory_budget_mb", count, None, "MiB that all VMs of the machine may have at once (default: nine tenths)", "N"),
-    Option("binary", _path, None, "the VMM's executable", "PATH"),
-    Option("virtiofsd", _path, None, "the executable that serves shared dirs", "PATH"),
-    Option("subnet_pool", str, "198.18.0.0/15", "network that VM subnets are cut from (default: 198.18.0.0/15)", "CIDR"),
-    Option("cache_dir", _path, None, "where built guests and fetched kernels are kept", "DIR"),
-)
-OPTIONS_BY_NAME = {option.name: option for option in OPTIONS}
+def _choice(choices: tuple[str, ...], help: str) -> Any:
+    return _option(_one_of(*choices), choices[0], help, choices=choices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the options resolved to. `boot_timeout` is seconds, `memory_mb` MiB; `kernel` may be several."""
+    """What the options resolved to, a field each. `boot_timeout` is seconds, `memory_mb` MiB; `kernel` may be several."""
 
-    kernel: tuple[Path, ...]
-    initramfs: Path | None
-    root_disk: Path | None
-    cmdline: str | None
-    cpus: int
-    memory_mb: int
-    boot_timeout: float
-    ready_marker: str
-    vmm: str
-    accel: str
-    network: str
-    boot: str
-    missing: str
-    keep: str
-    artifacts: Path | None
-    max_vms: int | None
-    memory_budget_mb: int | None
-    binary: Path | None
-    virtiofsd: Path | None
-    subnet_pool: str
-    cache_dir: Path | None
+    kernel: tuple[Path, ...] = _option(_path, (), "guest kernel; repeat it to run every VM test once per kernel", "PATH", many=True)
+    initramfs: Path | None = _option(_path, None, "guest initramfs (default: the built-in guest)", "PATH")
+    root_disk: Path | None = _option(_path, None, "guest root disk, never written", "PATH")
+    cmdline: str | None = _option(str, None, "guest kernel command line", "TEXT")
+    cpus: int = _option(count, 1, "processors of a VM (default: 1)", "N")
+    memory_mb: int = _option(count, 256, "memory of a VM in MiB (default: 256)", "N")
+    boot_timeout: float = _option(seconds, 60.0, "seconds from the start of the VMM to ready (default: 60)", "SECONDS")
+    ready_marker: str = _option(_marker, "CHVM_READY", "word before the guest's IP on its serial console", "WORD")
+    vmm: str = _choice(get_args(Vmm), "VMM (default: auto: Cloud Hypervisor where it and KVM are, else QEMU)")
+    accel: str = _choice(get_args(Accel), "how QEMU runs guests (default: auto: KVM where it works, else in software)")
+    network: str = _choice(get_args(NetworkMode), "network of a VM (default: auto: a TAP where one can be made)")
+    boot: str = _choice(get_args(BootWay), "whether a VM may be a copy of a booted one (default: auto)")
+    missing: str = _choice(("fail", "skip"), "what a test does when a VM cannot be had on this machine (default: fail)")
+    keep: str = _choice(("never", "failed", "always"), "whose logs to keep below --chvm-artifacts (default: never)")
+    artifacts: Path | None = _option(_path, None, "directory for the logs that --chvm-keep keeps (default: chvm-artifacts)", "DIR")
+    max_vms: int | None = _option(count, None, "VMs that may run at once, of all runs on the machine (default: any number)", "N")
+    memory_budget_mb: int | None = _option(
+        count, None, "MiB that all VMs of the machine may have at once (default: nine tenths)", "N"
+    )
+    binary: Path | None = _option(_path, None, "the VMM's executable", "PATH")
+    virtiofsd: Path | None = _option(_path, None, "the executable that serves shared dirs", "PATH")
+    subnet_pool: str = _option(str, "198.18.0.0/15", "network that VM subnets are cut from (default: 198.18.0.0/15)", "CIDR")
+    cache_dir: Path | None = _option(_path, None, "where built guests and fetched kernels are kept", "DIR")
 
     @classmethod
     def resolve(
@@ -195,13 +183,15 @@ class Settings:
 
         Raises InvalidConfigError for a value that cannot be.
         """
-        known = {field.name for field in fields(self)}
         changes: dict[str, Any] = {}
         for name, value in arguments.items():
-            if value is not None and name in known:
-                option = OPTIONS_BY_NAME[name]
+            if value is not None and (option := OPTIONS_BY_NAME.get(name)) is not None:
                 changes[name] = _parsed(option, value if isinstance(value, list | tuple) else str(value), name)
         return replace(self, **changes)
+
+
+OPTIONS = tuple(Option(each.name, default=each.default, **each.metadata) for each in fields(Settings))
+OPTIONS_BY_NAME = {option.name: option for option in OPTIONS}
 
 
 def _parsed(option: Option, value: object, source: str) -> object:

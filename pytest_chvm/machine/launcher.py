@@ -210,7 +210,6 @@ class Launcher:
         config, settings = plan.guest.config, plan.settings
         for part in held:
             undo.callback(part.release)
-        self.host.names.require_free(config)
         lease = Lease(self.host)
         undo.callback(_log_failures, lease.release)
         if self.owner is not None:
@@ -261,6 +260,7 @@ class Launcher:
         config = config.replace(serial_log=log)
         # The host may have changed since the VM that was saved was planned.
         preflight(config)
+        self.host.names.require_free(config)
         clone = self._clone(replace(plan, guest=replace(plan.guest, config=config), wait=wait), saved, stale_nics=stale_nics)
         if self.owner is not None:
             self.owner.end_with_caller(clone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pytest_chvm.drivers.base import VmDriver
@@ -62,7 +63,7 @@ def check_networks(config: VmConfig, mode: str, driver: VmDriver) -> None:
             raise InvalidConfigError(
                 f"VM {config.name!r}: netns goes with a TAP, not with the user-mode network", vm_name=config.name
             )
-    if not config.outbound and any(n != "user" and n.reaches_host for n in _networks(config, mode)):
+    if not config.outbound and any(network.reaches_host for network in _attachments(config, mode)):
         raise UnsupportedError(
             f"VM {config.name!r}: outbound=False goes with the user-mode network (QEMU, network='user') or none: on a TAP or "
             "a bridge the host is the guest's neighbour",
@@ -74,8 +75,11 @@ def lease_nics(config: VmConfig, mode: str, settings: Settings, lease: Lease, un
     """Take what a VM's networks need from the host; `undo` gives it back. `mode`: see `network_mode`."""
     need = Need(lease, parse_pool(settings.subnet_pool), config.netns, config.outbound)
     nics = Nics([], [], [])
-    for index, network in enumerate(_networks(config, mode)):
-        nic = lease_user_nic(need) if network == "user" else _leased(network, need)
+    leases = [partial(_leased, network, need) for network in _attachments(config, mode)]
+    if config.networks is None and mode == "user":
+        leases = [partial(lease_user_nic, need)]
+    for index, lease_nic in enumerate(leases):
+        nic = lease_nic()
         if nic.subnet is not None:
             nics.held.append(nic.subnet)
             undo.callback(nic.subnet.release)
@@ -100,7 +104,8 @@ def _tell(words: list[str], index: int, nic: Nic, vm_name: str) -> None:
     words.append(f"chvm.net=eth{index},{address.address.with_netmask},{address.gateway or ''},{mac}")
 
 
-def _networks(config: VmConfig, mode: str) -> list[Any]:
-    """Return the networks that a VM is to be on: those that it names, or the one of the mode."""
-    defaults: dict[str, list[Any]] = {"tap": [Tap()], "user": ["user"], "none": []}
-    return list(config.networks) if config.networks is not None else defaults[mode]
+def _attachments(config: VmConfig, mode: str) -> list[Attachment]:
+    """Return what a VM's NICs are to be attached to, but for the user-mode network of the mode, which is made for each VM."""
+    if config.networks is not None:
+        return list(config.networks)
+    return [Tap()] if mode == "tap" else []
