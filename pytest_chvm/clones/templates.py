@@ -39,9 +39,6 @@ def why_no_clone(guest: Guest, driver: VmDriver, *, network_mode: str) -> str | 
                 plain_images(disk.image)
     except (OSError, UnsupportedError) as error:
         return str(error)
-    for disk in config.all_disks:
-        if disk.kind.read_only:
-            return f"it has a {disk.kind.field}"
     if config.channels:
         return "it has channels"
     slots = driver.abilities.spare_slots

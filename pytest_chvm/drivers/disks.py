@@ -98,7 +98,7 @@ def disk_files(boot: Boot) -> list[DiskFile]:
     Raises what `make_overlay` does.
     """
     disks = boot.config.all_disks
-    return [_disk_file(disk, boot) for disk in disks if boot.restoring is None or disk.kind.throwaway]
+    return [_disk_file(disk, boot) for disk in disks if boot.restoring is None or not disk.written]
 
 
 def _disk_file(disk: VmDisk, boot: Boot) -> DiskFile:

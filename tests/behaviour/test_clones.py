@@ -1,5 +1,6 @@
 """VMs that are clones of a booted one, and snapshots of a test's own, with both VMMs."""
 
+import functools
 import ipaddress
 import re
 import secrets
@@ -157,15 +158,23 @@ def test_a_clone_reboots_as_itself(boot):
     assert vm.status.state is VmState.READY
 
 
-def test_a_vm_that_cannot_be_a_clone_is_booted_and_says_why(boot, tmp_path):
-    seed = tmp_path / "seed.iso"
-    seed.write_bytes(bytes(1 << 20))
-    with pytest.raises(UnsupportedError, match=r"cannot be a clone: it has a seed_iso"):
-        boot(boot="clone", network="none", seed_iso=seed)
-    vm = boot(network="none", seed_iso=seed)
-    assert (vm.origin.boot, vm.origin.why) == ("cold", "it has a seed_iso")
-    with pytest.raises(UnsupportedError, match=r"cannot be saved: it has a seed_iso"):
+def test_a_vm_that_cannot_be_a_clone_is_booted_and_says_why(chvm_vm):
+    boot = functools.partial(chvm_vm, vmm="qemu", network="none", channels=["a"])
+    with pytest.raises(UnsupportedError, match=r"cannot be a clone: it has channels"):
+        boot(boot="clone")
+    vm = boot()
+    assert (vm.origin.boot, vm.origin.why) == ("cold", "it has channels")
+    with pytest.raises(UnsupportedError, match=r"cannot be saved: it has channels"):
         vm.snapshot()
+
+
+def test_clones_have_the_seed_of_the_vm_that_was_saved(boot, tmp_path):
+    seed, other = tmp_path / "seed.iso", tmp_path / "other.iso"
+    for file, text in ((seed, b"one"), (other, b"two")):
+        file.write_bytes(text + bytes((1 << 20) - 3))
+    for file, text in ((seed, "one"), (other, "two"), (seed, "one")):
+        vm = boot(boot="clone", network="none", seed_iso=file)
+        assert vm.check_output("head -c 3 /dev/vda") == text
 
 
 @pytest.mark.parametrize("form", ["raw", "qcow2"])

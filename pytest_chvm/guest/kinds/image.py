@@ -35,8 +35,8 @@ class ImageGuest(Guest):
         """Return what the built-in guest could set up in a clone too, and an image has set up in its boot."""
         why, config = None, self.config
         has_network = bool(config.networks) if config.networks is not None else network_mode != "none"
-        if config.shared_dirs or any(not disk.kind.throwaway for disk in config.all_disks):
-            why = "what it does with a seed_iso, a data_disk or shared dirs it does when it boots"
+        if config.shared_dirs or any(disk.written for disk in config.all_disks):
+            why = "what it does with a data_disk or shared dirs it does when it boots"
         elif config.netns is not None:
             why = "it is in a network namespace, which its template would not be in"
         elif has_network and config.cmdline is None:
