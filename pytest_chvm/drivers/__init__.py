@@ -21,7 +21,7 @@ def make_driver(
 ) -> VmDriver:
     """Return a driver by its VMM's name, for VMs of `host` (None: the default one).
 
-    Raises InvalidConfigError for a name that there is not.
+    Raises InvalidConfigError for an unknown name.
     """
     from importlib import import_module
 
@@ -35,8 +35,8 @@ def make_driver(
 def choose_vmm(*, accel: str = "auto", binary: Path | None = None) -> tuple[str, str]:
     """Return the VMM that "auto" means here, and why, in words.
 
-    The one that `binary` says that it is. Else the first whose `why_not` finds nothing against it; the last one otherwise, whose
-    own error then says what is missing.
+    Where `binary` is given, the VMM that its `--version` names. Otherwise the first VMM whose `why_not` has no objection, or the
+    last one, whose error then says what is missing.
     """
     if binary is not None and (named := _vmm_of(binary)) is not None:
         return named
@@ -45,7 +45,7 @@ def choose_vmm(*, accel: str = "auto", binary: Path | None = None) -> tuple[str,
         try:
             reason = make_driver(vmm, accel=accel, binary=binary).why_not()
         except InvalidConfigError as error:
-            # It has no such accelerator.
+            # This VMM does not have that accelerator.
             reason = str(error)
         if reason is None:
             return vmm, "; ".join(reasons) or "it and KVM are here"
@@ -60,7 +60,7 @@ def _vmm_of(binary: Path) -> tuple[str, str] | None:
     try:
         found = binaries.find_binary("the VMM", (), "", binary)
     except MissingRequirementError:
-        # Whoever needs it says so.
+        # The driver, which needs it, has the better error.
         return None
     program = versions.program_of(found)
     return (program, f"{binary} is {found.version}") if program in VMMS else None

@@ -45,9 +45,9 @@ class Abilities:
 
 
 class VmDriver(Protocol):
-    """A VMM. Thread-safe. A driver is a subclass, and owes what is abstract; what it does not have of the rest is refused here.
+    """A VMM. Thread-safe. A driver is a subclass and defines what is abstract; the other methods raise UnsupportedError.
 
-    What else a VMM may be able to do is a protocol of its own below, which a driver names among its bases.
+    Each further thing that a VMM may be able to do is a protocol below, which the driver names among its bases.
     """
 
     vmm: str
@@ -55,7 +55,7 @@ class VmDriver(Protocol):
 
     @abstractmethod
     def why_not(self) -> str | None:
-        """Return why this VMM is no good choice on this machine, or None where it is one."""
+        """Return why "auto" should not choose this VMM on this machine, or None where it may."""
 
     @abstractmethod
     def binary(self) -> Binary:
@@ -103,10 +103,10 @@ class VmDriver(Protocol):
 
 @runtime_checkable
 class Saves(Protocol):
-    """`snapshot` and `restore` are more than refusals: templates can be made, and clones of them."""
+    """`snapshot` and `restore` work, so that templates can be made, and clones of them."""
 
     def snapshot_key(self) -> list[str]:
-        """Return what of the VMM itself a snapshot depends on."""
+        """Return the parts of the VMM (version, firmware) that a snapshot depends on."""
 
 
 @runtime_checkable
@@ -138,16 +138,16 @@ class Describes(Protocol):
 
 @runtime_checkable
 class Watches(Protocol):
-    """The VMM says by itself what befalls the guest."""
+    """The VMM reports by itself what happens to the guest."""
 
     def event_log(self, handle: VmHandle) -> Path | None:
-        """Return the file that grows when something befalls the guest, where the VMM keeps one."""
+        """Return the file to which the VMM appends its events, where it keeps one."""
 
     def trouble(self, handle: VmHandle) -> VmError | None:
-        """Return what befell the guest that the test must be told of, as far as the VMM has said so."""
+        """Return the first error that the VMM has reported of the guest (panic, reboot, full disk), or None."""
 
     def run_state(self, handle: VmHandle) -> str | None:
-        """Return in the VMM's words what the guest does where it does not run; None where it runs."""
+        """Return the run state in the VMM's words where the guest is not running; None where it runs."""
 
 
 @runtime_checkable
@@ -155,13 +155,13 @@ class Reboots(Protocol):
     """A guest can start again in the same VMM."""
 
     def allow_reboot(self, handle: VmHandle, shares: Sequence[ServedShare]) -> tuple[VmHandle, list[ServedShare]]:
-        """Let the next reboot of the guest be one, where it would otherwise be the VMM's end, or trouble.
+        """Allow the next reboot of the guest, which would otherwise end the VMM or count as an error.
 
         Returns the handle from then on, and who serves the shared dirs, `shares` until now.
         """
 
     def settle(self, handle: VmHandle) -> None:
-        """Take what befell the guest so far for dealt with: it is up, and its next reboot is trouble again."""
+        """Treat all that has happened to the guest so far as handled; its next reboot is an error again."""
 
 
 @runtime_checkable
@@ -232,7 +232,7 @@ class AbleDriver(
     PowerButton,
     Protocol,
 ):
-    """All of them."""
+    """A driver with every ability."""
 
 
 SAVE = "save a VM, or start a saved one"
@@ -242,7 +242,7 @@ IN_WORDS: dict[type, str] = {
     Console: "give a guest a virtio console, which commands and files go over",
     Channels: "give a guest virtio-serial ports (channels)",
     Describes: "be asked about a VM",
-    Watches: "say what befalls a guest",
+    Watches: "report what happens to a guest",
     Reboots: "have a guest start again",
     Plugs: "plug devices in and out",
     Resizes: "change processors or memory of a guest that runs",

@@ -25,9 +25,9 @@ ROOT_FILE = "root.qcow2"
 class BootOptions:
     """What a boot has beside the VM's config.
 
-    `lease`: where the caller has leased the VM's networks already. `console`: the guest is to have a virtio console, for the shell.
+    `lease`: the caller's, where it has leased the VM's networks already. `console`: the guest has a virtio console, for the shell.
     `nonce`: what the ready line must have after the IP. `template_dir`: the memory is a file there, and so is what the VM writes to
-    its root disk, so that a snapshot in that directory need not copy them. `snapshots`: below which snapshots of the VM will be.
+    its root disk, so that a snapshot in that directory need not copy them. `snapshots`: where snapshots of the VM will be.
     `restore_timeout_s`: how long a restore may take until the VM runs. `checked`: the caller has asked `preflight` already.
     """
 
@@ -80,7 +80,7 @@ class Boot:
 
 @dataclass(frozen=True)
 class VmmCommand:
-    """A VMM's arguments: `machine` is what a person types to repeat it, `control` is for us to talk to it.
+    """A VMM's arguments: `machine` is what a person would type to start the same VM, `control` adds the sockets for this package.
 
     `prints_console`: the serial console is its standard output. `event_log` is what it writes its events to.
     """

@@ -15,7 +15,7 @@ from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirement
 from pytest_chvm.model import ROOT, SEED, VmConfig, VmDisk
 
 QCOW2_MAGIC = b"QFI\xfb"
-# Incompatible features of an image (QEMU's docs/interop/qcow2.txt): its refcounts may be wrong; its data is not in it.
+# Incompatible feature bits (QEMU's docs/interop/qcow2.txt): dirty (refcounts may be wrong), external data file.
 DIRTY, DATA_IN_ANOTHER_FILE = 1, 4
 OVERLAY_TIMEOUT_S = 30.0
 # An overlay goes elsewhere than to the disk only where the disk has less.
@@ -47,7 +47,7 @@ def data_format(image: Path) -> str:
 
 
 def backing_files(image: Path) -> list[Path]:
-    """Return the files that a qcow2 image stands on, the nearest first; none for another image.
+    """Return the backing files of a qcow2 image, the nearest first; none for another format.
 
     QEMU's docs/interop/qcow2.txt: at byte 8 where the name is, at byte 16 how long; a relative one is beside the image.
     """
@@ -65,7 +65,10 @@ def backing_files(image: Path) -> list[Path]:
 
 
 def plain_images(image: Path) -> list[Path]:
-    """Return an image and those it stands on; raises UnsupportedError where one is not a file that holds all of it, OSError."""
+    """Return an image and its backing files.
+
+    Raises UnsupportedError where one is not a plain file that holds all of its data, OSError where one cannot be read.
+    """
     images = [image, *backing_files(image)]
     if len(images) > LONGEST_CHAIN and backing_files(images[-1]):
         raise UnsupportedError(f"{str(image)!r} stands on more than {LONGEST_CHAIN} images")
@@ -144,7 +147,7 @@ def _free(place: Path) -> int:
 def check_was_closed(overlay: Path) -> None:
     """Raise UnsupportedError where a VMM did not close an overlay, so that what it knew of it is lost.
 
-    Cloud Hypervisor has an image dirty while it writes, and QEMU, which has everything in the file when a VM is paused, never.
+    Cloud Hypervisor marks an image dirty while it writes to it; QEMU never does, and has all in the file when a VM is paused.
     """
     if _incompatible_features(overlay) & DIRTY:
         raise UnsupportedError(f"the VMM has not written all of the disk {str(overlay)!r}")

@@ -1,6 +1,6 @@
-"""What a VMM says of its guest, in a file that it appends JSON objects to: read as it grows, judged by each driver's own rules.
+"""A VMM's event log, a file to which it appends JSON objects: read as it grows, and judged by each driver's rules.
 
-The events are the VMM's own, but the guest decides how many there are: reading is bounded.
+The VMM writes the events, but the guest decides how many: what is read at once is bounded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pytest_chvm.errors import VmError
 
 logger = logging.getLogger("pytest_chvm")
 
-# What stands for events that were dropped, which is what a hole is read as: see host/logbound.py.
+# What a hole in the log is read as, where events were dropped: see host/keeper/logbound.py.
 DROPPED = "\0"
 # An event is a few hundred bytes; a longer one is not waited for.
 LONGEST_EVENT = 1 << 16
@@ -26,7 +26,7 @@ LONGEST_EVENT = 1 << 16
 
 @dataclass
 class EventReader:
-    """Reads one VM's events; `trouble` is what a test must be told of, once seen."""
+    """Reads one VM's events; `trouble` is the first error that the test must be told of."""
 
     vm_name: str
     path: Path
@@ -56,14 +56,14 @@ class EventReader:
         return os.pread(fd, LONGEST_EVENT, start)
 
     def settle(self) -> None:
-        """Take what befell the guest so far for dealt with: it is up, and nobody expects a reboot any more."""
+        """Treat all that has happened to the guest so far as handled; no reboot is expected any more."""
         self.read()
         self.expected_reboots, self.trouble = 0, None
 
     def _take(self, text: str) -> None:
         decoder = json.JSONDecoder()
         if DROPPED in text:
-            # No event is begun until a line does: the VMM's are objects of one line, or indented.
+            # Events are objects of one line, or indented: the next one begins with a line that begins with a brace.
             before, found, rest = text.rpartition(DROPPED)[2].partition("\n{")
             text = f"{{{rest}" if found else DROPPED + before[-1:]
         text = text.lstrip()

@@ -1,7 +1,6 @@
-"""Disk images as files: telling before the start what is no disk that a VM can have.
+"""Checks of disk image files before a VM is started.
 
-What an image says of itself may be anything: every field is checked before it is followed, and nothing but InvalidConfigError is
-raised.
+An image may be malformed on purpose: every field is checked before it is used, and only InvalidConfigError is raised.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pytest_chvm.model import ROOT, SEED, DiskKind, VmDisk
 SECTOR = 512
 # How much of a file is looked at to tell what it is.
 HEAD = 1 << 16
-# By how a file begins, or what it has at a place, and what it is; none of them is a disk as it is.
+# Formats that are refused: the offset of the magic bytes, the bytes, and the format's name.
 FORMATS = (
     (0x40, b"\x7f\x10\xda\xbe", "a VirtualBox image (vdi)"),
     (0, b"KDMV", "a VMware image (vmdk)"),
@@ -43,14 +42,14 @@ LONGEST_CHAIN = 64
 # Backing files that are no files: "nbd://", "json:{...}".
 PROTOCOL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*:")
 
-# In no text, and in the first sectors of any disk.
+# Control characters: no text has them, and the first sectors of any disk do.
 CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
 def check_disk(disk: VmDisk) -> None:
-    """Raise InvalidConfigError where a file is no disk of its kind that a VM can have.
+    """Raise InvalidConfigError where a file cannot be used as a disk of its kind.
 
-    A disk that is all zeros is one: somebody is about to format it.
+    A disk that is all zeros is accepted: the guest may be about to format it.
     """
     try:
         if stat.S_ISBLK(disk.image.stat().st_mode):
@@ -80,7 +79,7 @@ def _check_chain(disk: VmDisk) -> None:
 
 
 def _check_one(disk: VmDisk, image: Path) -> Path | None:
-    """Look at one file, the disk's image or one that it stands on; returns the one that this stands on."""
+    """Check one file, the disk's image or a backing file; returns its own backing file, if any."""
     what = str(disk) if image == disk.image else f"{disk} stands on {str(image)!r}, which"
     with image.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -89,7 +88,7 @@ def _check_one(disk: VmDisk, image: Path) -> Path | None:
         if disk.kind is SEED:
             raise InvalidConfigError(f"{what} is a qcow2 image: expected an ISO")
         return _check_qcow2(what, image, head, size)
-    # What is below an image may be of any format that QEMU knows.
+    # A backing file may be of any format that QEMU knows.
     if image == disk.image:
         _check_raw(what, disk, head, size)
     return None
@@ -101,7 +100,7 @@ def _check_raw(what: str, disk: VmDisk, head: bytes, size: int) -> None:
         if head[place : place + len(magic)] == magic:
             raise InvalidConfigError(f"{what} is {name}: run 'qemu-img convert -O qcow2 {image} DISK.qcow2', and name that")
     for magic, (name, tool) in PACKED.items():
-        # What a guest writes to its disk is its own affair, also where it is an archive.
+        # A guest may write an archive to the start of its own disk.
         if head.startswith(magic) and (not disk.written or image.name.endswith(SUFFIXES[name]) or size % SECTOR):
             raise InvalidConfigError(f"{what} is packed with {name}: run '{tool}' on it, and name what comes out")
     if size < SECTOR or size % SECTOR:
@@ -126,7 +125,7 @@ def _check_root(what: str, _image: Path, head: bytes) -> None:
         raise InvalidConfigError(f"{what} is a text{_in_words(head)}: expected a raw or qcow2 disk image")
 
 
-# What a raw image of a kind has to be beside a disk.
+# Further checks of raw images, by kind of disk.
 FURTHER_CHECKS: dict[DiskKind, Callable[[str, Path, bytes], None]] = {ROOT: _check_root, SEED: _check_seed}
 
 
@@ -135,7 +134,7 @@ def _is_seed(image: Path, head: bytes) -> bool:
         file.seek(ISO_MAGIC_AT)
         if file.read(len(ISO_MAGIC)) == ISO_MAGIC:
             return True
-    # What else it may be, the guest knows.
+    # Any other file system is the guest's to understand.
     return any(head[at : at + len(magic)] == magic for at, magic in FAT_MAGIC) or CONTROL.search(head) is not None
 
 
@@ -165,7 +164,7 @@ class _Qcow2:
 
 
 def _check_qcow2(what: str, image: Path, head: bytes, size: int) -> Path | None:
-    """Look at a qcow2's header and how far it says that its file goes; returns the file that it stands on."""
+    """Look at a qcow2's header and the size of its file; returns its backing file."""
     cut_off = InvalidConfigError(f"{what} is a qcow2 image that is cut off, at {size} bytes: copy or download it again")
     if len(head) < 72:
         raise cut_off
@@ -173,7 +172,7 @@ def _check_qcow2(what: str, image: Path, head: bytes, size: int) -> Path | None:
     if header.version < 2:
         raise InvalidConfigError(f"{what} is a qcow image of version {header.version}: run 'qemu-img convert -O qcow2' on it")
     if header.version > 3:
-        # That of a later qemu-img, which then says what is wrong with it.
+        # A version of a later qemu-img, which then says what is wrong with it.
         return None
     if not 9 <= header.cluster_bits <= 21:
         raise InvalidConfigError(
@@ -200,7 +199,7 @@ def _last_cluster(image: Path, header: _Qcow2, head: bytes) -> int:
     cluster = 1 << header.cluster_bits
     with image.open("rb") as file:
         file.seek(header.refcounts_offset)
-        # A table of 8 MiB is for more than any disk here has.
+        # A refcount table of 8 MiB would be of a larger disk than any here.
         table = file.read(min(header.refcounts_clusters * cluster, 8 << 20))
         entries = len(table.rstrip(b"\0")) + 7 >> 3
         if entries == 0:
@@ -213,7 +212,7 @@ def _last_cluster(image: Path, header: _Qcow2, head: bytes) -> int:
         file.seek(block_at)
         block = file.read(cluster)
     if len(block) < cluster:
-        # Not even this is there.
+        # The file ends before its own table.
         return 1 << 62
     counts_before = (entries - 1) * cluster * 8 >> order
     used = len(block.rstrip(b"\0"))

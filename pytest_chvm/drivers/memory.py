@@ -25,7 +25,7 @@ def copied_to_memory(file: Path) -> int:
     try:
         copy_sparse(file, copy)
     except BaseException:
-        # As large as the guest's memory is, and nobody else knows of it.
+        # It is as large as the guest's memory, and nothing else would close it.
         os.close(copy)
         raise
     return copy
@@ -50,7 +50,7 @@ def copy_data(file: Path, copy: Path) -> None:
             while position < end:
                 sent = os.sendfile(target.fileno(), source.fileno(), position, end - position)
                 if sent == 0:
-                    # It was cut while it was read.
+                    # The file was truncated meanwhile.
                     break
                 position += sent
 

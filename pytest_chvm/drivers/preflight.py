@@ -1,4 +1,4 @@
-"""Whether this host has what a VM asks for: looked at before anything is started."""
+"""Checks, before anything is started, that this host has what a VM asks for."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pytest_chvm.host.namespaces import check_netns
 from pytest_chvm.host.virtiofsd import check_shared_dir
 from pytest_chvm.model import VmConfig
 
-# An empty log can be made on a full disk; the guest's ready line would then never get there.
+# An empty log can be made on a full disk, but the guest's ready line could not be written to it.
 LEAST_LOG_SPACE = 64 << 10
-# A machine of either VMM has room for so many; more need other interrupt controllers than they have by default.
+# Neither VMM's default interrupt controller takes more.
 MOST_CPUS = 254
 
 
@@ -62,7 +62,7 @@ def _check_file(key: str, path: Path) -> None:
 
 
 def _check_size(config: VmConfig) -> None:
-    # VMMs overcommit processors, and not memory.
+    # VMMs overcommit processors, but not memory.
     if config.cpus > MOST_CPUS:
         raise InvalidConfigError(f"cpus={config.cpus}, and the host has {os.cpu_count()}: a VM can have {MOST_CPUS} at most")
     host_mb = memory_limit() >> 20

@@ -74,7 +74,7 @@ class VmmProcess:
             return self._start(config, build, mine, options, restoring, fds)
         except BaseException as error:
             self.host.names.free(config.namespace, config.name, None)
-            # With those it had started: they name the lease in their arguments.
+            # Whatever was started meanwhile names the lease in its arguments, by which it is found and ended.
             failures = records.remove_lease(mine.directory) if mine is not None else []
             for failure in failures:
                 logger.error("%s: left behind by a failed boot: %s", config.name, failure)
@@ -84,7 +84,7 @@ class VmmProcess:
                 raise HostError(f"VM {config.name!r} could not be started: {error}", vm_name=config.name) from error
             raise
         finally:
-            # The VMM has its own by now, or there is none: a clone's memory is among them.
+            # The VMM has inherited its copies, or was not started. A clone's memory is among them.
             for fd in fds:
                 os.close(fd)
 
@@ -158,7 +158,7 @@ class VmmProcess:
         failures = []
         try:
             killed = end_process(handle.process, self.programs, term_timeout_s=term_timeout_s, kill_timeout_s=KILL_TIMEOUT_S)
-            # A handle of another process's is only told of a VMM that outlives SIGKILL.
+            # For a handle of another process a failure is only that its VMM outlives SIGKILL.
             if killed and term_timeout_s > 0 and handle.machine_id in self._booted_here:
                 failures.append(f"the VMM (pid {handle.process.pid}) ignored SIGTERM for {term_timeout_s:g} s and was killed")
         except StateFailedError as error:
@@ -232,7 +232,7 @@ def _end_sidecars(handle: VmHandle) -> list[str]:
 
 
 def _memory_of(boot: Boot) -> Memory | None:
-    """Return the file that a VM's memory is, where it is one: a template's is made, a clone's is the saved one."""
+    """Return the file that backs a VM's memory, if any: a new one for a template, the saved one for a clone."""
     if boot.restoring is not None:
         return _restored_memory(boot, boot.restoring)
     if boot.options.template_dir is None:
@@ -256,7 +256,7 @@ def _restored_memory(boot: Boot, snapshot: Path) -> Memory | None:
 
 
 def _start_log(log: Path, config: VmConfig, earlier: Path | None = None) -> None:
-    # An old marker must never count; the VMM appends, or truncates again.
+    # A ready line of an earlier VM must not count. The VMM appends, or truncates the file again.
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(earlier.read_bytes() if earlier is not None and earlier.exists() else b"")

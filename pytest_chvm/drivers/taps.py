@@ -1,4 +1,4 @@
-"""The TAPs of a VM that is booted: those that are there, and those that are made for it."""
+"""The TAPs of a VM that is booted: existing ones, and those that are made for it."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class VmConfig:
     Paths are `str` or `os.PathLike` in, `Path` out. `memory_mb` is MiB. Raises InvalidConfigError for a
     value that can never be right; files are looked at when the VM is started.
 
-    A field that is as by default is one that was not given: to `launch` and `chvm_vm` its value then comes from the marker, the
-    options or the test's name. What is to be as by default whatever those say is an argument beside it: `launch(config, cpus=1)`.
+    A field that has its default value counts as not given: `launch` and `chvm_vm` then take the value from the marker, the options
+    or the test's name. To insist on a default value, give it as an argument: `launch(config, cpus=1)`.
 
     `root="host"`, or a `HostRoot`: the guest's root is the host's, read-only, below a layer that goes with the VM.
     `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
@@ -180,7 +180,7 @@ class VmConfig:
         return tuple(VmDisk(kind, image) for kind, image in named if image is not None)
 
     def given(self) -> dict[str, Any]:
-        """Return the fields that say something, by name: those that are not as by default. The rest is for others to say."""
+        """Return the fields that differ from their defaults, by name."""
         return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
 
     def replace(self, **changes: Unpack[ConfigArguments]) -> VmConfig:

@@ -1,7 +1,4 @@
-"""The kinds of disk that a VM has, and what follows from each.
-
-A kind is a `DiskKind` here. What is looked at in its image before the start is in `drivers/images.py`.
-"""
+"""The kinds of disk that a VM has, each a `DiskKind`. The checks of their images are in `drivers/images.py`."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ class DiskKind:
 
 ROOT = DiskKind("root_disk", "root", throwaway=True)
 SEED = DiskKind("seed_iso", "seed", read_only=True)
-# Of the built-in guest it is the first disk.
+# For the built-in guest this is the first disk.
 DATA = DiskKind("data_disk", "data", guest_word="chvm.disk=/dev/vda")
 # In the order in which a guest sees them.
 DISK_KINDS = (ROOT, SEED, DATA)

@@ -108,7 +108,7 @@ class UserNetwork:
 
     @property
     def reaches_host(self) -> bool:
-        """And beyond it what the host reaches."""
+        """Whether the guest reaches the host, and what the host reaches."""
         return self.outbound
 
 

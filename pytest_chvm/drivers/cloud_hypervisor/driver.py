@@ -67,7 +67,7 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
         self._binary = binary
         self._process = VmmProcess(self, ("cloud-hypervisor",), virtiofsd, host or default_host())
         self._monitors: dict[str, EventMonitor] = {}
-        # Of clones, until they are asked for.
+        # The PTYs of clones, until the console is opened.
         self._consoles: dict[str, int] = {}
 
     def binary(self) -> Binary:
@@ -80,7 +80,7 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
         return found
 
     def why_not(self) -> str | None:
-        """Return why Cloud Hypervisor is no choice on this machine."""
+        """Return why "auto" should not choose Cloud Hypervisor on this machine."""
         reason = why_no_kvm()
         if reason is not None:
             return f"no usable KVM: {reason}"
@@ -91,7 +91,7 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
         return None
 
     def snapshot_key(self) -> list[str]:
-        """Return what of Cloud Hypervisor a snapshot depends on."""
+        """Return the parts of Cloud Hypervisor that a snapshot depends on."""
         return [self.vmm, *binary_key(self.binary())]
 
     def failure_hint(self) -> str | None:
@@ -121,7 +121,7 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
         machine += ["--serial", f"file={_quoted(boot.serial_log)}", "--console", "pty" if boot.options.console else "off"]
         for share, path in zip(config.shared_dirs, boot.share_sockets, strict=True):
             machine += ["--fs", f"tag={share.tag},socket={_quoted(path)},num_queues=1,queue_size=512"]
-        # The guest's panic is an event then.
+        # With it the guest's panic is an event.
         control = [*self._control(boot), *(["--pvpanic"] if boot.options.console else [])]
         if ch_landlock.is_confined(boot):
             rules = [f"path={_quoted(path)},access={access}" for path, access in ch_landlock.rules(boot, taps)]
@@ -299,7 +299,7 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
         return self._process.renew_sidecars(handle, shares)
 
     def settle(self, handle: VmHandle) -> None:
-        """Take what befell the guest so far for dealt with."""
+        """Treat all that has happened to the guest so far as handled."""
         self._monitor(handle).settle()
 
     def run_state(self, handle: VmHandle) -> str | None:
@@ -308,11 +308,11 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
         return None if state in ("Running", None) else str(state)
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
-        """Save a paused VM's state and memory to a directory that is there and empty, but for the memory; disks are not saved."""
+        """Save a paused VM's state and memory to an existing directory, empty but for a memory file; disks are not saved."""
         self._call(handle, "vm.snapshot", {"destination_url": f"file://{directory}"})
         memory = directory / MEMORY_FILE
         if not memory.exists() and handle.process is not None:
-            # It does not save what it shares with others: the copy of its own that a VM with shared dirs has.
+            # Cloud Hypervisor does not save shared memory, which a VM with shared dirs has (a copy of its own).
             shared = inherited_memory(handle.process.pid)
             if shared is not None:
                 with memory.open("xb") as file:

@@ -1,4 +1,4 @@
-"""Cloud Hypervisor's event monitor: what it says of the guest, read as it says it.
+"""Reading what Cloud Hypervisor's event monitor reports of the guest.
 
 JSON objects separated by blank lines, each with `timestamp`, `source`, `event` and `properties`
 (event_monitor/src/lib.rs).
@@ -30,7 +30,7 @@ class EventMonitor(EventReader):
         if what in (("vm", "booted"), ("vm", "restored")):
             self._booted = True
         elif what == ("vm", "shutdown") and not self._booted:
-            # Of a boot that failed, which the VMM's own end tells better.
+            # A failed boot: the end of the VMM, which follows, says more.
             return
         elif what == ("vm", "rebooting") and self.expected_reboots:
             self.expected_reboots -= 1

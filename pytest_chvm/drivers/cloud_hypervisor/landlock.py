@@ -1,6 +1,6 @@
 """Landlock for Cloud Hypervisor: the kernel keeps the VMM to the files that its VM has.
 
-It adds the paths of its own configuration itself (vmm/src/vm_config.rs); what it opens beyond them is said here.
+It allows the paths of its configuration itself (vmm/src/vm_config.rs); the others that it opens are listed here.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def landlock_abi() -> int:
 
 
 def is_confined(boot: Boot) -> bool:
-    """Tell whether a VM's VMM is confined: what will be plugged in later, from wherever, cannot be told it now.
+    """Tell whether a VM's VMM is confined: not where devices may be plugged in later, whose paths are not known yet.
 
-    Nor where a template will be when it is finished.
+    Nor for a template, whose final place is not known.
     """
     is_template = boot.memory is not None and boot.restoring is None
     return not boot.config.hotplug and not is_template and landlock_abi() >= NEEDED_ABI

@@ -22,7 +22,7 @@ CONFIG, STATE, MEMORY = "config.json", "state.json", "memory-ranges"
 
 
 def make_source(boot: Boot, snapshot: Path, source: Path, taps: Sequence[AttachedTap]) -> None:
-    """Make the directory that a VM is restored from: the snapshot's files, and a configuration with this VM's own ends.
+    """Make the directory that a VM is restored from: the snapshot's files, and a configuration with this VM's own devices.
 
     Raises HypervisorError where the snapshot cannot be read or has other NICs than this VM.
     """
@@ -60,9 +60,9 @@ def _rewrite(config: dict[str, Any], boot: Boot, taps: Sequence[AttachedTap]) ->
     for zone in config["memory"].get("zones") or []:
         file, shared = (boot.memory.path, boot.memory.shared) if boot.memory else (None, boot.config.hotplug)
         zone.update(file=file, shared=shared)
-    # A file it would empty, and the log has the boot of the VM that was saved.
+    # It would truncate a file, and the log begins with the boot of the saved VM.
     config["serial"].update(mode="Tty", file=None)
-    # Made anew, as a PTY is.
+    # It makes a new PTY.
     config["console"]["file"] = None
     # The socket is in the run directory of the VM that was saved.
     config["vsock"] = None

@@ -56,7 +56,7 @@ def _multicast_netdev(network: Network, name: str) -> str:
     return f"socket,id={name},mcast={network.multicast},localaddr=127.0.0.1"
 
 
-# Of each kind of network that is not a TAP by now.
+# The kinds of network that need no TAP.
 NETDEVS: dict[type, Callable[[Any, str], str]] = {UserNetwork: _user_netdev, Network: _multicast_netdev}
 
 

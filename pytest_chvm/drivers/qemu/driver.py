@@ -32,7 +32,7 @@ from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmState, VmStatus
 PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
 INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
 SYSTEM_CALLS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-# Asked when something else has taken too long already.
+# The VMM is asked when something else has taken too long already.
 RUN_STATE_TIMEOUT_S = 2.0
 # A number that differs in a clone: its kernel (CONFIG_VMGENID, Linux 5.18 and newer) then reseeds itself before it draws another
 # random number. Kernels without that driver are reseeded by `guest/renewal.py` alone.
@@ -51,7 +51,7 @@ class QemuDriver(AbleDriver):
         cpu_models=True,
         live_root_disk=True,
         spare_slots=devices.SPARE_PORTS,
-        # It drops what does not fit into the socket's buffer.
+        # QEMU drops what does not fit into the socket's buffer.
         console_piece=1 << 15,
     )
 
@@ -81,7 +81,7 @@ class QemuDriver(AbleDriver):
         return None
 
     def snapshot_key(self) -> list[str]:
-        """Return what of QEMU a snapshot depends on."""
+        """Return the parts of QEMU that a snapshot depends on."""
         binary = self.binary()
         accel = "kvm" if self._uses_kvm() else "tcg"
         return [
@@ -129,7 +129,7 @@ class QemuDriver(AbleDriver):
             machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
             shown[f",vhostfd={number}"] = ""
         machine += [word for file in disk_files(boot) for word in arguments.disk(file)]
-        # A clone's are plugged in before it goes on.
+        # A clone's shared dirs are plugged in before it goes on.
         machine += arguments.shares(boot) if boot.restoring is None else []
         control = ["-incoming", "defer", "-S"] if boot.restoring is not None else []
         control += ["-chardev", f"socket,id=qmp,fd={boot.add_listener('qmp.sock')},server=on,wait=off"]
@@ -216,7 +216,7 @@ class QemuDriver(AbleDriver):
         return None if handle.run_dir is None else qemu_events.event_log(handle.run_dir)
 
     def trouble(self, handle: VmHandle) -> VmError | None:
-        """Return a disk of the host's that is full, or the first reboot, shutdown or panic that nobody asked for."""
+        """Return the error of a full disk of the host, or of the first reboot, shutdown or panic that nobody asked for."""
         events = self._events_of(handle)
         trouble = events.read()
         if trouble is None and events.stopped_by is not None:
@@ -300,13 +300,13 @@ class QemuDriver(AbleDriver):
         self._qmp(handle, ("system_powerdown", {}))
 
     def allow_reboot(self, handle: VmHandle, shares: Sequence[ServedShare]) -> tuple[VmHandle, list[ServedShare]]:
-        """Let the guest's next reboot be one; without it `-no-reboot` ends QEMU."""
+        """Allow the guest's next reboot, at which `-no-reboot` would otherwise end QEMU."""
         self._events_of(handle).expected_reboots += 1
         self._qmp(handle, ("set-action", {"reboot": "reset"}))
         return handle, list(shares)
 
     def settle(self, handle: VmHandle) -> None:
-        """Take what befell the guest so far for dealt with; its next reboot ends QEMU again."""
+        """Treat all that has happened to the guest so far as handled; its next reboot ends QEMU again."""
         self._qmp(handle, ("set-action", {"reboot": "shutdown"}))
         self._events_of(handle).settle()
 
@@ -358,7 +358,7 @@ class QemuDriver(AbleDriver):
 
 
 def _channel_socket(name: str) -> str:
-    # Of one length whatever the name, so that the path fits into a socket's address.
+    # Of fixed length, so that the path fits into a socket's address whatever the name.
     return f"channel-{hashlib.sha256(name.encode()).hexdigest()[:8]}.sock"
 
 

@@ -43,14 +43,14 @@ def session(
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Whose timeouts pass while a test's clock is frozen, and which is of no policy of a test's."""
+    """An event loop whose timeouts pass while a test's clock is frozen, whatever loop policy the test has set."""
 
     def time(self) -> float:
         return monotonic_s()
 
 
 class _InThread:
-    """A coroutine that runs in a thread of its own: the test's may have an event loop running."""
+    """A coroutine that runs in a thread of its own, since the test's thread may have a running event loop."""
 
     def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
         self._work = work
@@ -80,10 +80,10 @@ class _InThread:
         finally:
             self._given_up = True
             if self._task is not None and not self._done.done():
-                # It may end just now.
+                # The loop may end at this moment.
                 with suppress(RuntimeError):
                     self._task.get_loop().call_soon_threadsafe(self._task.cancel)
-            # What it was given, descriptors for one, is the caller's to close.
+            # Descriptors that it was given are the caller's to close.
             self._thread.join(CANCELLED_TIMEOUT_S)
 
 

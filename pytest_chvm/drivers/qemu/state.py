@@ -17,7 +17,7 @@ from pytest_chvm.drivers.keys import file_key
 from pytest_chvm.drivers.qemu import qmp
 from pytest_chvm.errors import HypervisorError
 
-# What is done with a QMP client.
+# A piece of work with a QMP client.
 Work = Callable[[Any], Awaitable[None]]
 
 SAVE_TIMEOUT_S = 60.0
@@ -25,13 +25,13 @@ SAVE_TIMEOUT_S = 60.0
 MAX_BANDWIDTH = 1 << 40
 
 
-# What a machine of ours is loaded with beside its kernel; parts of a package of their own (seabios), which is updated by itself.
+# The firmware that our machines load, from a package of its own (seabios) that is updated independently.
 FIRMWARE = ("bios-256k.bin", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin")
 LIST_TIMEOUT_S = 10.0
 
 
 def firmware_key(binary: Path) -> list[str]:
-    """Return what tells the firmware that a QEMU loads from another, of which a state cannot be loaded."""
+    """Return the identity of the firmware that a QEMU loads: a state saved with another cannot be loaded."""
     places = [Path(place) for place in _firmware_places(binary)]
     found = [next((place / name for place in places if (place / name).is_file()), None) for name in FIRMWARE]
     return [word for file in found if file is not None for word in file_key(file)]
@@ -43,7 +43,7 @@ def _firmware_places(binary: Path) -> tuple[str, ...]:
     try:
         done = subprocess.run([binary, "-L", "help"], capture_output=True, timeout=LIST_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        # Whoever starts it learns why.
+        # The error of starting it says more.
         return ()
     return tuple(os.fsdecode(line) for line in done.stdout.splitlines())
 
@@ -90,7 +90,7 @@ def _migrate(
                 await client.execute(command, {"uri": "fd:state"})
                 event = await qmp.next_event(client, ended)
             if command == "migrate":
-                # The event comes a moment before QEMU lets the VM go, `cont` is refused until then, and nothing tells of it:
+                # The event comes a moment before QEMU accepts `cont`, and there is no event for that:
                 # QEMU's own tests ask as well (`wait_migration` of its iotests).
                 while (await client.execute("query-status"))["status"] == "finish-migrate":
                     pass

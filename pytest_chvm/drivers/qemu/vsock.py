@@ -29,7 +29,7 @@ def why_no_vsock() -> str | None:
     try:
         os.close(os.open(NODE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        # There is a node for the kernel to load the driver at, and no driver.
+        # The device node exists, but the kernel has no such driver.
         return f"{NODE} cannot be opened ({error.strerror}): run 'modprobe vhost_vsock'"
     return None
 
@@ -42,7 +42,7 @@ def open_device(vm_name: str) -> tuple[int, int] | None:
     try:
         fd = os.open(NODE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        # There is a node for the kernel to load the driver at, and no driver.
+        # The device node exists, but the kernel has no such driver.
         return None
     for _attempt in range(ATTEMPTS):
         cid = FIRST_CID + random_below(LAST_CID - FIRST_CID + 1)
@@ -50,7 +50,7 @@ def open_device(vm_name: str) -> tuple[int, int] | None:
             fcntl.ioctl(fd, VHOST_VSOCK_SET_GUEST_CID, struct.pack("=Q", cid))
             return fd, cid
         except OSError:
-            # Another VM has it.
+            # Another VM has this CID.
             continue
     os.close(fd)
     raise HostError(f"VM {vm_name!r}: {NODE} gave it none of {ATTEMPTS} CIDs", vm_name=vm_name)
