@@ -15,6 +15,8 @@ _HOMES = {
     "launch": "machine.launcher",
     "Vm": "machine.vm",
     "VmFactory": "plugin.factory",
+    "GuestProcess": "machine.process",
+    "GuestOutput": "machine.process",
     "Snapshot": "machine.snapshot",
     "Device": "machine.device",
     **dict.fromkeys(("ConfigArguments", "VmArguments"), "model.arguments"),

@@ -107,4 +107,4 @@ class GuestCommandError(GuestError):
 
 
 class CommandTimeoutError(GuestCommandError, TimeoutError):
-    """A command in the guest passed its deadline; it and all it started were killed."""
+    """A command in the guest passed its deadline; where `run` waited for it, it and all it started were killed."""

@@ -20,7 +20,7 @@ if [ -e /lib/chvm/root.fstab ]; then
     mount -t tmpfs -o mode=0755,size=80% layer /host/layer
     mkdir /host/layer/upper /host/layer/work
     touch /lib/chvm/root.ns
-    export chvm_sh='nsenter --mount=/lib/chvm/root.ns /bin/sh'
+    export chvm_sh='/usr/bin/nsenter --mount=/lib/chvm/root.ns /bin/sh'
 fi
 
 ifconfig lo 127.0.0.1 up

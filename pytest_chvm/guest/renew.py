@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import struct
 
+from pytest_chvm.guest import elf
+
 SEED_SIZE = 32
-LOAD_ADDRESS = 0x400000
 # The host's line begins with a token of so many characters.
 TOKEN_SIZE = 32
 AWAY = b"-".ljust(TOKEN_SIZE + 6) + b"\n"
@@ -30,13 +31,8 @@ CODE = bytes.fromhex(
 
 
 def program() -> bytes:
-    """Return the program, a static x86-64 executable (elf(5))."""
-    header_size = 64 + 56
-    size = header_size + len(CODE)
-    identity = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
-    header = identity + struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, LOAD_ADDRESS + header_size, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, LOAD_ADDRESS, LOAD_ADDRESS, size, size, 0x1000)
-    return header + segment + CODE
+    """Return the program, a static x86-64 executable."""
+    return elf.executable(CODE)
 
 
 def call(token: str) -> bytes:

@@ -31,8 +31,10 @@ UNPLUGGED = "unplugged"  # id, device
 READY = "ready"  # ip
 # Of these, `error` is the name of the exception where one was raised.
 COMMAND = "command"  # command, returncode, duration_s, error
+POPEN = "popen"  # command, duration_s (of its start), error
 PUT = "put"  # source, destination, duration_s, error
 GET = "get"  # source, destination, duration_s, error
+PROCESS_ENDED = "process ended"  # command, returncode, duration_s; of a popen's, when the test has heard of it
 SNAPSHOT = "snapshot"  # duration_s, error
 CLONE = "clone"  # name of the clone
 PAUSED = "paused"
@@ -45,7 +47,9 @@ ENDED = "ended"  # how
 
 # Of a text, how many characters are kept.
 LONGEST_TEXT = 2000
-# Commands, puts and gets are no longer written to a file of this size, and nothing is to one twice as large.
+# The kinds of which a test may have very many.
+FREQUENT = (COMMAND, POPEN, PUT, GET, PROCESS_ENDED)
+# Those are no longer written to a file of this size, and nothing is to one twice as large.
 LARGEST_FILE = 4 << 20
 # Of more events than this the first ones and the latest are kept in memory.
 MOST_EVENTS, FIRST_EVENTS = 10_000, 100
@@ -106,7 +110,7 @@ class EventLog:
             self._events.append(event)
             if len(self._events) > MOST_EVENTS:
                 del self._events[FIRST_EVENTS : MOST_EVENTS // 2]
-            if self._fd is None or self._size + len(line) > (LARGEST_FILE if kind in (COMMAND, PUT, GET) else 2 * LARGEST_FILE):
+            if self._fd is None or self._size + len(line) > (LARGEST_FILE if kind in FREQUENT else 2 * LARGEST_FILE):
                 return
             try:
                 written = os.write(self._fd, line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field, replace
@@ -13,8 +12,9 @@ from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.text import read_tail, shown_outputs
 from pytest_chvm.drivers.base import AbleDriver, VmDriver
 from pytest_chvm.drivers.boot import CONSOLE_FILE
-from pytest_chvm.errors import CommandTimeoutError, GuestCommandError, VmError, VmIOError
-from pytest_chvm.guest.channels import Channel, Line, open_channel
+from pytest_chvm.errors import CommandTimeoutError, GuestCommandError, UnsupportedError, VmError, VmIOError
+from pytest_chvm.guest.channels import Channel, Line, Process, StartingChannel, open_channel
+from pytest_chvm.guest.commands import Place, Script, script_of, shown
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.machine import liveness
@@ -140,19 +140,65 @@ class Machine:
         """
         return None if self.ended else self.health.check_up(self._taint)
 
-    def run(self, command: str | Sequence[str], *, timeout: float | None = RUN_TIMEOUT_S, input: bytes | None) -> CommandResult:
-        """Run a command in the guest; see `Channel.run`. Raises what has become of the guest where it does not answer."""
-        self.check_alive()
-        if (silent := self.health.no_shell()) is not None:
-            raise silent
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout: float | None = RUN_TIMEOUT_S,
+        input: bytes | None,
+        place: Place | None = None,
+    ) -> CommandResult:
+        """Run a command in the guest; see `Channel.run`. Raises what has become of the guest where it does not answer.
+
+        `place`: where it runs; GuestCommandError where the guest has no such place.
+        """
+        self._check_shell()
+        told = self._told(command, place)
         try:
-            done = self.channel.run(self.guest.in_its_place(command), timeout=timeout, input=input)
-            return replace(done, command=command if isinstance(command, str) else tuple(map(os.fsdecode, command)))
+            done = self.channel.run(told, timeout=timeout, input=input)
         except (CommandTimeoutError, VmIOError) as error:
             # What another thread's end of the VM does to a command says that it was ended; that its VMM is gone is no news then.
             if not self.ended:
                 self.health.explain(error)
             raise
+        if told is not command:
+            done = replace(done, command=shown(command))
+        if place:
+            self._check_place(place, done)
+        return done
+
+    def popen(self, command: str | Sequence[str], *, input: bytes | None, place: Place | None = None) -> Process:
+        """Start a process in the guest that runs beside the test; see `StartingChannel.popen`. Raises as `run` does."""
+        self._check_shell()
+        if not isinstance(self.channel, StartingChannel):
+            raise UnsupportedError(
+                f"VM {self.name!r}: what runs its commands cannot have a process run beside the test: use run()", vm_name=self.name
+            )
+        told = self._told(command, place)
+        if place:
+            # Its output is the test's: that there is no such place is to be known before.
+            self._check_place(place, replace(self.run(place.check_script(), input=None), command=shown(command)))
+        try:
+            return self.channel.popen(told, input=input)
+        except (CommandTimeoutError, VmIOError) as error:
+            if not self.ended:
+                self.health.explain(error)
+            raise
+
+    def _check_shell(self) -> None:
+        self.check_alive()
+        if (silent := self.health.no_shell()) is not None:
+            raise silent
+
+    def _told(self, command: str | Sequence[str], place: Place | None) -> str | Sequence[str]:
+        """Return what the guest's shell is told for a command: this kind of guest's own place first, then what the test says."""
+        told = self.guest.in_its_place(place.script(command) if place else command)
+        return command if told is command else Script(script_of(told), shown(command))
+
+    def _check_place(self, place: Place, done: CommandResult) -> None:
+        refusal = place.refusal(done.returncode, done.stderr)
+        if refusal is not None:
+            raise GuestCommandError(f"VM {self.name!r}: {done.command!r} was not run: {refusal}", vm_name=self.name)
 
     def check_succeeded(self, done: CommandResult) -> None:
         """Raise GuestCommandError, with both outputs, for a command that returned non-zero."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +17,19 @@ from pytest_chvm.base.steps import take_all
 from pytest_chvm.base.untouched import Socket
 from pytest_chvm.drivers.base import logger
 from pytest_chvm.errors import GuestCommandError, InvalidConfigError, StopFailedError, UnsupportedError, VmError, VmIOError
-from pytest_chvm.guest import fetch, files, renewal
+from pytest_chvm.guest import renewal
 from pytest_chvm.guest.search import ConsoleSearch
 from pytest_chvm.machine import hotplug, starts
+from pytest_chvm.machine.commands import GuestCommands
 from pytest_chvm.machine.device import Device
-from pytest_chvm.machine.events import CLONE, COMMAND, GET, PAUSED, PUT, RESUMED, SNAPSHOT, Event
+from pytest_chvm.machine.events import CLONE, PAUSED, RESUMED, SNAPSHOT, Event
 from pytest_chvm.machine.health import ends_with
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine, Origin
 from pytest_chvm.machine.ports import Ports
 from pytest_chvm.machine.snapshot import Snapshot
 from pytest_chvm.machine.ssh import Ssh
 from pytest_chvm.machine.testinfra import testinfra_host
-from pytest_chvm.model import CommandResult, SharedDir, Tap, VmConfig, VmHandle, VmState, VmStatus, as_path, check_port
+from pytest_chvm.model import SharedDir, Tap, VmConfig, VmHandle, VmState, VmStatus, as_path, check_port
 
 if TYPE_CHECKING:
     from testinfra.host import Host
@@ -38,7 +39,7 @@ SHUTDOWN_TIMEOUT_S = 30.0
 HIGHEST_VSOCK_PORT = (1 << 32) - 2
 
 
-class Vm:
+class Vm(GuestCommands):
     """A virtual machine of a test's. Made by `launch` and `chvm_vm`; a context manager that ends it."""
 
     def __init__(self, machine: Machine, *, snapshot: Callable[[Machine], Snapshot], release: Callable[[], list[str]]) -> None:
@@ -168,45 +169,6 @@ class Vm:
         Afterwards `wait_ready()` blocks until the guest has started again, where it does. Raises VmIOError where it does not panic.
         """
         return starts.expect_panic(self._machine, timeout)
-
-    def run(
-        self, command: str | Sequence[str], *, timeout: float | None = RUN_TIMEOUT_S, input: str | bytes | None = None
-    ) -> CommandResult:
-        """Run a command in the guest and return what it did: a `str` goes to `sh`, a sequence is one program's arguments.
-
-        Several threads may do so at once. `timeout` is seconds (None, 0 or infinity: no limit); CommandTimeoutError after it, when
-        the command and all that it started in the guest are killed.
-        Raises a GuestError, HypervisorError at once when the guest dies meanwhile, VmIOError where no shell answers.
-        """
-        data = input.encode(errors="surrogateescape") if isinstance(input, str) else input
-        with self._machine.log.timed(COMMAND, command=str(command), returncode=None) as outcome:
-            done = self._machine.run(command, timeout=timeout, input=data)
-            outcome["returncode"] = done.returncode
-        return done
-
-    def check_output(
-        self, command: str | Sequence[str], *, timeout: float | None = RUN_TIMEOUT_S, input: str | bytes | None = None
-    ) -> str:
-        """Run a command that must succeed and return its standard output; raises GuestCommandError with both outputs."""
-        done = self.run(command, timeout=timeout, input=input)
-        self._machine.check_succeeded(done)
-        return done.stdout
-
-    def put(self, src: str | os.PathLike[str], dst: str, *, timeout: float | None = RUN_TIMEOUT_S) -> None:
-        """Copy a file or directory of the host's into the guest; see `pytest_chvm.guest.files.put`.
-
-        `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit).
-        """
-        with self._machine.log.timed(PUT, source=os.fspath(src), destination=os.fspath(dst)):
-            files.put(lambda script, data: self._machine.run(script, input=data, timeout=timeout), Path(src), os.fspath(dst))
-
-    def get(self, src: str, dst: str | os.PathLike[str], *, timeout: float | None = RUN_TIMEOUT_S) -> Path:
-        """Copy a file or directory of the guest's to the host and return its path there; see `pytest_chvm.guest.fetch.get`.
-
-        `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit).
-        """
-        with self._machine.log.timed(GET, source=os.fspath(src), destination=os.fspath(dst)):
-            return fetch.get(lambda script, data: self._machine.run(script, input=data, timeout=timeout), os.fspath(src), Path(dst))
 
     def address(self, port: int) -> tuple[str, int]:
         """Return a host and port reachable from the test that lead to a TCP port of the guest's.

@@ -1,12 +1,17 @@
-"""Commands and files, with both VMMs' consoles."""
+"""Commands, processes and files, with both VMMs' consoles."""
 
 import os
+import signal
 import threading
+import time
 
 import pytest
 
-from pytest_chvm import CommandTimeoutError, GuestCommandError
+from pytest_chvm import CommandTimeoutError, GuestCommandError, InvalidConfigError, UnsupportedError
 from pytest_chvm.guest.channels.console.console import Console
+
+# Far less than what is waited for would take.
+SOON_S = 30
 
 
 def test_status_and_both_outputs_come_back_apart(vm):
@@ -66,3 +71,138 @@ def test_a_directory_goes_in_and_comes_out_as_it_was(vm, tmp_path):
     back = vm.get("/tmp/tree", tmp_path / "back")
     assert (back / "sub" / "data").read_bytes() == (tree / "sub" / "data").read_bytes()
     vm.run("rm -rf /tmp/tree")
+
+
+def test_a_command_runs_in_a_directory_with_variables_as_a_user(vm):
+    done = vm.run('pwd; echo "$GREETING"; id -un; echo $HOME $USER', cwd="/tmp", env={"GREETING": "it's  me\n$HOME"}, user="nobody")
+    assert done.stdout == "/tmp\nit's  me\n$HOME\nnobody\n/ nobody\n"
+    assert done.command == 'pwd; echo "$GREETING"; id -un; echo $HOME $USER'
+    assert vm.run(["sh", "-c", "pwd; echo $A; cat; exit 4"], cwd="/mnt", env={"A": "1"}, input="in").stdout == "/mnt\n1\nin"
+    assert vm.check_output("touch /tmp/his && stat -c %U /tmp/his; rm /tmp/his", user="nobody") == "nobody\n"
+
+
+def test_a_command_as_a_user_may_not_do_what_root_may(vm):
+    with pytest.raises(GuestCommandError, match="Permission denied"):
+        vm.check_output(["ls", "/root"] if vm.run("chmod 700 /root").returncode == 0 else "", user="nobody")
+
+
+@pytest.mark.parametrize("start", ["run", "popen"])
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ({"cwd": "/not/there"}, r"'echo hi' was not run: cwd='/not/there' is no directory of the guest's"),
+        ({"cwd": "/etc/passwd"}, r"cwd='/etc/passwd' is no directory"),
+        ({"user": "mallory"}, r"'echo hi' was not run: user='mallory': the guest has no such user"),
+    ],
+)
+def test_a_directory_or_user_that_is_not_there_is_named(vm, start, place, why):
+    with pytest.raises(GuestCommandError, match=why):
+        getattr(vm, start)("echo hi", **place)
+
+
+@pytest.mark.parametrize("place", [{"cwd": ""}, {"cwd": 3}, {"user": "a b"}, {"user": 0}, {"env": {"a b": "c"}}, {"env": {"A": 1}}])
+def test_what_cannot_be_a_place_is_refused(vm, place):
+    with pytest.raises(InvalidConfigError, match=next(iter(place))):
+        vm.run("true", **place)
+
+
+def test_lines_come_while_the_process_runs(vm):
+    with vm.popen("echo one; echo moaned >&2; while [ ! -e /tmp/go ]; do sleep 0.1; done; rm /tmp/go; echo two; exit 3") as process:
+        assert process.stdout.readline(SOON_S) == "one\n"
+        assert (process.poll(), process.returncode) == (None, None)
+        assert process.stderr.readline(SOON_S) == "moaned\n"
+        vm.check_output("touch /tmp/go")
+        assert list(process.stdout) == ["two\n"]
+        assert (process.wait(SOON_S), process.returncode, process.poll()) == (3, 3, 3)
+        assert process.stderr.read(SOON_S) == ""
+
+
+def test_a_process_has_an_input_and_a_place(vm):
+    with vm.popen("cat; pwd; id -un; printf %s $A", input="in\n", cwd="/tmp", env={"A": "end"}, user="nobody") as process:
+        assert list(process.stdout) == ["in\n", "/tmp\n", "nobody\n", "end"]
+
+
+def test_a_signal_reaches_a_process_and_kill_ends_all_that_it_started(vm):
+    with vm.popen("trap 'echo caught; exit 5' INT; echo up; while :; do sleep 0.1; done") as process:
+        assert process.stdout.readline(SOON_S) == "up\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read(SOON_S).endswith("caught\n")
+        assert process.wait(SOON_S) == 5
+        process.send_signal(signal.SIGTERM)
+    with vm.popen("setsid sleep 997 & sleep 998") as process:
+        with pytest.raises(CommandTimeoutError, match=r"did not end within 0.2 s, and still runs"):
+            process.wait(0.2)
+        process.kill()
+        assert process.wait(SOON_S) == 128 + signal.SIGKILL
+        assert vm.run("ps | grep -c '[s]leep 99'").stdout == "0\n"
+    with pytest.raises(InvalidConfigError, match="999"):
+        process.send_signal(999)
+
+
+def test_a_processs_end_of_a_block_is_its_end(vm):
+    with vm.popen(["sleep", "996"]):
+        pass
+    assert vm.run("ps | grep -c '[s]leep 99'").stdout == "0\n"
+
+
+def test_several_processes_and_commands_run_at_once_from_several_threads(vm):
+    processes = [vm.popen(f"seq {number}000 {number}999") for number in range(1, 4)]
+    read = {}
+    threads = [
+        threading.Thread(target=lambda number=number, process=process: read.update({number: list(process.stdout)}))
+        for number, process in enumerate(processes, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    assert [vm.check_output(f"echo {number}") for number in range(5)] == [f"{number}\n" for number in range(5)]
+    for thread in threads:
+        thread.join(SOON_S)
+    assert read == {number: [f"{number}{line:03}\n" for line in range(1000)] for number in range(1, 4)}
+    assert [process.wait(SOON_S) for process in processes] == [0, 0, 0]
+
+
+def test_what_nobody_reads_waits_in_the_guest_and_commands_go_on(vm, monkeypatch):
+    monkeypatch.setattr("pytest_chvm.guest.channels.console.console.LARGEST_UNREAD", 1 << 15)
+    with vm.popen("seq 1 50000; echo end >&2") as process:
+        for number in range(8):
+            assert vm.check_output(f"echo {number}") == f"{number}\n"
+        with pytest.raises(CommandTimeoutError):
+            process.wait(1)
+        assert len(process._process._stream.stdout) < 1 << 17
+        assert [int(line) for line in process.stdout] == list(range(1, 50001))
+        assert process.wait(SOON_S) == 0
+
+
+def test_any_byte_comes_and_a_last_line_needs_no_end(vm):
+    data = bytes(range(256)) * 300
+    with vm.popen("cat", input=data) as process:
+        assert process.stdout.read(SOON_S).encode(errors="surrogateescape") == data
+
+
+def test_a_vm_is_not_saved_while_a_process_runs(boot):
+    with boot() as vm:
+        with vm.popen("sleep 600"), pytest.raises(UnsupportedError, match=r"popen\(\)"):
+            vm.snapshot()
+        events = [
+            (event.kind, event.details.get("returncode")) for event in vm.events if event.details.get("command") == "sleep 600"
+        ]
+        assert events == [("popen", None), ("process ended", 137)]
+        process = vm.popen("echo up; sleep 600")
+        assert next(process.stdout) == "up\n"
+        threading.Timer(0.5, vm.kill).start()
+        begun = time.monotonic()
+        # It ends with the VM.
+        assert list(process.stdout) == []
+        assert (process.wait(), process.poll()) == (137, 137)
+        assert time.monotonic() - begun < SOON_S
+    with pytest.raises(Exception, match="ended by the test"):
+        vm.popen("true")
+
+
+def test_a_guest_that_dies_is_told_of_at_once(boot):
+    vm = boot()
+    process = vm.popen("echo up; sleep 600")
+    assert next(process.stdout) == "up\n"
+    vm.popen("sleep 0.3; echo c >/proc/sysrq-trigger")
+    with pytest.raises(Exception, match=r"gave up|panic"):
+        next(process.stdout)

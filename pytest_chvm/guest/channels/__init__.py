@@ -61,6 +61,48 @@ class Channel(Protocol):
         """Let go of the guest; the next command connects again."""
 
 
+class Process(Protocol):
+    """A process of the guest's that runs beside the test, as the channel that started it has it. Any thread may use it."""
+
+    @property
+    def returncode(self) -> int | None:
+        """What the guest's shell has said of its end, 128 + N for one that signal N ended; None before that."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the channel was closed before all of it had come: nothing more will."""
+
+    def read(self, name: str, deadline: Deadline) -> bytes:
+        """Block until something of an output, "out" or "err", has come, and take it; empty at its end, and where it is lost.
+
+        Raises TimeoutError at the deadline; VmIOError where the channel fails; what `Line.check_alive` raises when the guest dies.
+        """
+
+    def poll(self) -> int | None:
+        """Take what has come by now, without waiting for more; returns the `returncode`."""
+
+    def wait(self, deadline: Deadline) -> int | None:
+        """Block until it has ended; returns the `returncode`, None where it is lost. Raises as `read` does."""
+
+    def signal(self, number: int) -> None:
+        """Send a signal to it and to what it has started that is in its process group; nothing for one that has ended."""
+
+    def kill(self) -> None:
+        """End it and all that it has started, without waiting for that."""
+
+
+@runtime_checkable
+class StartingChannel(Channel, Protocol):
+    """A channel by which processes can run beside the test."""
+
+    def popen(self, command: str | Sequence[str], *, input: bytes | None) -> Process:
+        """Start a process in the guest and return it, once it runs.
+
+        Of each of its outputs a bounded part is kept that nobody has read; then it has to wait where it prints.
+        Raises CommandTimeoutError where it is not started in time; else what `run` raises.
+        """
+
+
 @runtime_checkable
 class RenewingChannel(Channel, Protocol):
     """A channel whose end in the guest can be saved with it, and then makes a clone a machine of its own."""

@@ -21,10 +21,12 @@ from pytest_chvm.errors import VmIOError
 
 # An answer larger than this is not the guest's memory any more, but somebody's trick.
 LARGEST_ANSWER = 256 << 20
+# Of a process that runs beside the test, so much of an output is kept that nobody has read; then the process has to wait.
+LARGEST_UNREAD = 8 << 20
 READ_SIZE = 1 << 18
 LINE = re.compile(rb"\n([0-9a-f]{32}) ([^\n]{0,50})\n")
 LONGEST_LINE = 1 + 32 + 1 + 50 + 1
-ANSWER = re.compile(rb"(out|err) (\d{1,15})|end ([^\n]{0,40})|turn|input")
+ANSWER = re.compile(rb"(out|err) (\d{1,15})|end ([^\n]{0,40})|turn|input|begun")
 LARGEST_STATUS = 255
 # Gives back the turn to write to the console.
 MORE = b"more\n"
@@ -45,6 +47,51 @@ class Answer:
     status: int | None = None
     error: str | None = None
     kept: bool = True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come with its token."""
+        return self.status is not None
+
+    def output(self, name: bytes) -> bytearray:
+        """Return what has come of an output, b"out" or b"err"."""
+        return self.stdout if name == b"out" else self.stderr
+
+    def ends_output(self, _name: bytes) -> None:
+        """Take note that nothing more comes of an output."""
+
+    def asks_for_more(self, _name: bytes) -> bytes:
+        """Return what is to be sent, beside the turn, once a piece of an output has come."""
+        return b""
+
+
+@dataclass(eq=False)
+class Stream(Answer):
+    """What comes of a process while it runs. Its outputs are taken away as they come, and each is over after an empty piece.
+
+    The guest sends no further piece of an output before it was asked for it: it is not while much of it waits to be taken away.
+    """
+
+    still_open: set[bytes] = field(default_factory=lambda: {b"out", b"err"})
+    # Those of which the guest waits to be asked for more.
+    held: set[bytes] = field(default_factory=set)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the process has ended and both of its outputs have."""
+        return self.status is not None and not self.still_open
+
+    def ends_output(self, name: bytes) -> None:
+        """Take note that nothing more comes of an output."""
+        self.still_open.discard(name)
+
+    def asks_for_more(self, name: bytes) -> bytes:
+        """Return the line that asks for another piece, unless enough of that output waits here."""
+        if self.kept and len(self.output(name)) >= LARGEST_UNREAD:
+            self.held.add(name)
+            return b""
+        self.held.discard(name)
+        return b"go %s %s\n" % (self.token.encode(), name)
 
 
 @dataclass(eq=False)
@@ -90,7 +137,7 @@ class Console:
         self._answers: dict[bytes, Answer] = {}
         self._pending = bytearray()
         # Of the piece that comes now: whose it is, the output that it is of, and the bytes left.
-        self._piece: tuple[Answer, bytearray, int] | None = None
+        self._piece: tuple[Answer, bytes, int] | None = None
         # A command has changed the terminal's settings: each line's end comes as two bytes, until the loop has set them right.
         self._cooked = False
 
@@ -172,7 +219,8 @@ class Console:
         if answer.error is not None:
             raise VmIOError(answer.error, vm_name=self.vm_name)
 
-    def _move(self, deadline: Deadline) -> None:
+    def _move(self, deadline: Deadline) -> bool:
+        """Move bytes that can be moved by the deadline; tells whether there were any."""
         to_send = bool(self._outbox) and self._awaited is None
         self._changed.release()
         try:
@@ -189,6 +237,7 @@ class Console:
             if isinstance(error, VmIOError):
                 raise
             self._gone(error)
+        return bool(ready)
 
     def _poll(self, to_send: bool, deadline: Deadline) -> int:
         """Wait until bytes can be moved, or there may be others to move; returns the events of the console."""
@@ -253,7 +302,7 @@ class Console:
     def _take_piece(self) -> bool:
         if self._piece is None:
             return False
-        answer, output, left = self._piece
+        answer, name, left = self._piece
         if self._cooked:
             whole = len(self._pending) - self._pending.endswith(b"\r")
             part = self._pending[:whole].replace(b"\r\n", b"\n")[:left]
@@ -262,13 +311,14 @@ class Console:
             part = self._pending[:left]
             del self._pending[: len(part)]
         if answer.kept:
-            output += part
-        self._piece = (answer, output, left - len(part))
+            answer.output(name).extend(part)
+        self._piece = (answer, name, left - len(part))
         if left > len(part):
             return False
         self._piece = None
         # Not before, since it may be echoed into the piece.
-        self._outbox.append(Message(memoryview((b"stty\n" if self._cooked else b"") + MORE)))
+        asked = (b"stty\n" if self._cooked else b"") + MORE + answer.asks_for_more(name)
+        self._outbox.append(Message(memoryview(asked)))
         return True
 
     def _take_line(self) -> bool:
@@ -292,29 +342,42 @@ class Console:
         return False
 
     def _take(self, answer: Answer, words: bytes, match: re.Match[bytes]) -> None:
-        answer.words.append(words)
+        # Of the lines before pieces one is enough, to see that the guest has answered.
+        if not answer.words or not words.startswith((b"out ", b"err ")):
+            answer.words.append(words)
         if answer is self._awaited:
             self._awaited = None
         if words == b"turn" and not answer.kept:
             self._outbox.append(Message(memoryview(MORE)))
-        if answer.expects is not ANSWER or words in (b"turn", b"input"):
+        if answer.expects is not ANSWER or words in (b"turn", b"input", b"begun"):
             return
         if match[1]:
-            output = answer.stdout if match[1] == b"out" else answer.stderr
-            size = int(match[2])
-            if len(output) + size > LARGEST_ANSWER:
-                answer.error = answer.error or (
-                    f"VM {self.vm_name!r}: a command printed {len(output) + size >> 20} MiB, more than {LARGEST_ANSWER >> 20} MiB; "
-                    "write large results to a file in a shared dir, or to one that vm.get() fetches"
-                )
-                answer.kept = False
-            if size:
-                self._piece = (answer, output, min(size, self.output_piece))
+            self._take_output(answer, match[1], int(match[2]))
             return
         if self._cooked:
             self._outbox.append(Message(memoryview(b"stty\n")))
-        self._answers.pop(answer.token.encode(), None)
         if re.fullmatch(rb"\d{1,3}", match[3]) and int(match[3]) <= LARGEST_STATUS:
             answer.status = int(match[3])
         else:
             answer.error = answer.error or f"VM {self.vm_name!r}: the guest's shell gave {match[3]!r} as an exit status"
+            self._answers.pop(answer.token.encode(), None)
+        self._forget_if_over(answer)
+
+    def _take_output(self, answer: Answer, name: bytes, size: int) -> None:
+        """Take the line before a piece of an output, of which so many bytes are left."""
+        whole = len(answer.output(name)) + size
+        if whole > LARGEST_ANSWER:
+            answer.error = answer.error or (
+                f"VM {self.vm_name!r}: a command printed {whole >> 20} MiB, more than {LARGEST_ANSWER >> 20} MiB; "
+                "write large results to a file in a shared dir, or to one that vm.get() fetches"
+            )
+            answer.kept = False
+        if size:
+            self._piece = (answer, name, min(size, self.output_piece))
+        else:
+            answer.ends_output(name)
+            self._forget_if_over(answer)
+
+    def _forget_if_over(self, answer: Answer) -> None:
+        if answer.is_over:
+            self._answers.pop(answer.token.encode(), None)

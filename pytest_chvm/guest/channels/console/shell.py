@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import resources
@@ -17,15 +16,18 @@ from importlib import resources
 from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.text import shown_outputs
 from pytest_chvm.base.untouched import monotonic_s, random_hex
-from pytest_chvm.errors import CommandTimeoutError, InvalidConfigError, VmError, VmIOError
-from pytest_chvm.guest import renew
-from pytest_chvm.guest.channels.console.console import MORE, Answer, Console, Message
+from pytest_chvm.errors import CommandTimeoutError, UnsupportedError, VmError, VmIOError
+from pytest_chvm.guest import commands, renew
+from pytest_chvm.guest.channels.console.console import MORE, Answer, Message, Stream
+from pytest_chvm.guest.channels.console.streams import ConsoleProcess, StreamConsole
+from pytest_chvm.guest.commands import script_of
 from pytest_chvm.model import CommandResult
 
 CONNECT_TIMEOUT_S = 10.0
 # Sent at once; others' commands wait while the guest reads it.
 INPUT_PIECE = 1 << 18
 KILL_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 60.0
 # Longer ones go as a file: Linux takes no argument of 128 KiB (MAX_ARG_STRLEN, execve(2)).
 LONGEST_LINE_COMMAND = 1 << 16
 # An input that is a line of so many characters goes as one, which spares an emulated guest two processes.
@@ -39,7 +41,7 @@ NO_SHELL = (
 )
 
 
-class GuestShell(Console):
+class GuestShell(StreamConsole):
     """The shell on a guest's console, which runs the commands of any number of threads at once."""
 
     def __post_init__(self) -> None:
@@ -55,10 +57,10 @@ class GuestShell(Console):
         `timeout` is seconds; None, 0 and infinity are no limit. Raises CommandTimeoutError after it, when the command and all it
         started are killed; VmIOError where no shell answers; what `check_alive` raises when the guest dies meanwhile.
         """
-        script = _script(command)
+        script = os.fsencode(script_of(command))
         deadline = Deadline.after(checked_timeout(timeout) or None)
         started = monotonic_s()
-        shown = command if isinstance(command, str) else tuple(os.fsdecode(word) for word in command)
+        shown = commands.shown(command)
         answer = Answer()
         late = None
         with self._changed:
@@ -79,6 +81,28 @@ class GuestShell(Console):
             raise late
         assert answer.status is not None
         return CommandResult(shown, answer.status, bytes(answer.stdout), bytes(answer.stderr), monotonic_s() - started)
+
+    def popen(self, command: str | Sequence[str], *, input: bytes | None) -> ConsoleProcess:
+        """Start a process in the guest that runs beside the test; see `StartingChannel.popen`."""
+        script = os.fsencode(script_of(command))
+        deadline = Deadline.after(START_TIMEOUT_S)
+        shown = commands.shown(command)
+        stream = Stream()
+        with self._changed:
+            self._begin(deadline, shown)
+            self._answers[stream.token.encode()] = stream
+            try:
+                self._start(stream, script, input, deadline, "open")
+                self._hear(stream, lambda: b"begun" in stream.words, deadline)
+            except BaseException as error:
+                self._give_up(stream)
+                if isinstance(error, TimeoutError) and not isinstance(error, VmError):
+                    raise CommandTimeoutError(
+                        f"VM {self.vm_name!r}: the process {shown!r} was not started within {START_TIMEOUT_S:g} s",
+                        vm_name=self.vm_name,
+                    ) from error
+                raise
+        return ConsoleProcess(self, stream)
 
     def tell(self, script: str, timeout: float | None) -> None:
         """Run a command without waiting for its end: one that ends the guest. Raises VmIOError where no shell answers in time."""
@@ -166,6 +190,12 @@ class GuestShell(Console):
         deadline = Deadline.after(timeout)
         try:
             with self._changed:
+                if any(isinstance(answer, Stream) and answer.kept for answer in self._answers.values()):
+                    raise UnsupportedError(
+                        f"VM {self.vm_name!r} cannot be saved while a process that popen() has started runs in it, which its "
+                        "clones would lack: kill() it before, or start it in the background with run()",
+                        vm_name=self.vm_name,
+                    )
                 self._wait(lambda: not self._alone and not self._busy, deadline)
                 self._alone = True
             try:
@@ -274,7 +304,7 @@ class GuestShell(Console):
         self._piece = None
         self._changed.notify_all()
 
-    def _start(self, answer: Answer, script: bytes, input: bytes | None, deadline: Deadline) -> None:
+    def _start(self, answer: Answer, script: bytes, input: bytes | None, deadline: Deadline, how: str = "run") -> None:
         long = len(script) > LONGEST_LINE_COMMAND
         text = _line_input(input)
         try:
@@ -287,7 +317,7 @@ class GuestShell(Console):
                 vm_name=self.vm_name,
             ) from error
         first = f"text {answer.token} ".encode() + text + b"\n" if text else b""
-        line = self._send(first + f"run {answer.token} ".encode() + (b"" if long else _escaped(script)) + b"\n")
+        line = self._send(first + f"{how} {answer.token} ".encode() + (b"" if long else _escaped(script)) + b"\n")
         try:
             self._hear(answer, lambda: line.sent, deadline)
         except BaseException as error:
@@ -350,18 +380,6 @@ def shell_script(output_piece: int) -> bytes:
         f"chvm_piece={output_piece}\n".encode()
         + resources.files("pytest_chvm.guest.channels.console").joinpath("shell.sh").read_bytes()
     )
-
-
-def _script(command: str | Sequence[str]) -> bytes:
-    if isinstance(command, str):
-        script = os.fsencode(command)
-    elif isinstance(command, Sequence) and command and not isinstance(command, bytes):
-        script = b"exec " + os.fsencode(shlex.join(os.fsdecode(word) for word in command))
-    else:
-        raise InvalidConfigError(f"command {command!r}: expected a string for sh, or a list of one program's arguments")
-    if b"\0" in script:
-        raise InvalidConfigError("a command cannot have a NUL")
-    return script
 
 
 def _line_input(data: bytes | None) -> bytes | None:

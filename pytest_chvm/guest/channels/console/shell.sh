@@ -4,7 +4,7 @@
 # Of an interactive shell with job control a job that sets its terminal is stopped for that.
 set +m
 chvm_tmp=$(mktemp -d /run/chvm.XXXXXX 2>/dev/null || mktemp -d)
-chvm_cgroup=/sys/fs/cgroup/chvm chvm_number=0 chvm_running=
+chvm_cgroup=/sys/fs/cgroup/chvm chvm_number=0 chvm_running= chvm_shell=
 # The next command's is always there: making it takes milliseconds of an emulated guest.
 mkdir -p $chvm_cgroup/1 2>/dev/null
 [ -w $chvm_cgroup/cgroup.kill ] || chvm_cgroup=
@@ -20,12 +20,11 @@ chvm_open_turn() {
 }
 chvm_open_turn
 # The loop itself never waits for the turn: it hears of what gives it back.
-chvm_say() {
-    {
-        read -r turn <&9
-        printf '\n%s %s\n' $1 $2
-        echo >&9
-    } &
+chvm_say() { chvm_tell "$@" & }
+chvm_tell() {
+    read -r turn <&9
+    printf '\n%s %s\n' $1 "$2"
+    echo >&9
 }
 # An output goes in pieces, each once the host has the one before: a VMM keeps or drops what its console's reader is slow to
 # take. The host has said how much chvm_piece is.
@@ -47,8 +46,8 @@ chvm_send() {
         left=$((left - chvm_piece)) block=$((block + 1))
     done
 }
-# chvm_supervise TOKEN SCRIPT, with the outputs' files at 7 and 8, which stay when their names are removed.
-chvm_supervise() {
+# chvm_launch TOKEN SCRIPT: starts the process $command by the words in $shell, with 7 and 8 as its outputs.
+chvm_launch() {
     files=$chvm_tmp/$1 group= input=/dev/null
     if [ "$chvm_cgroup" ]; then
         group=$chvm_cgroup/$chvm_number
@@ -61,10 +60,16 @@ chvm_supervise() {
         # It was to be killed before there was anything to kill.
         [ -e $files.kill ] && exit 137
         unset chvm_tmp chvm_cgroup chvm_number chvm_running chvm_piece chvm_token
-        exec setsid ${chvm_sh:-sh} -c "$2" 7>&- 8>&- 9>&-
+        exec setsid $shell -c "$2" 5<&- 6<&- 7>&- 8>&- 9>&-
     ) <$input >&7 2>&8 &
-    echo $! >$files.pid
-    wait $!
+    command=$!
+    echo $command >$files.pid
+}
+# chvm_supervise TOKEN SCRIPT, with the outputs' files at 7 and 8, which stay when their names are removed.
+chvm_supervise() {
+    shell=${chvm_sh:-sh}
+    chvm_launch "$@"
+    wait $command
     status=$?
     # Of both at once, since each process takes milliseconds of an emulated guest: size, name, size, name, and their sum.
     if [ -s /proc/self/fd/7 ] || [ -s /proc/self/fd/8 ]; then
@@ -72,11 +77,15 @@ chvm_supervise() {
         chvm_send $1 out $3 $2
         chvm_send $1 err $5 $4
     fi
+    chvm_end $1
+    chvm_tidy
+}
+chvm_end() {
     # Not with ":", whose redirection ends a shell when the directory is gone.
     true >$files.pid
-    read -r turn <&9
-    printf '\n%s end %d\n' $1 $status
-    echo >&9
+    chvm_tell $1 "end $status"
+}
+chvm_tidy() {
     rm -f $files.*
     if [ "$group" ]; then
         rmdir $group
@@ -84,13 +93,67 @@ chvm_supervise() {
         [ "$latest" = $chvm_number ] && mkdir $chvm_cgroup/$((chvm_number + 1))
     fi 2>/dev/null
 }
+# chvm_attend TOKEN SCRIPT: a process whose outputs are sent as they come, and whose end is told when it comes.
+chvm_attend() {
+    fifos=$chvm_tmp/$1
+    mkfifo $fifos.out $fifos.err $fifos.out.go $fifos.err.go || {
+        for word in begun "out 0" "err 0" "end 126"; do chvm_tell $1 "$word"; done
+        rm -f $fifos.*
+        return
+    }
+    # Opened for both first, so that no end waits for the other.
+    exec 4<>$fifos.out 5<$fifos.out 7>$fifos.out 4<>$fifos.err 6<$fifos.err 8>$fifos.err 4>&-
+    shell=$chvm_shell
+    chvm_launch "$@"
+    chvm_tell $1 begun
+    # As subshells: BusyBox keeps what a function's redirections replace open, and the pipes would never end.
+    (chvm_stream $1 out) <&5 5<&- 6<&- 7>&- 8>&- &
+    senders=$!
+    (chvm_stream $1 err) <&6 5<&- 6<&- 7>&- 8>&- &
+    senders="$senders $!"
+    exec 5<&- 6<&- 7>&- 8>&-
+    echo $senders >$files.senders
+    wait $command
+    status=$?
+    chvm_end $1
+    wait $senders
+    chvm_tidy
+}
+# chvm_stream TOKEN NAME: sends what comes at 0, each piece once the host has asked for it; an empty one is the last.
+chvm_stream() {
+    part=$chvm_tmp/$1.$2.part
+    exec 7<>$chvm_tmp/$1.$2.go
+    while :; do
+        dd bs=$chvm_piece count=1 of=$part 2>/dev/null
+        set -- $1 $2 $(wc -c $part || echo 0)
+        [ $3 -gt 512 ] && stty raw -echo 2>/dev/null <&1
+        read -r turn <&9
+        printf '\n%s %s %d\n' $1 $2 $3
+        [ $3 = 0 ] && break
+        dd if=$part bs=$chvm_piece 2>/dev/null
+        read -r go <&7
+    done
+    echo >&9
+}
+# A shell's background processes ignore SIGINT and SIGQUIT, and so does all that they start; a process of a test's is not to.
+chvm_find_shell() {
+    set -- "${chvm_sh:-/bin/sh}"
+    for chvm_shell in "/lib/chvm/signals $1" "env --default-signal=INT,QUIT $1" "$1"; do
+        $chvm_shell -c : 2>/dev/null && break
+    done
+}
+# chvm_start TOKEN SCRIPT: with the outputs in files; with a third argument, as they come.
 chvm_start() {
     chvm_number=$((chvm_number + 1))
     chvm_directory
     echo $chvm_number >$chvm_tmp/number
     # Not empty while there is something to kill.
     echo - >$chvm_tmp/$1.pid
-    chvm_supervise $1 "$2" 7>$chvm_tmp/$1.out 8>$chvm_tmp/$1.err &
+    if [ "$3" ]; then
+        chvm_attend $1 "$2" &
+    else
+        chvm_supervise $1 "$2" 7>$chvm_tmp/$1.out 8>$chvm_tmp/$1.err &
+    fi
     chvm_known=
     for chvm_entry in $chvm_running; do
         chvm_read $chvm_entry
@@ -125,11 +188,19 @@ chvm_loop() {
     chvm_say $1 loop
     while chvm_next; do
         case $chvm_op in
-        run)
+        run | open)
             case $chvm_rest in
             *\\*) chvm_command=$(printf '%b.' "$chvm_rest") && chvm_rest=${chvm_command%.} ;;
             esac
-            chvm_start $chvm_token "$chvm_rest"
+            [ $chvm_op = run ] || [ "$chvm_shell" ] || chvm_find_shell
+            chvm_start $chvm_token "$chvm_rest" ${chvm_op#run}
+            ;;
+        go) [ -p $chvm_tmp/$chvm_token.$chvm_rest.go ] && echo 1<>$chvm_tmp/$chvm_token.$chvm_rest.go ;;
+        # To all that it started and that is in its process group, as a terminal's Ctrl-C.
+        signal)
+            read -r chvm_pid <$chvm_tmp/$chvm_token.pid && {
+                kill -$chvm_rest -$chvm_pid || kill -$chvm_rest $chvm_pid
+            }
             ;;
         text)
             chvm_directory
@@ -164,6 +235,7 @@ chvm_loop() {
                 chvm_read $chvm_entry
                 [ -e $chvm_tmp/$chvm_of.pid ] || continue
                 [ -s $chvm_tmp/$chvm_of.pid ] && chvm_kill
+                [ -e $chvm_tmp/$chvm_of.senders ] && read -r chvm_senders <$chvm_tmp/$chvm_of.senders && kill -KILL $chvm_senders
                 kill -KILL $chvm_job 2>/dev/null && wait $chvm_job 2>/dev/null
                 rm -f $chvm_tmp/$chvm_of.*
             done
