@@ -45,13 +45,13 @@ OOPS = "oops"  # text
 TROUBLE = "trouble"  # text; a virtiofsd that ended, for instance
 ENDED = "ended"  # how
 
-# Of a text, how many characters are kept.
+# Longer texts are cut to so many characters.
 LONGEST_TEXT = 2000
 # The kinds of which a test may have very many.
 FREQUENT = (COMMAND, POPEN, PUT, GET, PROCESS_ENDED)
 # Those are no longer written to a file of this size, and nothing is to one twice as large.
 LARGEST_FILE = 4 << 20
-# Of more events than this the first ones and the latest are kept in memory.
+# In memory: beyond this many, the first ones and the latest are kept.
 MOST_EVENTS, FIRST_EVENTS = 10_000, 100
 
 
@@ -71,7 +71,7 @@ class Event:
     def to_line(self) -> bytes:
         """Return the event as a line of JSON."""
         fields = {"at_s": self.at_s, "wall_s": self.wall_s, "kind": self.kind, "details": dict(self.details)}
-        # A test may pass anything, and is to hear of it from whoever refuses it.
+        # A test may pass anything; the error for a wrong type is raised elsewhere.
         line = json.dumps(fields, default=repr)
         return line.encode() + b"\n"
 
@@ -118,7 +118,7 @@ class EventLog:
                 written = 0
             self._size += written
             if written < len(line):
-                # A full disk, most likely: what happens next is in memory. After half a line the next one would be none either.
+                # Most likely a full disk. Later events are kept in memory only: after half a line the next one would be malformed.
                 os.close(self._fd)
                 self._fd = None
 
@@ -159,12 +159,12 @@ class EventLog:
             self.add(READY, ip=ip)
 
     def add_trouble(self, error: VmError, *, vmm_ended: bool) -> None:
-        """Add what an error says of a guest or its VMM, once for each time that the guest has started."""
-        # Without the logs that are quoted after it.
+        """Add an error of the guest or its VMM, once for each start of the guest."""
+        # Without the log lines that follow it in the message.
         text = str(error).partition("\n")[0].partition(". Its ")[0].removeprefix(f"VM {error.vm_name!r}: ")
         kinds = ((PANIC, GuestPanicError), (OOPS, GuestOopsError), (REBOOT, GuestRebootError), (ENDED, GuestShutdownError))
         kind = next((kind for kind, errors in kinds if isinstance(error, errors)), ENDED if vmm_ended else TROUBLE)
-        # A panic is told of in other words once its text is on the console.
+        # The words for a panic change once its text is on the console.
         what = text if kind == TROUBLE else kind
         if what in self._told:
             return
@@ -175,7 +175,7 @@ class EventLog:
             self.add(kind, text=text)
 
     def add_ended(self, how: str) -> None:
-        """Add the end of the VM; the first one that is told of counts."""
+        """Add the end of the VM; only the first call counts."""
         if last_of(self.events, ENDED) is None:
             self.add(ENDED, how=how)
 
@@ -188,7 +188,7 @@ class EventLog:
 
 
 def _started_at_s(start_time_ticks: int | None) -> float | None:
-    """Return when a process started, by the monotonic clock: the kernel says it by the one that goes on in a suspended machine."""
+    """Return when a process started, by the monotonic clock; the kernel records it by the clock that includes suspends."""
     if start_time_ticks is None:
         return None
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_time_ticks / os.sysconf("SC_CLK_TCK")

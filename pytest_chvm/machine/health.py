@@ -1,4 +1,4 @@
-"""What has become of a VM: watching its console, its VMM and its sidecars, and saying in words what happened."""
+"""Watches one VM: its console, its VMM and its sidecars. Says in words what has happened to it."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ TAINT_DIE = 1 << 7
 
 
 class Health:
-    """Of one VM, until `close`; `handle` returns its handle as it is now.
+    """The watch over one VM, until `close`; `handle` returns the VM's handle as it is now.
 
     `keeper` has started its processes. `lacks` says why the guest may lack drivers. `answers` tells whether the guest's shell still
-    does something (None: it cannot be asked now). `noticed` is told of each error of the guest or its VMM. `console_start`: how
+    does something (None: it cannot be asked now). `noticed` is called with each error of the guest or its VMM. `console_start`: how
     much of the console's log is of a VM that was saved.
     """
 
@@ -61,9 +61,9 @@ class Health:
         assert first.process is not None
         self.process = first.process
         self.ready = ReadyScanner(first.serial_log, first.ready_marker, first.nonce, first.nonce is not None)
-        # Who serves each shared dir now.
+        # The virtiofsd that serves each shared dir now.
         self.shares = _served(config, first)
-        # Whether the test has been told of what befell the guest.
+        # Whether the test has already been told of the error.
         self.told = False
         self.lacks = lacks
         self._config = config
@@ -74,13 +74,13 @@ class Health:
         self._noticed = noticed
         self._panic = PanicScanner(first.serial_log, start=console_start)
         self._oops = PanicScanner(first.serial_log, OOPS, console_start)
-        # The text of a panic is one where it is expected: a crash kernel that takes over leaves the panic device no time to tell.
+        # Where a panic is expected its text is enough: a crash kernel takes over before the panic device can report it.
         self.expects_panic = False
         self._expected: GuestPanicError | None = None
         self._asking = False
         self._pidfds: dict[int, int] = {}
         events = driver.event_log(first) if isinstance(driver, Watches) else None
-        # Last: an interrupt before it leaves nothing open.
+        # Opened last: an interrupt before this line leaves nothing open.
         self._watch = FileWatch(first.serial_log, *([events] if events else []))
 
     def close(self) -> None:
@@ -94,12 +94,12 @@ class Health:
         return has_ended(self.process)
 
     def check(self) -> None:
-        """Raise what has become of the guest if it is not well: a panic, an event, the end of the VMM or of a sidecar."""
+        """Raise the error that the guest is in, if any: a panic, an event of the VMM, the end of the VMM or of a sidecar."""
         self._watch.clear()
         self._raise_trouble()
 
     def check_up(self, tainted: Callable[[], int | None]) -> VmError | None:
-        """Return what has befallen the guest that the test has not been told of, an oops too; None where it is well.
+        """Return an error of the guest that the test has not been told of yet, an oops too; None where there is none.
 
         `tainted` asks the guest for `/proc/sys/kernel/tainted`; None where it does not say.
         """
@@ -111,7 +111,7 @@ class Health:
             return error
         if (text := self._oops.scan()) is None:
             return None
-        # Once, also of a VM that many tests use; what else is there by now is of the same one.
+        # Reported once, also for a VM that many tests use; the lines that follow belong to the same oops.
         self._oops.forget()
         taint = tainted()
         if taint is not None and not taint & TAINT_DIE:
@@ -125,7 +125,7 @@ class Health:
         return oops
 
     def explain(self, error: VmError) -> None:
-        """Raise what lies behind an error of a guest that did not answer in time; else add to it what the VMM says of the guest."""
+        """Raise the cause of an answer's not coming in time; where none is known, add to `error` what the VMM says."""
         try:
             self.check()
             if (text := self._panic.panic) and self._is_dead():
@@ -143,7 +143,7 @@ class Health:
             error.args = (f"{error}\n{said}",)
 
     def not_set_up(self) -> VmError | None:
-        """Return what the guest, which is ready, could not set up of what it was to have; None where it has all."""
+        """Return the error of a guest that is ready without something that its config asks for; None where it has all."""
         names = [name for word in self.ready.failed if (name := self._name_of(word))]
         if not names:
             return None
@@ -155,7 +155,7 @@ class Health:
         )
 
     def _name_of(self, word: str) -> str | None:
-        """Return what a guest's word for something stands for; None where a guest is ready without it."""
+        """Return what a word in the ready line stands for; None for something that a guest can do without."""
         kind, number = word.rstrip("0123456789"), word.lstrip("abcdefghijklmnopqrstuvwxyz")
         if kind == "share" and int(number) < len(self._config.shared_dirs):
             share = self._config.shared_dirs[int(number)]
@@ -165,7 +165,7 @@ class Health:
         return {"share": f"shared dir number {number}", "nic": f"the network of its NIC number {number} (eth{number})"}.get(kind)
 
     def no_shell(self) -> VmError | None:
-        """Return why no shell can answer, in a guest that has said so itself, or that has panicked as expected."""
+        """Return why no shell can answer: the guest has said that it has none, or has panicked as expected."""
         if self._expected is not None and not self.ready.scan():
             return GuestPanicError(
                 f"VM {self._config.name!r}: the guest panicked, as expected; wait_ready() blocks until it has started again: "
@@ -181,13 +181,13 @@ class Health:
         )
 
     def start_anew(self, nonce: str | None) -> None:
-        """Forget what the guest said: it is about to start again, and then has to say this nonce, if any."""
+        """Forget what the guest has printed: it is about to start again, and its ready line must then have this nonce, if any."""
         self.ready.expect_again(nonce)
         for scanner in (self._panic, self._oops):
             scanner.forget()
 
     def started_anew(self) -> None:
-        """Take what befell the guest before it started again for dealt with."""
+        """Treat all that happened before the guest started again as handled."""
         if isinstance(self._driver, Reboots):
             self._driver.settle(self._handle())
         self._expected, self.told = None, False
@@ -198,13 +198,13 @@ class Health:
         return self._expected is not None
 
     def panic_was_expected(self, error: GuestPanicError) -> None:
-        """Take a panic for what the test meant to happen, until the guest has started anew."""
+        """Treat a panic as intended by the test, until the guest has started again."""
         self._expected, self.told = error, True
 
     def _raise_trouble(self) -> None:
         if self._asking:
             return
-        # Until `started_anew`: of a guest that has just become ready, the driver still tells of the panic.
+        # Until `started_anew` is called the driver still reports the panic.
         if self._expected is not None:
             self._raise_after_panic()
             return
@@ -216,7 +216,7 @@ class Health:
             raise
 
     def _raise_after_panic(self) -> None:
-        """Raise the end of the VMM: of a guest that panicked as expected, and may start again, all else is known."""
+        """Raise the end of the VMM, the only news of a guest that panicked as expected and may start again."""
         if self.has_ended():
             raise HypervisorError(self._why_ended(), vm_name=self._config.name)
 
@@ -237,7 +237,7 @@ class Health:
         if trouble is not None:
             if self.ready.scan():
                 raise trouble
-            # A VMM that ends for it says more with its end.
+            # Where the VMM ends for this, its end says more.
             if not self.wait_ended(Deadline.after(VMM_END_S)):
                 log = self._handle().serial_log
                 raise BootFailedError(f"{trouble}, before it was ready. Its console {log} {ends_with(log)}", vm_name=name)
@@ -247,11 +247,11 @@ class Health:
         self._check_sidecars()
 
     def _tells_panic(self) -> bool:
-        """Whether the panic device tells of a panic, so that the text of one on the console is no sign of it."""
+        """Whether the panic device reports panics, so that text on the console need not be looked at."""
         return self.ready.nonce is not None and "panic" not in self.ready.failed
 
     def _is_dead(self) -> bool:
-        """Tell whether a guest, on whose console the text of a panic is, does not answer; that of one that does is forgotten."""
+        """Tell whether a guest with the text of a panic on its console does not answer. Where it does, the text is forgotten."""
         if self._driver.state(self._handle()).state is VmState.PAUSED:
             return False
         self._asking = True
@@ -272,14 +272,14 @@ class Health:
         )
 
     def check_ending(self) -> None:
-        """Raise what has become of a VMM that is on its way out, after at most two seconds of it."""
+        """Raise the end of a VMM that is just ending; waits for it for two seconds at most."""
         self.wait_ended(Deadline.after(VMM_OUT_S))
         self.check()
 
     def _check_sidecars(self) -> None:
         for served in list(self.shares):
             if has_ended(served.process):
-                # It ends with its VMM too, and sees that end a moment before we can.
+                # A virtiofsd also ends with its VMM, and notices that end a moment before we do.
                 if self.wait_ended(Deadline.after(VMM_END_S)):
                     self._look_for_trouble()
                 share = served.share
@@ -301,7 +301,7 @@ class Health:
         )
 
     def wake_fds(self) -> list[int]:
-        """Return the descriptors of which one is readable when `check` has something new to look at."""
+        """Return descriptors, one of which becomes readable when there is something new for `check`."""
         for process in (self.process, *self._handle().sidecars):
             if process.pid not in self._pidfds:
                 try:
@@ -310,14 +310,14 @@ class Health:
                     self._raise_trouble()
         gone = [pid for pid, fd in self._pidfds.items() if pid != self.process.pid and wait_readable([fd], Deadline.after(0))]
         if gone:
-            # A sidecar that was let go of, or this would have raised: it must not wake again.
+            # Otherwise it was unplugged on purpose, and must not wake anybody again.
             self._raise_trouble()
         return [self._watch.fileno(), *(fd for pid, fd in self._pidfds.items() if pid not in gone)]
 
     def wait_for(self, look: Callable[[], Found | None], deadline: Deadline, gave_up: Callable[[], VmError]) -> Found:
         """Block until `look` finds something on the console; raises what `check` does, and `gave_up()` at the deadline."""
         while True:
-            # Before the look, and never between it and the wait: what is written in between must wake.
+            # Cleared before the look, so that what is written between the look and the wait still wakes.
             self._watch.clear()
             if (found := look()) is not None or (self.has_ended() and (found := look()) is not None):
                 return found
@@ -326,7 +326,7 @@ class Health:
                 error = gave_up()
                 self.explain(error)
                 raise error
-            # In pieces: another thread's check may have taken note of what this one is to wake for.
+            # In short waits: another thread's check may have consumed the event that was to wake this one.
             wait_readable(self.wake_fds(), Deadline.after(deadline.wait_s))
 
     def wait_ended(self, deadline: Deadline) -> bool:
@@ -339,7 +339,7 @@ class Health:
 
 
 class Telling:
-    """A VM's driver, whose errors tell the test of a VMM that has ended, as `Health` does; what its VMM lacks is refused."""
+    """A VM's driver that reports the end of the VMM as `Health` does, and refuses what the VMM cannot do."""
 
     def __init__(self, driver: VmDriver, health: Health, vm_name: str) -> None:
         self._of = driver, health, vm_name
@@ -382,7 +382,7 @@ def _how(process: ProcessIdentity, keeper: Keeper) -> str:
 
 
 def console_ends_with(log: Path, config: VmConfig) -> str:
-    """Return a guest's last words for a message, or what may be the matter where there are none."""
+    """Return the last lines of a guest's console for a message, or likely causes where it is empty."""
     words = ends_with(log)
     return f"{words} {why_silent(config.cmdline)}" if words == EMPTY else words
 

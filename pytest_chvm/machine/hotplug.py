@@ -17,7 +17,7 @@ from pytest_chvm.machine.machine import Machine
 from pytest_chvm.model import DATA, ROOT, SharedDir, Tap, VmDisk, checked_mac, mac_for
 
 SIDECAR_TIMEOUT_S = 1.0
-# Of the NICs that a VM has from its boot on there are fewer.
+# Higher than the number of any NIC that a VM has from its boot on.
 FIRST_PLUGGED_NIC = 100
 
 
@@ -29,7 +29,7 @@ def add_disk(machine: Machine, image: Path, *, read_only: bool) -> Device:
             f"VM {machine.name!r}: the disk {str(image)!r} does not exist, or is no file", vm_name=machine.name
         )
     try:
-        # One that is only read may be any image, as a root disk is.
+        # A disk that is only read may have any format, as a root disk may.
         check_disk(VmDisk(ROOT if read_only else DATA, image))
     except InvalidConfigError as error:
         raise InvalidConfigError(f"VM {machine.name!r}: {error}", vm_name=machine.name) from None
@@ -60,7 +60,7 @@ def add_network(machine: Machine, tap: Tap) -> Device:
 
 
 def add_shared_dir(machine: Machine, share: SharedDir) -> Device:
-    """Plug a shared dir in, with a virtiofsd of its own, whose end is trouble from now on."""
+    """Plug a shared dir in, with a virtiofsd of its own, whose unexpected end is an error from now on."""
     _require_room(machine)
     device = plug_share(machine, share)
     assert device.served is not None
@@ -73,7 +73,7 @@ def remove(machine: Machine, device: Device) -> None:
     health = machine.health
     before = health.shares
     if device.served is not None:
-        # By another virtiofsd after a reboot; its end is no trouble from now on.
+        # After a reboot another virtiofsd serves it. Its end is no error from now on.
         now = [each for each in before if each.socket == device.served.socket]
         health.shares = [each for each in before if each not in now]
         device = replace(device, served=now[0] if now else device.served)
@@ -87,7 +87,7 @@ def remove(machine: Machine, device: Device) -> None:
 
 
 def plug_share(machine: Machine, share: SharedDir) -> Device:
-    """Start a virtiofsd and plug its shared dir in, without more ado."""
+    """Start a virtiofsd and plug its shared dir in; nothing is recorded of the device."""
     check_shared_dir(share)
     program, lease = find_virtiofsd(machine.virtiofsd), machine.lease
     path = next(path for number in itertools.count() if not (path := lease.directory / f"fs-{number}.sock").exists())
@@ -102,7 +102,7 @@ def plug_share(machine: Machine, share: SharedDir) -> Device:
 
 
 def unplug(machine: Machine, device: Device) -> None:
-    """Unplug a device and end its virtiofsd, without more ado."""
+    """Unplug a device and end its virtiofsd; nothing is recorded."""
     machine.driver.remove_device(machine.handle, device.id)
     if device.served is not None:
         _end(device.served)

@@ -38,7 +38,7 @@ from pytest_chvm.settings import Settings
 
 
 class Held(Protocol):
-    """Something that a VM has until it ends."""
+    """Something that a VM holds until it ends."""
 
     def release(self) -> list[str] | None:
         """Give it back; returns what could not be, in words, where it can tell."""
@@ -65,7 +65,7 @@ def launch(
     host = host or default_host()
     given: dict[str, Any] = {**arguments}
     settings = (settings or Settings.resolve()).with_arguments({key: given.pop(key, None) for key in LAUNCH_FIELDS})
-    # A value of None is one not given, but for a field that has a meaning for it.
+    # A value of None counts as not given.
     fields = {**(config.given() if config else {}), **{key: value for key, value in given.items() if value is not None}}
     if "name" not in fields:
         fields["name"] = f"vm{next(host.vm_numbers)}"
@@ -126,7 +126,7 @@ class Launcher:
 
     def start(self, plan: Plan) -> Vm:
         """Start a VM as it was planned; one that was to be a clone is booted where it may be and cannot be cloned."""
-        # Before a template is made, or the VM is booted because it could not be cloned.
+        # Before a template is made, and before a VM is booted only because it could not be cloned.
         self.host.names.require_free(plan.guest.config)
         why, template = plan.why_cold, None
         if why is None:
@@ -134,7 +134,7 @@ class Launcher:
                 template = self._template(plan)
                 return self._clone(plan, template.directory, held=[template])
             except VmError as error:
-                # A template that does not boot is a VM that does not.
+                # Where the template does not boot, neither would the VM.
                 if plan.settings.boot == "clone" or (template is None and isinstance(error, BootFailedError | GuestPanicError)):
                     raise
                 why = str(error)
@@ -142,10 +142,10 @@ class Launcher:
         vm = self._cold(plan, why)
         if plan.why_cold == FIRST_OF_IMAGE:
             assert plan.image_parts is not None
-            # Not of an image that does not get ready: its template would take as long to fail.
+            # Only of an image that gets ready: another's template would take just as long to fail.
             template_store(plan.settings, self.host).want(plan.image_parts)
         elif template is not None and not plan.guest.cloned_at_once:
-            # Each of its clones would be waited for as long as this one.
+            # Each further clone would be waited for as long as this one was.
             template.call_unfit(f"a clone of it failed, and then it booted: {why[:500]}")
         return vm
 
@@ -174,7 +174,7 @@ class Launcher:
             except (BootFailedError, GuestPanicError) as error:
                 if guest.cloned_at_once or insists:
                     raise
-                # It may have booted where it was meant to be.
+                # It may boot in the surroundings that it is meant for.
                 raise UnsupportedError(f"its template did not boot: {str(error)[:500]}") from error
 
         def identify(file: Path) -> str:
@@ -201,7 +201,7 @@ class Launcher:
         except BaseException:
             _close_quietly(vm)
             raise
-        # Of one that is not waited for, nobody sees when it is up.
+        # Where the VM is not waited for, nobody sees when it is up.
         lent.share.booted()
         return vm
 
@@ -244,7 +244,7 @@ class Launcher:
                     vm_name=machine.name,
                 ) from error
             raise
-        # Cut so that a clone of a clone of a clone still has a name that a VM may have.
+        # Cut, so that the name of a clone of a clone of a clone is still a valid one.
         names = (f"{machine.name[:50]}-clone{number}" for number in self.host.clone_numbers)
         start = partial(self._clone_of_snapshot, plan, len(machine.config.networks or ()))
         snapshot = Snapshot(names, directory, start, lease.release)
@@ -297,7 +297,7 @@ def _end_of_disk(vm: Vm, directory: Path) -> None:
     Raises UnsupportedError where it did not.
     """
     memory, kept = directory / MEMORY_FILE, directory / f"{MEMORY_FILE}.kept"
-    # On its way out it lets its devices go on, which write to the guest's memory.
+    # While it ends, its devices go on and write to the guest's memory.
     with kept.open("xb") as file:
         copy_sparse(memory, file.fileno())
     vm.stop()
@@ -314,5 +314,5 @@ def _close_quietly(vm: Vm) -> None:
     try:
         vm.close()
     except StopFailedError as error:
-        # The failed boot is what the test is to see.
+        # The test must see the failed boot, not this.
         logger.error("%s", error)

@@ -1,4 +1,4 @@
-"""Asking a guest whether it lives, also while its shell runs a command: it is told to write a line to its serial console."""
+"""Asks a guest whether it is alive, also while its shell runs a command, by having it write a line to its serial console."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytest_chvm.guest.ready import LogReader
 def question() -> tuple[str, str]:
     """Return a shell line that writes to the serial console, and the token that is in what it writes."""
     token = random_hex(8)
-    # Not as the shell's own echo of the line would have it.
+    # Split by quotes, so that an echo of the line does not match.
     said = f"chvm: alive {token[:8]}''{token[8:]}"
     return f"for c in /dev/ttyS0 /dev/ttyAMA0 /dev/console; do [ -c $c ] && echo {said} >$c && break; done", token
 

@@ -24,7 +24,7 @@ from pytest_chvm.machine.health import Health, Telling
 from pytest_chvm.model import CommandResult, VmConfig, VmHandle
 
 RUN_TIMEOUT_S = 60.0
-# How long a guest has to show that it lives, once there is a reason to doubt it.
+# How long a guest has to show that it is alive, once there is reason to doubt it.
 ANSWER_TIMEOUT_S = 5.0
 # What is read of a console at most, from its end.
 CONSOLE_LIMIT = 16 << 20
@@ -128,13 +128,13 @@ class Machine:
         return read_tail(self.handle.serial_log, CONSOLE_LIMIT)
 
     def check_alive(self) -> None:
-        """Raise what has become of the guest if it is not alive: a GuestError, BootFailedError, HypervisorError."""
+        """Raise the guest's error if it is not alive: a GuestError, BootFailedError or HypervisorError."""
         if self.ended:
             raise VmIOError(f"VM {self.name!r} was ended by the test", vm_name=self.name)
         self.health.check()
 
     def check_up(self) -> VmError | None:
-        """Return what has befallen the guest that the test has not been told of: a panic, an oops, the end of its VMM or sidecars.
+        """Return an error that the test has not been told of: a panic, an oops, the end of the VMM or of a sidecar.
 
         None where it is well, and of a VM that the test has ended.
         """
@@ -157,7 +157,7 @@ class Machine:
         try:
             done = self.channel.run(told, timeout=timeout, input=input)
         except (CommandTimeoutError, VmIOError) as error:
-            # What another thread's end of the VM does to a command says that it was ended; that its VMM is gone is no news then.
+            # Where another thread has ended the VM, the error says so already; the VMM's end explains nothing then.
             if not self.ended:
                 self.health.explain(error)
             raise
@@ -212,7 +212,7 @@ class Machine:
             )
 
     def allow_reboot(self) -> None:
-        """Let the guest's next reboot be one, in place of trouble or the VMM's end."""
+        """Allow the guest's next reboot, which would otherwise be an error or end the VMM."""
         self.handle, self.health.shares = self.driver.allow_reboot(self.handle, self.health.shares)
 
     def started_anew(self) -> None:

@@ -34,7 +34,7 @@ def network_mode(settings: Settings, driver: VmDriver, *, outbound: bool = True)
     return "none", f"no TAP can be made: {reason}; {driver.vmm} has no user mode"
 
 
-# Of each kind of network, what takes from the host what a NIC on it needs; a user-mode network that has its addresses
+# For each kind of network, the function that takes what a NIC on it needs from the host. A user-mode network with given addresses
 # needs nothing.
 LEASES: dict[type, Callable[[Any, Need], Nic]] = {
     Tap: lease_tap_nic,
@@ -45,7 +45,7 @@ LEASES: dict[type, Callable[[Any, Need], Nic]] = {
 
 @dataclass(frozen=True, slots=True)
 class Nics:
-    """A VM's NICs: what the driver attaches them to, what is held for them, and what the built-in guest is told of them."""
+    """A VM's NICs: the attachments for the driver, the subnets held for them, and the words that tell the guest of them."""
 
     attachments: list[Attachment]
     held: list[Subnet]

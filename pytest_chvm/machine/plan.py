@@ -25,7 +25,7 @@ from pytest_chvm.settings import Settings
 
 FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
 
-# More processors than this for each of the host's, and a VM does little but wait for its own.
+# With more processors than this for each of the host's, a VM mostly waits for itself.
 OVERCOMMIT = 4
 
 
@@ -95,7 +95,7 @@ def _boot_or_clone(plan: Plan, store: TemplateStore) -> Plan:
     if not plan.wait:
         return replace(plan, why_cold="it is an image of its own, whose boot is not waited for")
     try:
-        # Not by content: most images are wanted once only.
+        # Not by content, which takes long for an image: most are used only once.
         parts = plan.made_of(file_identity)
     except VmError as error:
         return replace(plan, why_cold=str(error))

@@ -41,7 +41,7 @@ def save(machine: Machine, directory: Path, *, go_on: bool = True) -> None:
 def renew(machine: Machine, words: Sequence[str]) -> None:
     """Have a clone made a machine of its own, which is told `words`; it then says that it is ready, which is not waited for.
 
-    Raises VmIOError where it does not even begin before the boot's deadline.
+    Raises VmIOError where the renewal does not begin before the boot's deadline.
     """
     line = renewal.line(words, stale_nics=machine.origin.stale_nics)
     _renewing(machine).renew(renewal.message, line, machine.boot_deadline)
@@ -56,7 +56,7 @@ def _renewing(machine: Machine) -> RenewingChannel:
 
 
 def _save_console(machine: Machine, copy: Path) -> None:
-    # Without the ready line: each clone prints its own, and a test that looks for one is to find that.
+    # Without the ready line: each clone prints its own, which is the one that a test should find.
     marker = machine.handle.ready_marker.encode()
     lines = io.BytesIO(machine.serial_text())
     with copy.open("wb") as saved:
@@ -71,7 +71,7 @@ def _without_shares(machine: Machine) -> Iterator[None]:
     try:
         for index, served in enumerate(shares):
             _must(machine, ["umount", served.share.mount_point])
-            # Its virtiofsd's end is no trouble from now on.
+            # The end of its virtiofsd is no error from now on.
             machine.health.shares = shares[index + 1 :]
             unplugged.append(index)
             hotplug.unplug(machine, Device(share_id(served.share), "fs", served=served))

@@ -26,7 +26,7 @@ class Snapshot:
         self._start = start
         self._remove = remove
         self._closed = False
-        # Told of the name of each clone.
+        # Called with the name of each clone.
         self.on_clone: Callable[[str], None] = lambda _name: None
 
     def clone(self, name: str | None = None, *, wait: bool = True) -> Vm:

@@ -16,7 +16,7 @@ from pytest_chvm.machine.machine import Machine
 def wait_ready(machine: Machine, timeout: float | None) -> None:
     """Block until the guest is ready; see `Vm.wait_ready`."""
     health = machine.health
-    # The first boot's deadline has long passed when it starts again after a panic.
+    # The deadline of the first boot has passed by the time of a start after a panic.
     first = Deadline.after(machine.boot_deadline.total_s) if health.panicked else machine.boot_deadline
     deadline = first if timeout is None else Deadline.after(checked_timeout(timeout))
 
