@@ -47,11 +47,12 @@ def build_initramfs(
     init_script: str = "init.sh",
     wanted: Sequence[str] = WANTED_MODULES,
     extra_files: Sequence[str] = (),
+    more: Sequence[Entry] = (),
 ) -> Path:
     """Return an initramfs for a kernel, the built-in guest's by default, built at the first call.
 
     `init_script` is its first process, a file of this package; `wanted` are the modules it has, with all they depend on;
-    `extra_files` are of this package too.
+    `extra_files` are of this package too, and `more` is whatever else it has.
     Raises MissingRequirementError where BusyBox is not to be had or the cache cannot be written.
     """
     busybox = find_busybox(cache, progress)
@@ -64,9 +65,11 @@ def build_initramfs(
         *(Entry(f"lib/chvm/{name}", stat.S_IFREG | 0o644, files.joinpath(name).read_bytes()) for name in names),
         Entry("lib/chvm/renew", stat.S_IFREG | 0o755, renew.program()),
         Entry("lib/chvm/signals", stat.S_IFREG | 0o755, signals.program()),
+        *more,
     ]
-    key = hashlib.sha256(b"recipe 2")
-    for part in (busybox.read_bytes(), init, *(entry.data for entry in tools), *(module.data for module in modules)):
+    key = hashlib.sha256(b"recipe 3")
+    called = "\0".join(entry.name for entry in tools).encode()
+    for part in (busybox.read_bytes(), init, called, *(entry.data for entry in tools), *(module.data for module in modules)):
         key.update(hashlib.sha256(part).digest())
 
     def build(directory: Path) -> None:

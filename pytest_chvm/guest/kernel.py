@@ -97,6 +97,12 @@ def find_modules(image: Path, release: str | None) -> Path | None:
     return None
 
 
+def modules_of(root: Path, release: str | None) -> Path | None:
+    """Return the module tree of a release below a root, and nowhere else."""
+    tree = root / "lib" / "modules" / (release or "")
+    return tree if release and "/" not in release and (tree / "kernel").is_dir() else None
+
+
 def index_modules(tree: Path, busybox: Path) -> None:
     """Write the index that modprobe reads into a module tree that has none; raises HostError where it cannot be."""
     if (tree / "modules.dep").exists():

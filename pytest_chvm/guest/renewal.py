@@ -19,7 +19,7 @@ DIRECTORY = re.compile(r"/[a-z/]{1,20}/chvm\.[A-Za-z0-9]{6}\n")
 # Puts the program that is its input where the guest runs programs from, and tries it: without a message it ends with 1.
 INSTALL = """\
 [ "$(id -u)" = 0 ] || { echo "the shell on its console is not root's"; exit 3; }
-command -v ip >/dev/null || { echo "it has no 'ip' (iproute2, BusyBox)"; exit 3; }
+[ -x /run/chvm/busybox ] || command -v ip >/dev/null || { echo "it has no 'ip' (iproute2, BusyBox)"; exit 3; }
 for place in /run /tmp /var/tmp /root /dev; do
     directory=$(mktemp -d $place/chvm.XXXXXX 2>/dev/null) || continue
     if [ "$program" ]; then cp $program $directory/renew; else cat >$directory/renew; fi

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from pytest_chvm.base.progress import Progress, show_progress
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.guest.images.initramfs import initramfs_in_front
+from pytest_chvm.guest.images.inspect import KERNEL_FILE, System
 from pytest_chvm.guest.initramfs import WANTED_MODULES, add_words, build_initramfs
-from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel
+from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel, modules_of
 from pytest_chvm.guest.kernel_image import check_kernel_image
 from pytest_chvm.guest.kinds import Guest, host_root
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
 from pytest_chvm.guest.kinds.host_root import HostRootGuest
 from pytest_chvm.guest.kinds.image import ImageGuest
+from pytest_chvm.guest.kinds.stock import StockGuest
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.model import HostRoot, VmConfig
 from pytest_chvm.settings import Settings
@@ -35,11 +39,19 @@ BUILT_IN_CMDLINE = (
 )
 
 
-def choose_guest(config: VmConfig, settings: Settings, progress: Progress = show_progress) -> Guest:
-    """Fill in the built-in guest where the config names none: its kernel, and its initramfs for a kernel without a root.
+# Returns the system on a config's root disk, and the directory that has its kernel and modules.
+Inspect = Callable[[VmConfig, Kernel], tuple[System, Path]]
 
-    This is where `preflight` is asked, as soon as there is a kernel. Raises what it does, and InvalidConfigError where the built-in
-    guest cannot be built.
+
+def choose_guest(
+    config: VmConfig, settings: Settings, progress: Progress = show_progress, *, inspect: Inspect | None = None
+) -> Guest:
+    """Return the guest that a config asks for, complete.
+
+    An initramfs of its own, or a root disk with a kernel and a command line, is an image prepared by the user; a root disk without
+    is a stock image, whose system `inspect` looks for; the rest is the built-in guest.
+    This is where `preflight` is asked, as soon as there is a kernel. Raises what it does, InvalidConfigError where the built-in
+    guest cannot be built, and what `inspect` does.
     """
     if config.root is not None and config.initramfs is not None:
         raise InvalidConfigError(
@@ -50,6 +62,9 @@ def choose_guest(config: VmConfig, settings: Settings, progress: Progress = show
     if kernel is not None:
         config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
     preflight(config)
+    prepared = config.initramfs is not None or (kernel is None and config.cmdline is not None)
+    if config.root_disk is not None and inspect is not None and not prepared:
+        return _stock_guest(config, kernel, settings, progress, inspect)
     if config.initramfs is not None or config.root_disk is not None:
         return ImageGuest(config)
     assert config.kernel is not None
@@ -66,6 +81,23 @@ def choose_guest(config: VmConfig, settings: Settings, progress: Progress = show
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
     return kind(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(known))
+
+
+def _stock_guest(config: VmConfig, built_in: Kernel | None, settings: Settings, progress: Progress, inspect: Inspect) -> StockGuest:
+    """Return the guest of a stock image; `built_in` is the built-in kernel where the config named none."""
+    cache = cache_dir(settings)
+    system, directory = inspect(config, built_in or built_in_kernel(settings, progress))
+    known = inspect_kernel(directory / KERNEL_FILE)
+    known = replace(known, modules=modules_of(directory, known.release))
+    if built_in is None:
+        assert config.kernel is not None
+        own = inspect_kernel(config.kernel)
+        # Of a kernel of the image's that somebody has copied out of it, the modules are there.
+        known = own if own.modules is not None or own.release != known.release else replace(own, modules=known.modules)
+    initramfs = initramfs_in_front(system, known, cache, progress)
+    cmdline = system.cmdline if config.cmdline is None else config.cmdline
+    config = config.replace(kernel=unpacked_kernel(known.image, cache), initramfs=initramfs, cmdline=cmdline)
+    return StockGuest(config, random_hex(8), None)
 
 
 def _lacks(kernel: Kernel) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pytest_chvm.clones.digests import file_identity
@@ -18,6 +19,7 @@ from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.limits import processors
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.machine.guest_choice import cache_dir, choose_guest
+from pytest_chvm.machine.inspection import inspected_system
 from pytest_chvm.machine.nics import check_networks, network_mode
 from pytest_chvm.machine.seeds import with_seed
 from pytest_chvm.model import VmConfig
@@ -65,7 +67,7 @@ def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = 
     """
     driver = driver_for(settings, host)
     config = with_seed(config, cache_dir(settings), host)
-    guest = choose_guest(config, settings, host.show_progress)
+    guest = choose_guest(config, settings, host.show_progress, inspect=partial(inspected_system, settings, host))
     config = guest.config
     driver.binary()
     check_abilities(driver, config)

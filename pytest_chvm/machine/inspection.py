@@ -1,0 +1,90 @@
+"""Looking at an image: a VM of ours has it for its disk, and hands out what its system boots with. Kept by the image's content."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+
+from pytest_chvm.base.cache import built_once
+from pytest_chvm.base.untouched import random_hex
+from pytest_chvm.clones.digests import content_key
+from pytest_chvm.drivers.disks import plain_images
+from pytest_chvm.errors import InvalidConfigError, UnsupportedError
+from pytest_chvm.guest.images.inspect import FILE_SYSTEM_MODULES, SYSTEM_FILE, NoSystemError, System, take_system
+from pytest_chvm.guest.initramfs import WANTED_MODULES, build_initramfs
+from pytest_chvm.guest.kernel import Kernel
+from pytest_chvm.guest.vmlinux import unpacked_kernel
+from pytest_chvm.host.host import Host
+from pytest_chvm.machine.guest_choice import BUILT_IN_CMDLINE, cache_dir
+from pytest_chvm.model import VmConfig
+from pytest_chvm.settings import Settings
+
+# However slow the machine: nobody waits for this VM but for its image.
+BOOT_TIMEOUT_S = 120.0
+# A few for each image.
+LIMIT_OF_IMAGES = 64
+
+
+def inspected_system(settings: Settings, host: Host, config: VmConfig, kernel: Kernel) -> tuple[System, Path]:
+    """Return the system on a config's root disk, and the directory that has its kernel and modules.
+
+    `kernel` is the built-in guest's, which looks at it. Raises InvalidConfigError where there is none that boots
+    here, and what `launch` does.
+    """
+    image = config.root_disk
+    assert image is not None
+    cache = cache_dir(settings)
+    key = hashlib.sha256(_recipe())
+    try:
+        for each in plain_images(image):
+            key.update(content_key(each, cache, host.show_progress).encode())
+    except UnsupportedError:
+        # A block device, whose content nothing tells without reading it.
+        key.update(random_hex(16).encode())
+
+    def build(directory: Path) -> None:
+        host.show_progress(f"looking for the system on {image}")
+        _inspect(config, kernel, settings, host, directory)
+
+    directory = built_once(
+        cache / "images" / key.hexdigest()[:32], build, lambda found: (found / SYSTEM_FILE).exists(), progress=host.show_progress
+    )
+    with suppress(OSError):
+        (directory / SYSTEM_FILE).touch()
+    return System.read(directory), directory
+
+
+def _inspect(config: VmConfig, kernel: Kernel, settings: Settings, host: Host, directory: Path) -> None:
+    # Which starts what is planned, and planning is what needs this.
+    from pytest_chvm.machine.launcher import launch
+
+    assert config.root_disk is not None
+    cache = cache_dir(settings)
+    looking = VmConfig(
+        name=f"looks-at-{re.sub(r'[^A-Za-z0-9]', '-', config.root_disk.stem)[:30]}-{random_hex(4)}",
+        kernel=unpacked_kernel(kernel.image, cache),
+        initramfs=build_initramfs(kernel, cache, host.show_progress, wanted=(*WANTED_MODULES, *FILE_SYSTEM_MODULES)),
+        cmdline=BUILT_IN_CMDLINE,
+        root_disk=config.root_disk,
+    )
+    settings = settings.with_arguments(
+        {"boot": "cold", "network": "none", "boot_timeout": BOOT_TIMEOUT_S, "ready_marker": "CHVM_READY"}
+    )
+    try:
+        with launch(looking, settings=settings, host=host) as vm:
+            take_system(lambda script, data: vm.machine.run(script, input=data), directory)
+    except NoSystemError as error:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: root_disk {str(config.root_disk)!r} has no system that can be booted: {error}. Expected is a raw or "
+            "qcow2 image, partitioned or not, with Linux on ext4, xfs or btrfs; what needs more to find its root (LVM, encryption, "
+            "RAID) boots with kernel=, initramfs= and cmdline= of its own",
+            vm_name=config.name,
+        ) from error
+
+
+def _recipe() -> bytes:
+    files = resources.files("pytest_chvm.guest.images")
+    return b"".join(files.joinpath(name).read_bytes() for name in ("inspect.py", "inspect.sh", "boot_entries.py", "superblocks.py"))
