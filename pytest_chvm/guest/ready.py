@@ -24,8 +24,9 @@ CHUNK = 1 << 20
 # A terminal's sequence that ends with what could be part of a word, just before the marker (ECMA-48): CSI, and the two- and
 # three-character ones, of which `tput sgr0` writes one.
 SEQUENCE = rb"\x1b(?:\[[0-?]{0,24}[ -/]{0,2}[@-~]|[ -/]{1,2}[0-~]|[0-9=>A-OQ-WYZa-z])"
-# What a guest may say that it could not set up: `share0` is the first shared dir of the VM's, `nic0` its first NIC; `cloud-init`,
-# `console` and `panic` are what a seed says, the console for its shell and the panic device, without which it is ready all the same.
+# What a guest may say that it could not set up: `share0` is the first shared dir of the VM's, `nic0` its first NIC,
+# `cloud-init` what its seed says; `console` and `panic` are the console for its shell and the panic device, without
+# which it is ready all the same.
 FAILED = re.compile(r"failed=((?:share|nic)\d{1,3}|disk|console|panic|cloud-init)")
 MOST_FAILED = 32
 

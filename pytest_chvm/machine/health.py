@@ -162,6 +162,9 @@ class Health:
             return f"shared dir {share.tag!r} ({share.host_path})"
         if kind == "disk":
             return f"its data disk ({self._config.data_disk})"
+        if kind == "cloud-init":
+            # Of an image's own doing nobody has asked for anything.
+            return "what cloud-init was told by its seed" if self._config.seed_iso is not None else None
         return {"share": f"shared dir number {number}", "nic": f"the network of its NIC number {number} (eth{number})"}.get(kind)
 
     def no_shell(self) -> VmError | None:

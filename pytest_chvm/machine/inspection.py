@@ -16,16 +16,15 @@ from pytest_chvm.errors import InvalidConfigError, UnsupportedError
 from pytest_chvm.guest.images.inspect import FILE_SYSTEM_MODULES, SYSTEM_FILE, NoSystemError, System, take_system
 from pytest_chvm.guest.initramfs import WANTED_MODULES, build_initramfs
 from pytest_chvm.guest.kernel import Kernel
+from pytest_chvm.guest.ready import DEFAULT_MARKER
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.host.host import Host
 from pytest_chvm.machine.guest_choice import BUILT_IN_CMDLINE, cache_dir
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 
-# However slow the machine: nobody waits for this VM but for its image.
-BOOT_TIMEOUT_S = 120.0
-# A few for each image.
-LIMIT_OF_IMAGES = 64
+# Of the VM that looks at an image; it boots with all the time that a slow machine may take.
+ARGUMENTS = {"boot": "cold", "network": "none", "boot_timeout": 120.0, "ready_marker": DEFAULT_MARKER}
 
 
 def inspected_system(settings: Settings, host: Host, config: VmConfig, kernel: Kernel) -> tuple[System, Path]:
@@ -70,17 +69,15 @@ def _inspect(config: VmConfig, kernel: Kernel, settings: Settings, host: Host, d
         cmdline=BUILT_IN_CMDLINE,
         root_disk=config.root_disk,
     )
-    settings = settings.with_arguments(
-        {"boot": "cold", "network": "none", "boot_timeout": BOOT_TIMEOUT_S, "ready_marker": "CHVM_READY"}
-    )
+    settings = settings.with_arguments(ARGUMENTS)
     try:
         with launch(looking, settings=settings, host=host) as vm:
             take_system(lambda script, data: vm.machine.run(script, input=data), directory)
     except NoSystemError as error:
         raise InvalidConfigError(
-            f"VM {config.name!r}: root_disk {str(config.root_disk)!r} has no system that can be booted: {error}. Expected is a raw or "
-            "qcow2 image, partitioned or not, with Linux on ext4, xfs or btrfs; what needs more to find its root (LVM, encryption, "
-            "RAID) boots with kernel=, initramfs= and cmdline= of its own",
+            f"VM {config.name!r}: root_disk {str(config.root_disk)!r} has no system that can be booted: {error}. Expected is a raw "
+            "or qcow2 image, partitioned or not, with Linux on ext4, xfs or btrfs; what needs more to find its root (LVM, "
+            "encryption, RAID) boots with kernel=, initramfs= and cmdline= of its own",
             vm_name=config.name,
         ) from error
 

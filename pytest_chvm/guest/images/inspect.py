@@ -121,9 +121,7 @@ def _look(run: Run) -> _Found:
 
     found = _Found(systems, places("root"), places("kernel"), places("config"))
     if not found.roots:
-        seen = [
-            f"{device} is {system.type}, without an init" for device, system in systems.items() if (device, "") in places("mounted")
-        ]
+        seen = [f"{device} is {systems[device].type}, without an init" for device, _ in places("mounted")]
         what = "; ".join([*seen, *others]) or f"no file system that is known here, in {len(partitions)} partition(s)"
         raise NoSystemError(f"it has {what}")
     return found
@@ -149,7 +147,7 @@ def _root(found: _Found, entry: BootEntry | None) -> tuple[str, str]:
 
 
 def _kernel(found: _Found, entry: BootEntry | None, root: str) -> tuple[str, str]:
-    """Return the device and path of the kernel that an entry names, else of the newest there is, on the root's own file system first.
+    """Return the device and path of the kernel that an entry names, else of the newest, on the root's own file system first.
 
     An entry's path may begin at another file system, or with a subvolume.
     """
