@@ -6,11 +6,13 @@ import platform
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import pytest_chvm
 from pytest_chvm import HostError, QemuDriver, UnsupportedError, VmConfig
 from pytest_chvm.clones import templates
 from pytest_chvm.clones.digests import content_key, file_identity
@@ -102,19 +104,32 @@ def test_the_word_that_an_image_says_that_it_is_ready_with_is_in_the_key(key):
     assert key(ready_marker="VMRS_READY") == key()
 
 
-def test_the_code_that_makes_templates_is_in_the_key(key, monkeypatch):
-    before = key()
-    files = list(templates._package_files())
-    assert {"clones/templates.py", "drivers/qemu/driver.py", "guest/configure_any.sh", "guest/init.sh"} <= {
-        name for name, _ in files
-    }
-    changed = [(name, content + b"#" if name == "drivers/qemu/driver.py" else content) for name, content in files]
-    monkeypatch.setattr(templates, "_package_files", lambda: changed)
-    templates._code.cache_clear()
-    try:
-        assert key() != before
-    finally:
-        templates._code.cache_clear()
+PRINT_KEY = """
+from pytest_chvm.clones.templates import made_of
+from pytest_chvm.drivers.qemu.driver import QemuDriver
+from pytest_chvm.guest.kinds.built_in import BuiltInGuest
+from pytest_chvm.model import VmConfig
+print(made_of(BuiltInGuest(VmConfig()), QemuDriver(), str, network_mode="tap", ready_marker="CHVM_READY"))
+"""
+
+
+def test_the_code_that_makes_templates_is_in_the_key(tmp_path):
+    package = Path(pytest_chvm.__file__).parent
+    shutil.copytree(package, tmp_path / "pytest_chvm", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def printed():
+        environment = {**os.environ, "PYTHONPATH": os.fspath(tmp_path)}
+        return subprocess.run(
+            [sys.executable, "-c", PRINT_KEY], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True
+        ).stdout
+
+    keys = [printed()]
+    assert printed() == keys[0]
+    for name in ("drivers/qemu/driver.py", "guest/init.sh"):
+        with (tmp_path / "pytest_chvm" / name).open("a") as file:
+            file.write("# changed\n")
+        keys.append(printed())
+    assert len(set(keys)) == 3
 
 
 def test_the_build_of_the_hosts_kernel_and_what_its_kvm_is_told_are_in_the_key(key, monkeypatch, tmp_path):
