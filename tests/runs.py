@@ -21,6 +21,22 @@ from tests.leaks import Sandbox
 LIGHT = ("-p", "no:hypothesispytest")
 
 
+# On a machine with many others an inner run may take as long.
+INNER_RUN_TIMEOUT_S = 240.0
+
+RunPytest = Callable[..., pytest.RunResult]
+
+
+@pytest.fixture
+def run_pytest(pytester: pytest.Pytester, user_environment: pytest.MonkeyPatch) -> RunPytest:
+    """Run pytest as a user does, in a process of its own."""
+
+    def run(*arguments: str | os.PathLike[str]) -> pytest.RunResult:
+        return pytester.runpytest_subprocess(*LIGHT, *arguments, timeout=INNER_RUN_TIMEOUT_S)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def guest_cache() -> Path:
     """The cache with the built-in guest in it, so that no inner run has to build one."""

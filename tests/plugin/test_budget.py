@@ -16,9 +16,7 @@ from pytest_chvm.host.budget import Budget, take_share
 from pytest_chvm.host.host import default_host
 from pytest_chvm.host.leases import Lease
 from tests.leaks import Sandbox
-from tests.runs import StartPytest
-
-from .conftest import RunPytest
+from tests.runs import RunPytest, StartPytest
 
 EIGHT_TESTS = """
     import json, os, pathlib, time

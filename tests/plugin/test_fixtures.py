@@ -9,9 +9,7 @@ import sys
 import pytest
 
 from tests.leaks import Sandbox
-from tests.runs import StartPytest
-
-from .conftest import RunPytest
+from tests.runs import RunPytest, StartPytest
 
 
 def test_each_fixture_gives_what_it_promises_and_for_as_long(pytester: pytest.Pytester, run_pytest: RunPytest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .conftest import RunPytest
+from tests.runs import RunPytest
 
 # Gives the tests a shell of the host's in place of a guest's.
 NO_VM = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .conftest import RunPytest
+from tests.runs import RunPytest
 
 USERS_OF_VMS = """
     import pytest

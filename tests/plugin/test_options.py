@@ -10,8 +10,7 @@ import pytest
 
 from pytest_chvm.settings import OPTIONS
 from tests.leaks import Sandbox
-
-from .conftest import RunPytest
+from tests.runs import RunPytest
 
 PRINTS_SETTINGS = """
     import dataclasses, json, pathlib

@@ -7,8 +7,7 @@ import re
 import pytest
 
 from pytest_chvm.machine.events import read_events
-
-from .conftest import RunPytest
+from tests.runs import RunPytest
 
 # As in a terminal's output: nothing but line ends and tabs.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from .conftest import RunPytest
+from tests.runs import RunPytest
 
 ROOMS = ("collection", "end", "fixtures", "keys", "marker", "options", "protocol", "run")
 LIGHT = {

@@ -8,9 +8,7 @@ import signal
 import pytest
 
 from tests.leaks import Sandbox
-from tests.runs import StartPytest
-
-from .conftest import RunPytest
+from tests.runs import RunPytest, StartPytest
 
 STARTS_VMS = """
     import pytest

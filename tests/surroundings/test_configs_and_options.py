@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import RunPytest
+from tests.runs import RunPytest
 
 
 def test_what_a_config_does_not_say_is_from_the_marker_the_options_and_the_test(

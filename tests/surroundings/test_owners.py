@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_chvm import launch
-
-from .conftest import RunPytest
+from tests.runs import RunPytest
 
 
 @pytest.fixture(scope="module", autouse=True)

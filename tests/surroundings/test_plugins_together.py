@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .conftest import RunPytest
+from tests.runs import RunPytest
 
 PLUGINS = {"randomly": "pytest_randomly", "forked": "pytest_forked", "asyncio": "pytest_asyncio.plugin"}
 
