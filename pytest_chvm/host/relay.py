@@ -1,25 +1,24 @@
-"""A TCP relay from the host's loopback into a named network namespace, for `Vm.address`."""
+"""TCP relays from the host's loopback to where a test cannot connect itself: into a named network namespace, for `Vm.address`."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from pytest_chvm.base.untouched import Socket
-from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.errors import VmError
 from pytest_chvm.host.namespaces import inside
 
 CONNECT_TIMEOUT_S = 10.0
 
 
-class NamespaceRelay:
-    """Listens on loopback and connects each client to `target` inside the namespace, until `close`."""
+class Relay(ABC):
+    """Listens on loopback and serves each client in a thread, until `close`."""
 
-    def __init__(self, netns: str, target: tuple[str, int]) -> None:
-        self._netns = netns
-        self._target = target
+    def __init__(self) -> None:
         self._listener = Socket(socket.AF_INET)
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen()
@@ -42,18 +41,16 @@ class NamespaceRelay:
 
     def _serve(self, client: socket.socket) -> None:
         # The client sees the connection close where this fails, as it would for a refused one.
-        with contextlib.suppress(OSError, InvalidConfigError), client, self._ended_by_close(client):
-            with inside(self._netns):
-                server = _connected(self._target)
-            with server, self._ended_by_close(server):
-                server.settimeout(None)
-                back = threading.Thread(target=_copy, args=(server, client), daemon=True)
-                back.start()
-                _copy(client, server)
-                back.join()
+        with contextlib.suppress(OSError, VmError), client, self.ended_by_close(client):
+            self.serve(client)
+
+    @abstractmethod
+    def serve(self, client: socket.socket) -> None:
+        """Serve a client until its connection ends; it is closed then, also where this raises OSError or VmError."""
 
     @contextlib.contextmanager
-    def _ended_by_close(self, end: socket.socket) -> Iterator[None]:
+    def ended_by_close(self, end: socket.socket) -> Iterator[None]:
+        """Have a connection ended by `close` in the block."""
         with self._lock:
             if self._closed:
                 raise ConnectionAbortedError("the relay was closed")
@@ -71,6 +68,26 @@ class NamespaceRelay:
             for end in (self._listener, *self._open):
                 _shut(end, socket.SHUT_RDWR)
         self._listener.close()
+
+
+class NamespaceRelay(Relay):
+    """Connects each client to `target` inside the namespace."""
+
+    def __init__(self, netns: str, target: tuple[str, int]) -> None:
+        self._netns = netns
+        self._target = target
+        super().__init__()
+
+    def serve(self, client: socket.socket) -> None:
+        """Connect a client to the target."""
+        with inside(self._netns):
+            server = _connected(self._target)
+        with server, self.ended_by_close(server):
+            server.settimeout(None)
+            back = threading.Thread(target=_copy, args=(server, client), daemon=True)
+            back.start()
+            _copy(client, server)
+            back.join()
 
 
 def _connected(target: tuple[str, int]) -> Socket:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pytest_chvm.base.steps import Step
 from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.guest import ssh
 from pytest_chvm.guest.ssh import SshServer
 from pytest_chvm.host.ssh_key import run_key
 from pytest_chvm.machine.machine import Machine
+from pytest_chvm.machine.ssh_relay import ShellRelay
 
 LET_IN_TIMEOUT_S = 30.0
 # Whatever the user's or the machine's configuration says: no questions, no agent, nobody's files, and no waiting for ever for a
@@ -39,6 +41,8 @@ class Ssh:
     machine: Machine
     address: Callable[[int], tuple[str, int]]
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    # Of a VM without a network.
+    _relay: ShellRelay | None = None
     _server: SshServer | None = None
     # Which of the guest's starts it is known of.
     _known_of: int = 0
@@ -52,7 +56,7 @@ class Ssh:
             if self._server is None or self._known_of != machine.starts:
                 self._server = self._let_in(key.public, known_hosts)
                 self._known_of = machine.starts
-            host, port = self.address(self._server.port)
+            host, port = self._address(self._server)
         options = {
             **OPTIONS,
             "IdentityFile": _quoted(key.private),
@@ -63,12 +67,23 @@ class Ssh:
         words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
         return ["ssh", "-F", os.devnull, *words, "-p", str(port), f"root@{host}", *_remote(arguments)]
 
+    def closing(self) -> list[Step]:
+        """Return the step that ends the connections of a VM without a network."""
+        return [self._relay.close] if self._relay else []
+
+    def _address(self, server: SshServer) -> tuple[str, int]:
+        if self.machine.config.networks:
+            return self.address(server.port)
+        self._relay = self._relay or ShellRelay(self.machine)
+        return self._relay.address
+
     def _let_in(self, public_key: str, known_hosts: Path) -> SshServer:
         machine = self.machine
         server = ssh.let_in(
             lambda script, data: machine.run(script, input=data, timeout=LET_IN_TIMEOUT_S), public_key, machine.name
         )
-        if not server.listens:
+        # Without a network each connection has an sshd of its own.
+        if machine.config.networks and not server.listens:
             raise UnsupportedError(
                 f"VM {machine.name!r} cannot be reached over SSH: the guest has an sshd, and nothing listens at its port "
                 f"{server.port}: start it, by vm.run('systemctl start ssh') for instance. {ssh.INSTEAD}",

@@ -349,5 +349,5 @@ class Vm(GuestCommands):
         self.closed = True
         machine = self._machine
         ending = [] if self._removed else [lambda: self._end(machine.driver.kill, "close()")]
-        if failures := take_all([*ending, *self._ports.closing(), machine.close, self._release]):
+        if failures := take_all([*ending, *self._ssh.closing(), *self._ports.closing(), machine.close, self._release]):
             raise StopFailedError("; ".join(failures), vm_name=self.name)
