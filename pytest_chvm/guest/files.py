@@ -24,6 +24,29 @@ BLOCK = 4096
 AT_ONCE = 200
 
 
+def read(run: Run, path: str) -> bytes:
+    """Return what is in a file of the guest's. Raises VmIOError where it cannot be read, or has more than 256 MiB."""
+    _check_path(path)
+    done = run(f"cat <{shlex.quote(path)}", None)
+    if done.returncode != 0:
+        raise VmIOError(f"{path!r} could not be read in the guest: {done.stderr.strip()[:500]}")
+    return done.stdout_bytes
+
+
+def write(run: Run, path: str, data: bytes) -> None:
+    """Write a file of the guest's in place. Raises VmIOError where that fails; a file that was not there before is removed then."""
+    _check_path(path)
+    place = shlex.quote(path)
+    done = run(f'[ -e {place} ] || new=1; cat >{place} || {{ status=$?; [ "$new" ] && rm -f {place}; exit $status; }}', data)
+    if done.returncode != 0:
+        raise VmIOError(f"{path!r} could not be written in the guest: {done.stderr.strip()[:500]}")
+
+
+def _check_path(path: str) -> None:
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise InvalidConfigError(f"path {path!r}: expected that of a file of the guest's")
+
+
 def put(run: Run, source: Path, destination: str) -> None:
     """Copy a file or a directory tree of the host's to `destination` in the guest.
 

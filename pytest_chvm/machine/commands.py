@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pytest_chvm.guest import fetch, files
 from pytest_chvm.guest.commands import place_of, shown
-from pytest_chvm.machine.events import COMMAND, GET, POPEN, PUT
+from pytest_chvm.machine import waits
+from pytest_chvm.machine.events import COMMAND, GET, POPEN, PUT, WAIT
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine
 from pytest_chvm.machine.process import GuestProcess
 from pytest_chvm.model import CommandResult
@@ -77,13 +78,85 @@ class GuestCommands:
             process = self._machine.popen(command, input=_bytes(input), place=place)
         return GuestProcess(self._machine, process, shown(command))
 
+    def wait_until(
+        self,
+        command: str | Sequence[str],
+        timeout: float | None = RUN_TIMEOUT_S,
+        *,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+    ) -> CommandResult:
+        """Have the guest run a command until it returns 0, again and again; returns what it did then. Arguments are as of `run`.
+
+        `timeout` is seconds for all of it (None, 0 or infinity: no limit); CommandTimeoutError after it, with the status and the
+        outputs of the last attempt. Raises what has become of the guest at once when it dies.
+        """
+        with self._machine.log.timed(WAIT, what=str(command)):
+            return waits.wait_until(self._machine, command, timeout, place_of(cwd, env, user))
+
+    def wait_for_port(self, port: int, timeout: float | None = RUN_TIMEOUT_S) -> None:
+        """Block until something in the guest listens at a TCP port, at whatever of its addresses; nothing connects to it.
+
+        `timeout` as of `wait_until`; the CommandTimeoutError names the ports at which something listens.
+        """
+        with self._machine.log.timed(WAIT, what=f"TCP port {port}"):
+            waits.wait_for_port(self._machine, port, timeout)
+
+    def wait_for_file(self, path: str | os.PathLike[str], timeout: float | None = RUN_TIMEOUT_S) -> None:
+        """Block until a file, a directory or whatever else of that name is in the guest.
+
+        `timeout` as of `wait_until`; the CommandTimeoutError shows the nearest directory that is there, and what is in it.
+        """
+        with self._machine.log.timed(WAIT, what=f"file {path}"):
+            waits.wait_for_file(self._machine, path, timeout)
+
+    def wait_for_unit(self, unit: str, timeout: float | None = RUN_TIMEOUT_S) -> None:
+        """Block until a unit of the guest's systemd is active, or, of type oneshot, has done its work.
+
+        `timeout` as of `wait_until`. The CommandTimeoutError shows the unit's status and journal, and so does the GuestCommandError
+        that is raised at once for a unit that has failed or that is not known. UnsupportedError in a guest without systemd.
+        """
+        with self._machine.log.timed(WAIT, what=f"unit {unit}"):
+            waits.wait_for_unit(self._machine, unit, timeout)
+
+    def read_bytes(self, path: str | os.PathLike[str], *, timeout: float | None = RUN_TIMEOUT_S) -> bytes:
+        """Return what is in a file of the guest's, of /proc and the like too, up to 256 MiB.
+
+        Raises VmIOError, an OSError, where it cannot be read. A large file is faster with `get`.
+        """
+        name = os.fspath(path)
+        with self._machine.log.timed(GET, source=name, destination=None):
+            return files.read(self._runner(timeout), name)
+
+    def read_text(self, path: str | os.PathLike[str], *, timeout: float | None = RUN_TIMEOUT_S) -> str:
+        """Return what is in a file of the guest's as UTF-8, undecodable bytes by `surrogateescape`; see `read_bytes`."""
+        return self.read_bytes(path, timeout=timeout).decode(errors="surrogateescape")
+
+    def write_bytes(self, path: str | os.PathLike[str], data: bytes, *, timeout: float | None = RUN_TIMEOUT_S) -> None:
+        """Write a file of the guest's, which is made if it is not there, in place: one of /proc or /sys too.
+
+        Directories above it are not made. Raises VmIOError, an OSError, where it cannot be written; a file that it has made is
+        removed then. A large file is faster with `put`.
+        """
+        name = os.fspath(path)
+        with self._machine.log.timed(PUT, source=None, destination=name):
+            files.write(self._runner(timeout), name, data)
+
+    def write_text(self, path: str | os.PathLike[str], text: str, *, timeout: float | None = RUN_TIMEOUT_S) -> None:
+        """Write a file of the guest's as UTF-8, lone surrogates as the bytes that they stand for; see `write_bytes`."""
+        self.write_bytes(path, text.encode(errors="surrogateescape"), timeout=timeout)
+
+    def _runner(self, timeout: float | None) -> files.Run:
+        return lambda script, data: self._machine.run(script, input=data, timeout=timeout)
+
     def put(self, src: str | os.PathLike[str], dst: str, *, timeout: float | None = RUN_TIMEOUT_S) -> None:
         """Copy a file or directory of the host's into the guest; see `pytest_chvm.guest.files.put`.
 
         `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit).
         """
         with self._machine.log.timed(PUT, source=os.fspath(src), destination=os.fspath(dst)):
-            files.put(lambda script, data: self._machine.run(script, input=data, timeout=timeout), Path(src), os.fspath(dst))
+            files.put(self._runner(timeout), Path(src), os.fspath(dst))
 
     def get(self, src: str, dst: str | os.PathLike[str], *, timeout: float | None = RUN_TIMEOUT_S) -> Path:
         """Copy a file or directory of the guest's to the host and return its path there; see `pytest_chvm.guest.fetch.get`.
@@ -91,7 +164,7 @@ class GuestCommands:
         `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit).
         """
         with self._machine.log.timed(GET, source=os.fspath(src), destination=os.fspath(dst)):
-            return fetch.get(lambda script, data: self._machine.run(script, input=data, timeout=timeout), os.fspath(src), Path(dst))
+            return fetch.get(self._runner(timeout), os.fspath(src), Path(dst))
 
 
 def _bytes(text: str | bytes | None) -> bytes | None:

@@ -34,6 +34,7 @@ COMMAND = "command"  # command, returncode, duration_s, error
 POPEN = "popen"  # command, duration_s (of its start), error
 PUT = "put"  # source, destination, duration_s, error
 GET = "get"  # source, destination, duration_s, error
+WAIT = "wait"  # what for, duration_s, error
 PROCESS_ENDED = "process ended"  # command, returncode, duration_s; of a popen's, when the test has heard of it
 SNAPSHOT = "snapshot"  # duration_s, error
 CLONE = "clone"  # name of the clone
@@ -48,7 +49,7 @@ ENDED = "ended"  # how
 # Longer texts are cut to so many characters.
 LONGEST_TEXT = 2000
 # The kinds of which a test may have very many.
-FREQUENT = (COMMAND, POPEN, PUT, GET, PROCESS_ENDED)
+FREQUENT = (COMMAND, POPEN, PUT, GET, WAIT, PROCESS_ENDED)
 # Those are no longer written to a file of this size, and nothing is to one twice as large.
 LARGEST_FILE = 4 << 20
 # In memory: beyond this many, the first ones and the latest are kept.

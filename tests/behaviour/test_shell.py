@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pytest_chvm import CommandTimeoutError, GuestCommandError, InvalidConfigError, UnsupportedError
+from pytest_chvm import CommandTimeoutError, GuestCommandError, InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.guest.channels.console.console import Console
 
 # Far less than what is waited for would take.
@@ -206,3 +206,64 @@ def test_a_guest_that_dies_is_told_of_at_once(boot):
     vm.popen("sleep 0.3; echo c >/proc/sysrq-trigger")
     with pytest.raises(Exception, match=r"gave up|panic"):
         next(process.stdout)
+
+
+def test_what_is_waited_for_comes(vm):
+    ready = "[ -e /tmp/here ] && cat /tmp/here"
+    vm.run("(sleep 0.3; echo now >/tmp/here.new; mv /tmp/here.new /tmp/here; exec nc -l -p 4242) >/dev/null 2>&1 &")
+    vm.wait_for_file("/tmp/here", SOON_S)
+    done = vm.wait_until(ready, SOON_S)
+    assert (done.command, done.returncode, done.stdout) == (ready, 0, "now\n")
+    vm.wait_for_port(4242, SOON_S)
+    assert vm.wait_until(["sh", "-c", "pwd; id -un"], cwd="/tmp", user="nobody").stdout == "/tmp\nnobody\n"
+    vm.run("rm /tmp/here; kill $(pidof nc)")
+    assert vm.run("ls -A /tmp | grep chvm").stdout == ""
+
+
+def test_what_is_waited_for_in_vain_shows_the_last_state(vm):
+    with pytest.raises(CommandTimeoutError, match=r"'echo so; echo far >&2; exit 6' did not succeed within 1 s; it returned 6"):
+        vm.wait_until("echo so; echo far >&2; exit 6", timeout=1)
+    with pytest.raises(CommandTimeoutError, match=r"(?s)did not even end once.*stdout: begun"):
+        vm.wait_until("echo begun; sleep 600", timeout=1)
+    with pytest.raises(CommandTimeoutError, match=r"nothing listens at TCP port 81 .*: none"):
+        vm.wait_for_port(81, timeout=0.5)
+    with pytest.raises(CommandTimeoutError, match=r"(?s)'/etc/nowhere/file' is not there after 0.5 s.* /etc\n.*passwd"):
+        vm.wait_for_file("/etc/nowhere/file", timeout=0.5)
+    with pytest.raises(GuestCommandError, match="user='mallory'"):
+        vm.wait_until("true", timeout=1, user="mallory")
+    with pytest.raises(UnsupportedError, match="systemd"):
+        vm.wait_for_unit("ssh", timeout=SOON_S)
+    for wait, what in ((vm.wait_for_port, 0), (vm.wait_for_port, "ssh"), (vm.wait_for_file, ""), (vm.wait_for_unit, "a b")):
+        with pytest.raises(InvalidConfigError):
+            wait(what, timeout=1)
+    assert vm.run("ls -A /tmp | grep chvm; ps | grep -c '[s]leep 600'").stdout == "0\n"
+
+
+def test_texts_and_bytes_are_written_and_read(vm):
+    vm.write_text("/tmp/text", "first\nsécond\udcff\n")
+    assert vm.read_bytes("/tmp/text") == "first\nsécond".encode() + b"\xff\n"
+    assert vm.read_text("/tmp/text") == "first\nsécond\udcff\n"
+    data = bytes(range(256)) * 100
+    vm.write_bytes("/tmp/text", data)
+    assert vm.read_bytes("/tmp/text") == data
+    assert vm.read_text("/proc/sys/kernel/ostype") == "Linux\n"
+    vm.write_text("/proc/sys/kernel/sysrq", "1")
+    vm.write_bytes("/tmp/text", b"")
+    assert vm.read_bytes("/tmp/text") == b""
+    vm.run("rm /tmp/text")
+
+
+def test_what_cannot_be_read_or_written_says_why_and_leaves_nothing(vm):
+    vm.run("mkdir -p /tmp/small && mount -t tmpfs -o size=64k small /tmp/small")
+    for action in (
+        lambda: vm.read_text("/tmp/none"),
+        lambda: vm.read_bytes("/tmp"),
+        lambda: vm.write_text("/nowhere/file", "x"),
+    ):
+        with pytest.raises(OSError, match=r"(?i)no such file|nonexistent|is a directory"):
+            action()
+    with pytest.raises(VmIOError, match="No space left"):
+        vm.write_bytes("/tmp/small/file", bytes(100_000))
+    assert vm.check_output("ls -A /tmp/small; umount /tmp/small; rmdir /tmp/small") == ""
+    with pytest.raises(InvalidConfigError, match="path"):
+        vm.read_bytes("")
