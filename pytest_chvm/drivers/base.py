@@ -165,6 +165,14 @@ class Reboots(Protocol):
 
 
 @runtime_checkable
+class BootsFirmware(Protocol):
+    """A disk's own boot loader can be booted, by UEFI firmware."""
+
+    def firmware(self) -> list[Path]:
+        """Return the files of the firmware; raises MissingRequirementError where none is installed."""
+
+
+@runtime_checkable
 class Plugs(Protocol):
     """Devices come and go while the guest runs."""
 
@@ -225,6 +233,7 @@ class AbleDriver(
     Describes,
     Watches,
     Reboots,
+    BootsFirmware,
     Plugs,
     Resizes,
     Vsock,
@@ -244,6 +253,7 @@ IN_WORDS: dict[type, str] = {
     Describes: "be asked about a VM",
     Watches: "report what happens to a guest",
     Reboots: "have a guest start again",
+    BootsFirmware: "boot a disk by UEFI firmware",
     Plugs: "plug devices in and out",
     Resizes: "change processors or memory of a guest that runs",
     Vsock: "give a guest a vsock",
@@ -274,6 +284,8 @@ def check_abilities(driver: VmDriver, config: VmConfig) -> None:
         raise unsupported(driver.vmm, config.name, "choose the model of a processor", "leave out cpu_model")
     if config.channels and not isinstance(driver, Channels):
         raise unsupported(driver.vmm, config.name, IN_WORDS[Channels], "leave out channels")
+    if config.firmware is not None and not isinstance(driver, BootsFirmware):
+        raise unsupported(driver.vmm, config.name, IN_WORDS[BootsFirmware])
     for network in config.networks or ():
         if network.ability is not None and not getattr(able, network.ability):
             raise unsupported(

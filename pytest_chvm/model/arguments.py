@@ -17,6 +17,7 @@ class ConfigArguments(TypedDict, total=False):
 
     name: str
     namespace: str
+    firmware: Literal["uefi"] | None
     kernel: StrPath | None
     initramfs: StrPath | None
     cmdline: str | None

@@ -42,11 +42,12 @@ class VmConfig:
     neither the host nor what the host reaches; it can still be reached at `vm.address`.
 
     `user_data`, `meta_data` and `network_config`, text or mapping in and text out, are what an image's cloud-init is told, by a
-    NoCloud seed.
+    NoCloud seed. `firmware="uefi"` boots the boot loader of the `root_disk`.
     """
 
     name: str = "vm"
     namespace: str = "default"
+    firmware: str | None = None
     kernel: Path | None = None
     initramfs: Path | None = None
     cmdline: str | None = None
@@ -91,6 +92,8 @@ class VmConfig:
             value = getattr(self, key)
             if value is not None:
                 object.__setattr__(self, key, as_path(key, value))
+        if self.firmware not in (None, "uefi"):
+            raise self._invalid(f"firmware={self.firmware!r}, expected 'uefi'")
         for key in SEED_FIELDS:
             if (value := getattr(self, key)) is not None:
                 try:

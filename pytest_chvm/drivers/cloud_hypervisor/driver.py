@@ -13,6 +13,7 @@ from pytest_chvm.base.untouched import Socket
 from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.drivers.base import (
     Abilities,
+    BootsFirmware,
     Console,
     Describes,
     Plugs,
@@ -31,6 +32,7 @@ from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
 from pytest_chvm.drivers.cloud_hypervisor import state
 from pytest_chvm.drivers.cloud_hypervisor.events import EventMonitor
+from pytest_chvm.drivers.cloud_hypervisor.firmware import find_firmware
 from pytest_chvm.drivers.disks import DiskFile, default_cmdline, disk_files, image_format
 from pytest_chvm.drivers.events import event_log, open_event_log
 from pytest_chvm.drivers.keys import binary_key
@@ -51,7 +53,9 @@ RESTORE_DIR = "restore"
 UNPLUG_TIMEOUT_S = 20.0
 
 
-class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboots, Plugs, Resizes, Vsock, PowerButton):
+class CloudHypervisorDriver(
+    VmDriver, Saves, Console, Describes, Watches, Reboots, BootsFirmware, Plugs, Resizes, Vsock, PowerButton
+):
     """Runs VMs with Cloud Hypervisor, which needs KVM."""
 
     vmm = "cloud-hypervisor"
@@ -99,6 +103,10 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
         reason = why_no_kvm()
         return f"No usable KVM here: {reason}. Use --chvm-vmm=qemu, or 'chvm lab -- pytest ...'." if reason else None
 
+    def firmware(self) -> list[Path]:
+        """Return its own build of EDK II, or Rust Hypervisor Firmware; raises MissingRequirementError where there is neither."""
+        return [find_firmware()]
+
     def boot(self, config: VmConfig, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
         """Start a VM and return at once, STARTING."""
         return self._process.boot(config, self._command, options)
@@ -109,7 +117,10 @@ class CloudHypervisorDriver(VmDriver, Saves, Console, Describes, Watches, Reboot
             _check_text(config, path)
         machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), os.fspath(self.binary().path)]
         cmdline = default_cmdline(config) if config.cmdline is None else config.cmdline
-        machine += ["--kernel", os.fspath(config.kernel or ""), "--cmdline", cmdline]
+        if config.firmware is not None:
+            machine += ["--firmware", *map(os.fspath, self.firmware())]
+        else:
+            machine += ["--kernel", os.fspath(config.kernel or ""), "--cmdline", cmdline]
         if config.initramfs is not None:
             machine += ["--initramfs", os.fspath(config.initramfs)]
         machine += ["--cpus", f"boot={config.cpus}{f',max={config.max_cpus}' if config.max_cpus else ''}"]

@@ -19,6 +19,7 @@ from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.drivers.qemu import arguments, devices, qmp
 from pytest_chvm.drivers.qemu import events as qemu_events
+from pytest_chvm.drivers.qemu import firmware as qemu_firmware
 from pytest_chvm.drivers.qemu import state as qemu_state
 from pytest_chvm.drivers.qemu import vsock as qemu_vsock
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError, VmNotFoundError
@@ -96,6 +97,11 @@ class QemuDriver(AbleDriver):
     def _uses_kvm(self) -> bool:
         return self.accel == "kvm" or (self.accel == "auto" and why_no_kvm() is None)
 
+    def firmware(self) -> list[Path]:
+        """Return the UEFI firmware's code and its first variables; raises MissingRequirementError where there is none."""
+        found = qemu_firmware.find_firmware()
+        return [found.code, found.variables]
+
     def failure_hint(self) -> str | None:
         """Return why KVM does not work here, where it was asked for."""
         reason = why_no_kvm()
@@ -119,7 +125,7 @@ class QemuDriver(AbleDriver):
         machine += ["-m", f"{config.memory_mb}M{f',slots=8,maxmem={config.max_memory_mb}M' if config.max_memory_mb else ''}"]
         machine += devices.port_arguments() if config.hotplug else []
         machine += self._memory(boot)
-        machine += self._boot_source(config)
+        machine += self._boot_source(config) if config.firmware is None else qemu_firmware.firmware_arguments(boot)
         machine += ["-chardev", f"file,id=serial,path={arguments.quoted(boot.serial_log)},append=on", "-serial", "chardev:serial"]
         machine += ["-device", "virtio-rng-pci", *GENERATION_DEVICE]
         machine += arguments.nics(boot, shown)
