@@ -22,15 +22,8 @@ MOST_CPUS = 254
 def preflight(config: VmConfig) -> None:
     """Raise InvalidConfigError or HostError, naming the VM, for the first thing that this host cannot give it."""
     try:
-        if config.kernel is None:
-            raise InvalidConfigError("kernel=None: a driver needs one; launch() and chvm_vm() have a default")
-        _check_file("kernel", config.kernel)
-        image = check_kernel_image(config.kernel)
-        if config.cmdline is not None and (size := len(os.fsencode(config.cmdline))) > image.cmdline_bytes:
-            raise InvalidConfigError(
-                f"the kernel command line has {size} bytes, and this kernel takes {image.cmdline_bytes} and cuts off the rest: "
-                "shorten it"
-            )
+        if config.firmware is None:
+            _check_kernel(config)
         if config.initramfs is not None:
             _check_file("initramfs", config.initramfs)
         for disk in config.all_disks:
@@ -48,6 +41,18 @@ def preflight(config: VmConfig) -> None:
             _check_log(config.serial_log)
     except (InvalidConfigError, HostError) as error:
         raise type(error)(f"VM {config.name!r}: {error}", vm_name=config.name) from None
+
+
+def _check_kernel(config: VmConfig) -> None:
+    if config.kernel is None:
+        raise InvalidConfigError("kernel=None: a driver needs one; launch() and chvm_vm() have a default")
+    _check_file("kernel", config.kernel)
+    image = check_kernel_image(config.kernel)
+    if config.cmdline is not None and (size := len(os.fsencode(config.cmdline))) > image.cmdline_bytes:
+        raise InvalidConfigError(
+            f"the kernel command line has {size} bytes, and this kernel takes {image.cmdline_bytes} and cuts off the rest: "
+            "shorten it"
+        )
 
 
 def _check_file(key: str, path: Path) -> None:

@@ -16,11 +16,12 @@ from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.images.initramfs import initramfs_in_front
 from pytest_chvm.guest.images.inspect import KERNEL_FILE, System
-from pytest_chvm.guest.initramfs import WANTED_MODULES, add_words, build_initramfs
+from pytest_chvm.guest.initramfs import WANTED_MODULES, add_words, build_initramfs, find_busybox
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel, modules_of
 from pytest_chvm.guest.kernel_image import check_kernel_image
 from pytest_chvm.guest.kinds import Guest, host_root
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
+from pytest_chvm.guest.kinds.firmware import FirmwareGuest
 from pytest_chvm.guest.kinds.host_root import HostRootGuest
 from pytest_chvm.guest.kinds.image import ImageGuest
 from pytest_chvm.guest.kinds.stock import StockGuest
@@ -58,6 +59,8 @@ def choose_guest(
             f"VM {config.name!r}: root='host' and an initramfs, and the guest's is the built-in one: leave one of them out",
             vm_name=config.name,
         )
+    if config.firmware is not None:
+        return _behind_firmware(config, settings, progress)
     kernel = built_in_kernel(settings, progress) if config.kernel is None else None
     if kernel is not None:
         config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
@@ -81,6 +84,16 @@ def choose_guest(
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
     return kind(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(known))
+
+
+def _behind_firmware(config: VmConfig, settings: Settings, progress: Progress) -> Guest:
+    """Return the guest of an image that its own boot loader boots; with a seed of its own nothing of ours gets into it."""
+    if config.root_disk is None:
+        raise InvalidConfigError(f"VM {config.name!r}: firmware='uefi' boots what is on a root_disk: name one", vm_name=config.name)
+    preflight(config)
+    if config.seed_iso is not None:
+        return ImageGuest(config)
+    return FirmwareGuest(config, random_hex(8), None, find_busybox(cache_dir(settings), progress))
 
 
 def _stock_guest(config: VmConfig, built_in: Kernel | None, settings: Settings, progress: Progress, inspect: Inspect) -> StockGuest:
@@ -117,6 +130,8 @@ def told_config(guest: Guest, words: Sequence[str], directory: Path) -> VmConfig
     The built-in guest is told them by a file of its initramfs, made in `directory`, where the kernel would cut them off. Raises
     InvalidConfigError where there is no other way.
     """
+    if (told := guest.told_otherwise(words, directory)) is not None:
+        return told
     config = guest.config
     own = config.cmdline
     cmdline = " ".join([*([own] if own else []), *words]) or own

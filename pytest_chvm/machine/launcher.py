@@ -75,11 +75,14 @@ def launch(
 
 def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that the settings give; a root disk or initramfs is no default for a kernel named by the test."""
-    defaults: dict[str, Any] = {"cpus": settings.cpus, "memory_mb": settings.memory_mb, "cmdline": settings.cmdline}
-    if settings.kernel:
-        defaults["kernel"] = settings.kernel[0]
+    defaults: dict[str, Any] = {"cpus": settings.cpus, "memory_mb": settings.memory_mb}
+    # By firmware an image boots what is on it.
+    if "firmware" not in fields:
+        defaults["cmdline"] = settings.cmdline
+        if settings.kernel:
+            defaults["kernel"] = settings.kernel[0]
     if not {"initramfs", "root_disk", "root"} & fields.keys():
-        defaults |= {"initramfs": settings.initramfs, "root_disk": settings.root_disk}
+        defaults |= {"initramfs": None if "firmware" in fields else settings.initramfs, "root_disk": settings.root_disk}
     return {key: value for key, value in defaults.items() if key not in fields}
 
 

@@ -12,7 +12,7 @@ from pytest_chvm.clones.digests import file_identity
 from pytest_chvm.clones.store import TemplateStore
 from pytest_chvm.clones.templates import made_of, why_no_clone
 from pytest_chvm.drivers import choose_vmm, make_driver
-from pytest_chvm.drivers.base import Saves, VmDriver, check_abilities, logger
+from pytest_chvm.drivers.base import BootsFirmware, Saves, VmDriver, check_abilities, logger
 from pytest_chvm.errors import HostError, UnsupportedError, VmError
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.host import Host, default_host
@@ -71,6 +71,9 @@ def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = 
     config = guest.config
     driver.binary()
     check_abilities(driver, config)
+    if config.firmware is not None:
+        assert isinstance(driver, BootsFirmware)
+        driver.firmware()
     if config.shared_dirs:
         find_virtiofsd(settings.virtiofsd).check(config.shared_dirs)
     if config.cpus > OVERCOMMIT * processors():

@@ -10,11 +10,11 @@ from pathlib import Path
 from pytest_chvm.base.cache import built_once
 from pytest_chvm.base.trees import remove_tree
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
-from pytest_chvm.guest.seed import write_seed
+from pytest_chvm.guest.seed import seed_files, with_key, write_seed
 from pytest_chvm.host.host import Host
 from pytest_chvm.host.ssh_key import run_key
 from pytest_chvm.model import VmConfig
-from pytest_chvm.model.seeds import CLOUD_CONFIG, SEED_FIELDS
+from pytest_chvm.model.seeds import SEED_FIELDS
 
 # Small, and each test may have its own.
 MOST_SEEDS = 256
@@ -26,49 +26,42 @@ def with_seed(config: VmConfig, cache: Path, host: Host) -> VmConfig:
 
     Raises InvalidConfigError where no image is there to read it, or there is another seed.
     """
-    given = {name: text for field, name in SEED_FIELDS.items() if (text := getattr(config, field)) is not None}
-    if not given:
-        return config
+    given = config.seed_texts
     names = ", ".join(field for field, name in SEED_FIELDS.items() if name in given)
-    if config.seed_iso is not None:
+    if given and config.seed_iso is not None:
         raise InvalidConfigError(
             f"VM {config.name!r}: {names} would make a seed, and it has one: leave out seed_iso, or put them into it",
             vm_name=config.name,
         )
-    if config.root_disk is None and config.initramfs is None:
+    if given and config.root_disk is None and config.initramfs is None:
         raise InvalidConfigError(
             f"VM {config.name!r}: {names} is for an image's cloud-init, and the built-in guest has none: name a root_disk",
             vm_name=config.name,
         )
+    if config.firmware is not None and config.seed_iso is None:
+        # Its seed tells it its addresses too, which are not known yet.
+        return config.replace(meta_data=_with_key(config.meta_data, host))
+    if not given:
+        return config
     key = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:32]
     target = cache / "seeds" / key
 
     def build(directory: Path) -> None:
-        write_seed(_files(given, key, host), directory / SEED_FILE)
+        # The key is that of the run that makes the seed, as is all of a template's. Root is let in when `ssh_command` is asked.
+        meta = _with_key(config.meta_data, host)
+        write_seed(seed_files({**given, "meta-data": meta}, **{"instance-id": f"chvm-{key}"}), directory / SEED_FILE)
 
     built_once(target, build, progress=host.show_progress)
     _keep_within(target)
     return config.replace(seed_iso=target / SEED_FILE)
 
 
-def _files(given: dict[str, str], key: str, host: Host) -> dict[str, str]:
-    """Return the files of a seed: what was given, an instance id that follows from it, and a key for the image's users.
-
-    The key is that of the run that makes the seed, as is all of a template's; root is let in when `vm.ssh_command` is asked.
-    """
-    import yaml
-
-    meta = yaml.safe_load(given.get("meta-data", "")) or {}
-    meta.setdefault("instance-id", f"chvm-{key}")
-    with suppress(MissingRequirementError):
-        meta["public-keys"] = [*_listed(meta.get("public-keys")), run_key(host).public]
-    return {"user-data": f"{CLOUD_CONFIG}\n", **given, "meta-data": yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}
-
-
-def _listed(keys: object) -> list[object]:
-    if isinstance(keys, dict):
-        return list(keys.values())
-    return keys if isinstance(keys, list) else [keys] if keys else []
+def _with_key(meta_data: str | None, host: Host) -> str:
+    try:
+        return with_key(meta_data, run_key(host).public)
+    except MissingRequirementError:
+        # Without OpenSSH nobody here could log in by it.
+        return meta_data or ""
 
 
 def _keep_within(used: Path) -> None:

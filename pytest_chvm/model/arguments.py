@@ -17,7 +17,6 @@ class ConfigArguments(TypedDict, total=False):
 
     name: str
     namespace: str
-    firmware: Literal["uefi"] | None
     kernel: StrPath | None
     initramfs: StrPath | None
     cmdline: str | None
@@ -38,6 +37,7 @@ class ConfigArguments(TypedDict, total=False):
     channels: Sequence[str]
     hotplug: bool
     outbound: bool
+    firmware: Literal["uefi"] | None
     max_cpus: int | None
     max_memory_mb: int | None
 

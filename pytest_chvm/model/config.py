@@ -47,7 +47,6 @@ class VmConfig:
 
     name: str = "vm"
     namespace: str = "default"
-    firmware: str | None = None
     kernel: Path | None = None
     initramfs: Path | None = None
     cmdline: str | None = None
@@ -70,6 +69,7 @@ class VmConfig:
     max_cpus: int | None = None
     max_memory_mb: int | None = None
     outbound: bool = True
+    firmware: str | None = None
 
     if TYPE_CHECKING:
         # What comes in is more than what comes out: a `str` is a path too.
@@ -94,6 +94,9 @@ class VmConfig:
                 object.__setattr__(self, key, as_path(key, value))
         if self.firmware not in (None, "uefi"):
             raise self._invalid(f"firmware={self.firmware!r}, expected 'uefi'")
+        others = [key for key in ("kernel", "initramfs", "cmdline", "root") if getattr(self, key) is not None]
+        if self.firmware is not None and others:
+            raise self._invalid(f"firmware='uefi' boots what is on the root_disk: leave out {' and '.join(others)}")
         for key in SEED_FIELDS:
             if (value := getattr(self, key)) is not None:
                 try:
@@ -181,6 +184,11 @@ class VmConfig:
         """The disks that a VM is booted with, of every kind, in the order in which the guest sees them."""
         named = ((kind, getattr(self, kind.field)) for kind in DISK_KINDS)
         return tuple(VmDisk(kind, image) for kind, image in named if image is not None)
+
+    @property
+    def seed_texts(self) -> dict[str, str]:
+        """What cloud-init is told, by the names of a seed's files."""
+        return {name: text for key, name in SEED_FIELDS.items() if (text := getattr(self, key)) is not None}
 
     def given(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, by name."""

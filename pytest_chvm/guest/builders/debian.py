@@ -18,20 +18,20 @@ from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.builders.disk import Layout, make_disk
 from pytest_chvm.guest.builders.tools import check_tools, run_tool
 
-# Another recipe makes another image of the same arguments.
-RECIPE = 2
 PACKAGES = (
     "linux-image-cloud-amd64", "initramfs-tools", "systemd-boot-efi", "systemd-sysv", "udev", "dbus", "iproute2", "openssh-server",
-    "cloud-init",
+    "cloud-init", "sudo",
 )  # fmt: skip
 # Debian policy, 5.6.1.
 PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 SUITE = re.compile(r"[a-z][a-z0-9-]*")
 CMDLINE = "rw console=ttyS0"
-# What mmdebstrap takes over of the host goes. No fstab: the root is mounted to be written, and nothing waits for its device.
+# What mmdebstrap takes over of the host goes. The locale is one that needs no package and that cloud-init need not make. There
+# is no fstab: the root is mounted to be written, and nothing waits for its device.
 TIDY = """
 rm -f "$1/etc/resolv.conf"
 echo debian >"$1/etc/hostname"
+echo LANG=C.UTF-8 >"$1/etc/default/locale"
 printf '127.0.0.1 localhost\\n127.0.1.1 debian\\n::1 localhost ip6-localhost ip6-loopback\\n' >"$1/etc/hosts"
 """
 
@@ -73,7 +73,7 @@ def build_debian(recipe: DebianRecipe, cache: Path, progress: Progress, *, anew:
     small.
     """
     sources = [recipe.mirror] if recipe.mirror else _sources_of_host(recipe.suite)
-    key = hashlib.sha256(json.dumps([RECIPE, asdict(recipe), PACKAGES]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([TIDY, CMDLINE, PACKAGES, asdict(recipe)]).encode()).hexdigest()
     root_uuid = str(uuid.uuid5(uuid.NAMESPACE_OID, key))
 
     def build(directory: Path) -> None:

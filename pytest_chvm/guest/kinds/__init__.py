@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from pytest_chvm.guest.ready import DEFAULT_MARKER
@@ -48,6 +49,10 @@ class Guest(ABC):
     def in_its_place(self, command: str | Sequence[str]) -> str | Sequence[str]:
         """Return a command of the test's as it is run, with the directory and the environment that this kind of guest gives it."""
         return command
+
+    def told_otherwise(self, words: Sequence[str], directory: Path) -> VmConfig | None:
+        """Return the config of a guest that is told these words by a file in `directory`; None: by its kernel command line."""
+        return None
 
     @abstractmethod
     def own_words(self) -> list[str]:
