@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm import __version__
+from pytest_chvm.clones.digests import digest_of
 from pytest_chvm.drivers.base import SAVE, Saves, VmDriver
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.errors import UnsupportedError
@@ -97,14 +98,21 @@ def made_of(
         "guest": guest.clone_key(ready_marker),
         "kernel": identify(config.kernel) if config.kernel else None,
         "initramfs": identify(config.initramfs) if config.initramfs else None,
-        # Its path too, which is in the template's overlay.
-        "disks": [[[os.fspath(image), identify(image)] for image in plain_images(disk.image)] for disk in config.all_disks],
+        "disks": [_disk_identity(disk, identify) for disk in config.all_disks],
         "cmdline": config.cmdline,
         "processors": [config.cpus, config.max_cpus, config.cpu_model],
         "memory_mb": [config.memory_mb, config.max_memory_mb],
         "networks": [network_mode] if config.networks is None else ["tap"] * len(config.networks),
         "hotplug": config.hotplug,
     }
+
+
+def _disk_identity(disk: VmDisk, identify: Callable[[Path], str]) -> list[list[str]]:
+    """Return what identifies a disk that a template has; of a seed, which each test may make anew, its content alone."""
+    if disk.kind.read_only:
+        return [[digest_of(disk.image)]]
+    # Its path too, which is in the template's overlay.
+    return [[os.fspath(image), identify(image)] for image in plain_images(disk.image)]
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.clones.digests import content_key
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError
-from pytest_chvm.guest.images.inspect import FILE_SYSTEM_MODULES, SYSTEM_FILE, NoSystemError, System, take_system
+from pytest_chvm.guest.images.inspect import FILE_SYSTEM_MODULES, HANDED_OUT_BYTES, SYSTEM_FILE, NoSystemError, System, take_system
 from pytest_chvm.guest.initramfs import WANTED_MODULES, build_initramfs
 from pytest_chvm.guest.kernel import Kernel
 from pytest_chvm.guest.ready import DEFAULT_MARKER
@@ -62,17 +62,21 @@ def _inspect(config: VmConfig, kernel: Kernel, settings: Settings, host: Host, d
 
     assert config.root_disk is not None
     cache = cache_dir(settings)
+    handed_out = directory / "handed-out"
+    with handed_out.open("wb") as file:
+        file.truncate(HANDED_OUT_BYTES)
     looking = VmConfig(
         name=f"looks-at-{re.sub(r'[^A-Za-z0-9]', '-', config.root_disk.stem)[:30]}-{random_hex(4)}",
         kernel=unpacked_kernel(kernel.image, cache),
         initramfs=build_initramfs(kernel, cache, host.show_progress, wanted=(*WANTED_MODULES, *FILE_SYSTEM_MODULES)),
         cmdline=BUILT_IN_CMDLINE,
         root_disk=config.root_disk,
+        data_disk=handed_out,
     )
     settings = settings.with_arguments(ARGUMENTS)
     try:
         with launch(looking, settings=settings, host=host) as vm:
-            take_system(lambda script, data: vm.machine.run(script, input=data), directory)
+            take_system(lambda script, data: vm.machine.run(script, input=data), handed_out, directory)
     except NoSystemError as error:
         raise InvalidConfigError(
             f"VM {config.name!r}: root_disk {str(config.root_disk)!r} has no system that can be booted: {error}. Expected is a raw "
@@ -80,6 +84,7 @@ def _inspect(config: VmConfig, kernel: Kernel, settings: Settings, host: Host, d
             "encryption, RAID) boots with kernel=, initramfs= and cmdline= of its own",
             vm_name=config.name,
         ) from error
+    handed_out.unlink()
 
 
 def _recipe() -> bytes:

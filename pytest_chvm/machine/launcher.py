@@ -51,6 +51,7 @@ def launch(
     wait: bool = True,
     owner: Owner | None = None,
     host: Host | None = None,
+    longest_boot_s: float | None = None,
     **arguments: Unpack[VmArguments],
 ) -> Vm:
     """Boot a VM and return it when it is ready, or at once with `wait=False`; `with launch(...) as vm:` ends it.
@@ -58,8 +59,9 @@ def launch(
     `arguments` are the fields of `VmConfig` (in place of those that `config` gives; see `VmConfig.given`) and of the launch: `vmm`,
     `accel`, `network`, `boot`, `boot_timeout` (seconds from the start of the VMM), `ready_marker`. What neither says is from
     `settings` (default: the environment). `owner` is told of the VM before it is waited for. `host` is what it is
-    started for and ends with (default: this process's own). Raises InvalidConfigError before anything is started,
-    HostError where the host refuses what the VM needs, BootFailedError after; then nothing is left.
+    started for and ends with (default: this process's own). `longest_boot_s`: after which the boot fails, whatever the
+    `boot_timeout`. Raises InvalidConfigError before anything is started, HostError where the host refuses what the VM needs,
+    BootFailedError after; then nothing is left.
     """
     check_argument_names(arguments)
     host = host or default_host()
@@ -70,7 +72,7 @@ def launch(
     if "name" not in fields:
         fields["name"] = f"vm{next(host.vm_numbers)}"
     config = VmConfig(**_defaults(settings, fields), **fields)
-    return Launcher(host, owner).start(make_plan(config, settings, host, wait=wait))
+    return Launcher(host, owner).start(make_plan(config, settings, host, wait=wait, longest_boot_s=longest_boot_s))
 
 
 def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Plan:
             raise HostError(f"VM {name!r} cannot be a clone: {error}", vm_name=name) from error
 
 
-def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = True) -> Plan:
+def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = True, longest_boot_s: float | None = None) -> Plan:
     """Return the plan of a VM; nothing is started, but a kernel may be fetched and an initramfs built.
 
     Raises InvalidConfigError, MissingRequirementError or HostError for the first thing that it cannot have, and
@@ -68,6 +68,7 @@ def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = 
     driver = driver_for(settings, host)
     config = with_seed(config, cache_dir(settings), host)
     guest = choose_guest(config, settings, host.show_progress, inspect=partial(inspected_system, settings, host))
+    settings = settings.with_arguments({"boot_timeout": _boot_timeout_s(guest, settings, longest_boot_s)})
     config = guest.config
     driver.binary()
     check_abilities(driver, config)
@@ -88,6 +89,13 @@ def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = 
             f"VM {config.name!r} cannot be a clone: {plan.why_cold}; use boot='auto' or 'cold'", vm_name=config.name
         )
     return plan
+
+
+def _boot_timeout_s(guest: Guest, settings: Settings, longest_s: float | None) -> float:
+    """Return how long a boot may take: as was said, and where nothing was as such a guest takes; no longer than `longest_s`."""
+    said_s = settings.boot_timeout
+    timeout_s = guest.boot_timeout_s if said_s == Settings().boot_timeout else said_s
+    return timeout_s if longest_s is None else min(timeout_s, longest_s)
 
 
 def _boot_or_clone(plan: Plan, store: TemplateStore) -> Plan:

@@ -82,9 +82,7 @@ class VmFactory:
         if given.get("serial_log") is None and isinstance(given["name"], str) and NAME_PATTERN.fullmatch(given["name"]):
             given["serial_log"] = self.new_log(given["name"])
         settings = self.settings.with_arguments({"boot_timeout": given.pop("boot_timeout", None)})
-        if self._longest_boot_s is not None and settings.boot_timeout > self._longest_boot_s:
-            settings = settings.with_arguments({"boot_timeout": self._longest_boot_s})
-        return launch(settings=settings, owner=self, host=self._host, **given)
+        return launch(settings=settings, owner=self, host=self._host, longest_boot_s=self._longest_boot_s, **given)
 
     def new_log(self, name: str) -> Path:
         """Return where the serial log of a VM goes; an earlier one's of that name is left as it is."""

@@ -64,4 +64,5 @@ case $(in_image readlink -f $init) in
     in_image setsid /run/chvm/busybox sh /run/chvm/stock.sh beside_init &
     ;;
 esac
-exec switch_root /image $init
+# What the kernel took for no word of its own is init's.
+exec switch_root /image $init "$@"

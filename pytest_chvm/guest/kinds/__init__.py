@@ -26,6 +26,8 @@ class Guest(ABC):
     cloned_at_once: ClassVar[bool]
     # Whether its initramfs is ours: what a kernel command line has no room for can be a file of it.
     reads_words_of_file: ClassVar[bool]
+    # How long it may take to be ready where nobody says.
+    boot_timeout_s: ClassVar[float] = 60.0
     # What runs its commands, a kind of `pytest_chvm.guest.channels`.
     channel: ClassVar[str] = "console"
 

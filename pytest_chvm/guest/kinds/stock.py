@@ -22,6 +22,8 @@ class StockGuest(Guest):
 
     cloned_at_once: ClassVar[bool] = False
     reads_words_of_file: ClassVar[bool] = True
+    # A whole system, which software may have to run.
+    boot_timeout_s: ClassVar[float] = 300.0
 
     def own_words(self) -> list[str]:
         """Return its host name, which a seed may change, and that its addresses are no affair of the image's."""
