@@ -100,13 +100,18 @@ def _stock_guest(config: VmConfig, built_in: Kernel | None, settings: Settings, 
     """Return the guest of a stock image; `built_in` is the built-in kernel where the config named none."""
     cache = cache_dir(settings)
     system, directory = inspect(config, built_in or built_in_kernel(settings, progress))
-    known = inspect_kernel(directory / KERNEL_FILE)
-    known = replace(known, modules=modules_of(directory, known.release))
-    if built_in is None:
-        assert config.kernel is not None
-        own = inspect_kernel(config.kernel)
-        # Of a kernel of the image's that somebody has copied out of it, the modules are there.
-        known = own if own.modules is not None or own.release != known.release else replace(own, modules=known.modules)
+    image = directory / KERNEL_FILE if built_in is not None else config.kernel
+    assert image is not None
+    if not image.exists():
+        raise InvalidConfigError(
+            f"VM {config.name!r}: root_disk {str(config.root_disk)!r} has a system on {system.device} and no kernel, neither in "
+            "/boot nor beside its modules: name one with kernel=PATH",
+            vm_name=config.name,
+        )
+    known = inspect_kernel(image)
+    # One that was copied out of the image has its modules there.
+    if built_in is not None or known.modules is None:
+        known = replace(known, modules=modules_of(directory, known.release))
     initramfs = initramfs_in_front(system, known, cache, progress)
     cmdline = system.cmdline if config.cmdline is None else config.cmdline
     config = config.replace(kernel=unpacked_kernel(known.image, cache), initramfs=initramfs, cmdline=cmdline)

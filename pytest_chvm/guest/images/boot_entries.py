@@ -46,7 +46,13 @@ def chosen_entry(texts: Mapping[str, str]) -> BootEntry | None:
 def newest(kernels: Iterable[str]) -> str | None:
     """Return the path of the newest of some kernels, by the version in its name or its directory's."""
     known = [path for path in kernels if KERNEL_NAME.fullmatch(PurePosixPath(path).name) and "rescue" not in path]
-    return max(known, key=lambda path: version_key("/".join(PurePosixPath(path).parts[-2:])), default=None)
+
+    def version(path: str) -> tuple[bool, list[tuple[int, int | str]]]:
+        file = PurePosixPath(path)
+        text = file.parent.name if "/modules/" in path else file.name.partition("-")[2]
+        return not file.name.endswith(".old"), version_key(text)
+
+    return max(known, key=version, default=None)
 
 
 def version_key(text: str) -> list[tuple[int, int | str]]:

@@ -5,10 +5,10 @@ What comes from there is the image's, and not trusted: lines are matched whole, 
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shlex
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -31,7 +31,7 @@ MODULES_OF = {"btrfs": ("btrfs", "xxhash_generic", "blake2b_generic", "sha256_ge
 # Of a boot loader's words those that say where it would print, and what our initramfs does in the place of the image's.
 NOT_TAKEN = re.compile(r"(console|earlycon|earlyprintk|initrd|BOOT_IMAGE|rootwait|rootflags|rd)([.=].*)?|ro|rw|splash|rhgb")
 SAID = re.compile(r"(mounted|refused|root|kernel|config) (vda\d{0,3}) ([ -~]{0,1000})")
-LARGEST_TEXT, LARGEST_KERNEL, HANDED_OUT_BYTES = 1 << 20, 256 << 20, 512 << 20
+LARGEST_TEXT, HANDED_OUT_BYTES = 1 << 20, 512 << 20
 MOST_PARTITIONS = 128
 SYSTEM_FILE, KERNEL_FILE = "system.json", "kernel"
 
@@ -78,13 +78,17 @@ def take_system(run: Run, handed_out: Path, directory: Path) -> System:
     `run` runs a command in the VM that has the image; `handed_out` is its second disk, of `HANDED_OUT_BYTES`, by which files come
     many times as fast as over its console. Raises NoSystemError where there is none that boots here.
     """
-    vm = _Look(run, handed_out)
+    try:
+        return _take_system(_Look(run, handed_out), directory)
+    except (tarfile.TarError, KeyError, ValueError) as error:
+        raise NoSystemError(f"what was read of it makes no sense: {error!r:.200}") from error
+
+
+def _take_system(vm: _Look, directory: Path) -> System:
     found = _look(vm)
     entry = chosen_entry(_texts(vm, found.configs))
     device, prefix = _root(found, entry)
     kernel = _kernel(found, entry, device)
-    image = directory / KERNEL_FILE
-    image.write_bytes(vm.take(f"head -c {LARGEST_KERNEL} {shlex.quote(f'/mnt/{kernel[0]}/{kernel[1]}')}"))
     options = re.findall(r"(?:^|\s)rootflags=(\S+)", entry.options) if entry else []
     if not options and prefix != ".":
         options = [f"subvol={prefix}"]
@@ -92,12 +96,8 @@ def take_system(run: Run, handed_out: Path, directory: Path) -> System:
     if not any(word.startswith("root=") for word in words):
         words.insert(0, f"root=UUID={found.systems[device].uuid}")
     system = System(device, found.systems[device].type, ",".join(options[-1:]), " ".join([*words, "console=ttyS0"]))
-    try:
-        release = inspect_kernel(image).release
-    except InvalidConfigError as error:
-        raise NoSystemError(f"its kernel {kernel[1]!r}: {error}") from error
-    if release and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_~-]*", release):
-        _take_modules(vm, f"/mnt/{device}/{prefix}", release, system.type, directory)
+    if kernel is not None:
+        _take_kernel(vm, kernel, f"/mnt/{device}/{prefix}", system, directory)
     system.write(directory)
     return system
 
@@ -116,11 +116,21 @@ class _Look:
             raise NoSystemError(f"the VM that was to look at it could not: {done.stderr.strip()[:300]!r}")
         return done.stdout
 
-    def take(self, script: str) -> bytes:
-        """Return what a command writes, by way of the second disk."""
-        size = self.ask(f"set -o pipefail; {{ {script}; }} | tee /dev/vdb | wc -c && sync")
-        with self.handed_out.open("rb") as file:
-            return file.read(min(int(size), HANDED_OUT_BYTES))
+    def take_files(self, directory: str, paths: Sequence[str]) -> dict[str, bytes]:
+        """Return the files there are of some below a directory of the VM's, by way of the second disk."""
+        listed = "".join(f"{path}\n" for path in paths).encode()
+        # An archive ends by itself, whatever was on the disk before.
+        self.ask(
+            f'cd {shlex.quote(directory)}; while read -r file; do [ -f "$file" ] && set -- "$@" "$file"; done; '
+            'if [ $# = 0 ]; then dd if=/dev/zero bs=1024 count=1; else tar -chf - "$@"; fi >/dev/vdb && sync',
+            listed,
+        )
+        found = {}
+        with tarfile.open(self.handed_out, "r:") as archive:
+            for member in archive:
+                if member.name in paths and member.isreg() and (file := archive.extractfile(member)):
+                    found[member.name] = file.read()
+        return found
 
 
 def _look(vm: _Look) -> _Found:
@@ -128,7 +138,11 @@ def _look(vm: _Look) -> _Found:
     devices = sorted(re.findall(r"^vda\d{0,3}$", listed, re.M), key=lambda name: int(name[3:] or 0))
     partitions = devices[1 : MOST_PARTITIONS + 1] or devices[:1]
     # Each of the same size, however small the partition.
-    heads = vm.take("; ".join(f"dd if=/dev/{device} bs={HEAD_BYTES} count=1 conv=sync 2>/dev/null" for device in partitions))
+    vm.ask(
+        f"{{ {'; '.join(f'dd if=/dev/{device} bs={HEAD_BYTES} count=1 conv=sync' for device in partitions)}; }} >/dev/vdb && sync"
+    )
+    with vm.handed_out.open("rb") as file:
+        heads = file.read(HEAD_BYTES * len(partitions))
     systems, others = {}, []
     for number, device in enumerate(partitions):
         head = heads[number * HEAD_BYTES : (number + 1) * HEAD_BYTES]
@@ -142,7 +156,7 @@ def _look(vm: _Look) -> _Found:
     others += [f"{device} ({systems[device].type}) cannot be mounted: {why}" for what, device, why in said if what == "refused"]
 
     def places(kind: str) -> list[tuple[str, str]]:
-        return [(device, path) for what, device, path in said if what == kind and device in systems]
+        return [(device, path.removeprefix("./")) for what, device, path in said if what == kind and device in systems]
 
     found = _Found(systems, places("root"), places("kernel"), places("config"))
     if not found.roots:
@@ -154,17 +168,8 @@ def _look(vm: _Look) -> _Found:
 
 def _texts(vm: _Look, configs: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Return a boot loader's files by their paths."""
-    import tarfile
-
-    if not configs:
-        return {}
-    paths = [f"{device}/{path}" for device, path in configs]
-    texts = {}
-    with tarfile.open(fileobj=io.BytesIO(vm.take(f"cd /mnt && tar -chf - {shlex.join(paths)}"))) as archive:
-        for member in archive:
-            if member.isreg() and (file := archive.extractfile(member)):
-                texts[f"/{member.name}"] = file.read(LARGEST_TEXT).decode(errors="replace")
-    return texts
+    files = vm.take_files("/mnt", [f"{device}/{path}" for device, path in configs])
+    return {f"/{path}": data[:LARGEST_TEXT].decode(errors="replace") for path, data in files.items()}
 
 
 def _root(found: _Found, entry: BootEntry | None) -> tuple[str, str]:
@@ -186,7 +191,7 @@ def _root(found: _Found, entry: BootEntry | None) -> tuple[str, str]:
     return next((root for root in roots if root[1] == subvolume), roots[0])
 
 
-def _kernel(found: _Found, entry: BootEntry | None, root: str) -> tuple[str, str]:
+def _kernel(found: _Found, entry: BootEntry | None, root: str) -> tuple[str, str] | None:
     """Return the device and path of the kernel that an entry names, else of the newest, on the root's own file system first.
 
     An entry's path may begin at another file system, or with a subvolume.
@@ -198,28 +203,31 @@ def _kernel(found: _Found, entry: BootEntry | None, root: str) -> tuple[str, str
         if named:
             return min(named, key=lambda place: not f"/{place[1]}".endswith(entry.kernel))
     own = newest(path for device, path in found.kernels if device == root)
-    if (path := own or newest(paths)) is None:
-        raise NoSystemError(f"it has a system on {root}, and no kernel: none in /boot or beside its modules. Name one: kernel=PATH")
-    return paths[path]
+    path = own or newest(paths)
+    return None if path is None else paths[path]
 
 
-def _take_modules(vm: _Look, place: str, release: str, root_type: str, directory: Path) -> None:
-    """Unpack the modules that a guest with such a root boots with, and what they depend on, as `lib/modules/RELEASE`."""
-    import tarfile
-
-    trees = f"{place}/usr/lib/modules/{release} {place}/lib/modules/{release}"
-    enter = f"for tree in {trees}; do cd $tree 2>/dev/null && break; done"
-    text = vm.take(f"{enter}; cat modules.dep 2>/dev/null || true").decode(errors="replace")
-    wanted = list(_with_dependencies(text, (*MODULES, *MODULES_OF.get(root_type, ()))))
-    if wanted:
-        target = directory / "lib" / "modules" / release
-        target.joinpath("kernel").mkdir(parents=True)
-        with tarfile.open(fileobj=io.BytesIO(vm.take(f"{enter}; tar -chf - {shlex.join(wanted)}"))) as archive:
-            for path in wanted:
-                (target / path).parent.mkdir(parents=True, exist_ok=True)
-                file = archive.extractfile(path)
-                assert file is not None
-                (target / path).write_bytes(file.read())
+def _take_kernel(vm: _Look, kernel: tuple[str, str], root: str, system: System, directory: Path) -> None:
+    """Keep a kernel, and as `lib/modules/RELEASE` those of its modules below `root` that it boots with."""
+    device, path = kernel
+    image = directory / KERNEL_FILE
+    image.write_bytes(vm.take_files(f"/mnt/{device}", [path])[path])
+    try:
+        release = inspect_kernel(image).release
+    except InvalidConfigError as error:
+        raise NoSystemError(f"its kernel {path!r}: {error}") from error
+    if not release or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_~-]*", release):
+        return
+    for tree in (f"{root}/usr/lib/modules/{release}", f"{root}/lib/modules/{release}"):
+        if dependencies := vm.take_files(tree, ["modules.dep"]):
+            text = dependencies["modules.dep"].decode(errors="replace")
+            wanted = list(_with_dependencies(text, (*MODULES, *MODULES_OF.get(system.type, ()))))
+            target = directory / "lib" / "modules" / release
+            target.joinpath("kernel").mkdir(parents=True)
+            for module, data in vm.take_files(tree, wanted).items():
+                (target / module).parent.mkdir(parents=True, exist_ok=True)
+                (target / module).write_bytes(data)
+            return
 
 
 def _with_dependencies(text: str, names: Sequence[str]) -> Iterator[str]:
