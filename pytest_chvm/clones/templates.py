@@ -40,6 +40,8 @@ def why_no_clone(guest: Guest, driver: VmDriver, *, network_mode: str) -> str | 
                 plain_images(disk.image)
     except (OSError, UnsupportedError) as error:
         return str(error)
+    if config.firmware is not None:
+        return "its own boot loader boots it"
     if config.channels:
         return "it has channels"
     slots = driver.abilities.spare_slots

@@ -140,7 +140,9 @@ def told_config(guest: Guest, words: Sequence[str], directory: Path) -> VmConfig
     config = guest.config
     own = config.cmdline
     cmdline = " ".join([*([own] if own else []), *words]) or own
-    assert config.kernel is not None
+    if config.kernel is None:
+        # By firmware there is no way to tell it more than its own seed does.
+        return config
     room = check_kernel_image(config.kernel).cmdline_bytes
     size, own_size = len(os.fsencode(cmdline or "")), len(os.fsencode(own or ""))
     if size <= room:

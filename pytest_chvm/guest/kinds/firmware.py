@@ -23,10 +23,6 @@ class FirmwareGuest(StockGuest):
 
     busybox: Path = Path()
 
-    def why_no_clone(self, _network_mode: str) -> str | None:
-        """Return that each boots: a clone would not have gone through its boot loader."""
-        return "its own boot loader boots it"
-
     def told_otherwise(self, words: Sequence[str], directory: Path) -> VmConfig | None:
         """Return its config with a seed, made in `directory`, that tells it all."""
         config = self.config
