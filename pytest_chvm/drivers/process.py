@@ -30,7 +30,7 @@ from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks.tap import remove_taps
 from pytest_chvm.host.processes import end_all, end_process, is_running
 from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
-from pytest_chvm.host.virtiofsd import ServedShare, find_virtiofsd, serve_share
+from pytest_chvm.host.virtiofsd import ServedShare, find_virtiofsd, serve_share, start_share
 from pytest_chvm.model import VmConfig, VmHandle, VmState, VmStatus
 
 STOP_TIMEOUT_S = 10.0
@@ -99,21 +99,23 @@ class VmmProcess:
     ) -> VmHandle:
         serial_log = config.serial_log or lease.directory / "serial.log"
         boot = Boot(config, lease, serial_log, options, fds=fds, restoring=restoring)
-        boot.memory = _memory_of(boot)
         handle = VmHandle(
             config.name, config.namespace, self.driver.vmm, VmState.STARTING, None, serial_log, boot.machine_id,
             lease.directory, options.ready_marker, options.nonce, netns=config.netns,
         )  # fmt: skip
         _start_log(serial_log, config, restoring and restoring / CONSOLE_FILE)
         _start_log(handle.vmm_log, config)
-        sidecars = []
+        started = []
         program = find_virtiofsd(self.virtiofsd) if config.shared_dirs else None
         for index, share in enumerate(config.shared_dirs):
             assert program is not None
             path = boot.socket(f"fs{index}.sock")
             logger.debug("%s: starting virtiofsd for %s", config.name, share.tag)
-            sidecars.append(serve_share(program, share, path, self.host, lease).process)
+            started.append(start_share(program, share, path, self.host, lease))
             boot.share_sockets.append(path)
+        # Which may mean to copy it, while they start.
+        boot.memory = _memory_of(boot)
+        sidecars = [share.wait().process for share in started]
         command = build(boot)
         argv = [*command.machine, *command.control]
         logger.info("%s: %s", config.name, shlex.join(argv))

@@ -41,20 +41,23 @@ chvm_share() {
     mkdir -p "$chvm_root$place"
     chvm_mount $tag ${mode%%,*} "$chvm_root$place"
 }
-# The layer that takes what is written is there already.
+# The layer that takes what is written is there already, and gets files of the guest's own before it is a part of the root: the other
+# way round takes longer.
 chvm_root() {
-    chvm_mount $1 ro /host/lower && mount -a -T /lib/chvm/root.fstab && chvm_root=/host/root
+    local layer=/host/layer/upper name line
+    chvm_mount $1 ro /host/lower || return 1
+    read -r line </etc/machine-id
+    echo $line >$layer/etc/machine-id
+    read -r name </proc/sys/kernel/hostname
+    {
+        while IFS= read -r line; do echo "$line"; done </host/lower/etc/hosts
+        echo "127.0.1.1 $name"
+    } >$layer/etc/hosts
+    mount -a -T /lib/chvm/root.fstab && chvm_root=/host/root
 }
 # What runs commands stays where it is, with its own programs; the commands see the other root in a mount namespace, where it is
 # not just another directory: a process whose root is one may make no user namespaces.
-chvm_enter_root() {
-    local name
-    read -r name </proc/sys/kernel/hostname
-    read -r machine_id </etc/machine-id
-    [ -e $chvm_root/etc/machine-id ] && echo $machine_id >$chvm_root/etc/machine-id
-    [ -e $chvm_root/etc/hosts ] && echo "127.0.1.1 $name" >>$chvm_root/etc/hosts
-    unshare --mount=/lib/chvm/root.ns mount -o move $chvm_root /
-}
+chvm_enter_root() { unshare --mount=/lib/chvm/root.ns mount -o move $chvm_root /; }
 # A kernel that is still to measure its clock would do that in each clone: it does so a second after its boot.
 chvm_settle() {
     local source

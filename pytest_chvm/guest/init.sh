@@ -14,13 +14,12 @@ ln -s fd/2 /dev/stderr
 
 while read -r module; do insmod "$module" 2>/dev/null; done </lib/chvm-modules
 
-# Where the root of what commands see will be another one, it is put together of these; see `chvm_root` of configure.sh.
+# Where the root of commands will be another one, it is put together of these; see `chvm_root` of configure.sh.
 if [ -e /lib/chvm/root.fstab ]; then
     mkdir -p /host/lower /host/root /host/layer
     mount -t tmpfs -o mode=0755,size=80% layer /host/layer
-    mkdir /host/layer/upper /host/layer/work
+    mkdir -p /host/layer/upper/etc /host/layer/work
     touch /lib/chvm/root.ns
-    export chvm_sh='/usr/bin/nsenter --mount=/lib/chvm/root.ns /bin/sh'
 fi
 
 ifconfig lo 127.0.0.1 up

@@ -46,20 +46,19 @@ def build_initramfs(
     *,
     init_script: str = "init.sh",
     wanted: Sequence[str] = WANTED_MODULES,
-    extra_files: Sequence[str] = (),
     more: Sequence[Entry] = (),
 ) -> Path:
     """Return an initramfs for a kernel, the built-in guest's by default, built at the first call.
 
     `init_script` is its first process, a file of this package; `wanted` are the modules it has, with all they depend on;
-    `extra_files` are of this package too, and `more` is whatever else it has.
+    `more` is whatever else it has.
     Raises MissingRequirementError where BusyBox is not to be had or the cache cannot be written.
     """
     busybox = find_busybox(cache, progress)
     modules = modules_in_order(kernel.modules, wanted) if kernel.modules else []
     files = resources.files("pytest_chvm.guest")
     init = files.joinpath(init_script).read_bytes()
-    names = ("configure.sh", "fstab", *extra_files)
+    names = ("configure.sh", "fstab")
     tools = [
         Entry("lib/chvm", stat.S_IFDIR | 0o755),
         *(Entry(f"lib/chvm/{name}", stat.S_IFREG | 0o644, files.joinpath(name).read_bytes()) for name in names),

@@ -11,6 +11,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.base.deadline import Deadline
@@ -130,7 +131,7 @@ class ServedShare:
 def _mounted(share: SharedDir, place: str, *, read_only: bool) -> list[str]:
     """Return what runs a command with a shared dir at `place`/tree, without what is hidden in it, and read-only where asked for."""
     # A virtiofsd that cannot serve read-only is given a mount that is. Its submounts are not read-only by themselves.
-    reason = _why_no_mount_namespace(os.geteuid())
+    reason = _why_no_mount_namespace(os.geteuid(), os.environ.get("PATH"))
     if reason is not None and read_only:
         since = ".".join(map(str, Feature.READ_ONLY_SHARES.value.since))
         raise MissingRequirementError(
@@ -175,7 +176,8 @@ def _mount_namespace(user: int) -> list[str]:
     return ["unshare", *user_namespace, "--mount", "--propagation", "private"]
 
 
-def _why_no_mount_namespace(user: int) -> str | None:
+@lru_cache(maxsize=4)
+def _why_no_mount_namespace(user: int, _path: str | None) -> str | None:
     """Return why a user cannot have a mount namespace, which distributions and containers may deny; None where they can."""
     try:
         command = [*_mount_namespace(user), "true"]
@@ -218,30 +220,46 @@ def check_shared_dir(share: SharedDir) -> None:
         raise InvalidConfigError(f"shared dir {share.tag!r}: {str(path)!r} {what}")
 
 
-def serve_share(program: Virtiofsd, share: SharedDir, socket_path: Path, host: Host, lease: Lease | None = None) -> ServedShare:
-    """Start a virtiofsd and wait until it listens at its socket, for at most 5 s.
+@dataclass(frozen=True, slots=True)
+class StartedShare:
+    """A virtiofsd that was started, and may not listen at its socket yet."""
+
+    served: ServedShare
+    keeper: Keeper
+    deadline: Deadline
+
+    def wait(self) -> ServedShare:
+        """Wait until it listens; raises BootFailedError naming tag and path, and the process is then already gone."""
+        socket_path = self.served.socket
+        with FileWatch(socket_path.parent) as watch:
+            ended = False
+            while not socket_path.exists() or not _listens(socket_path):
+                if ended or self.deadline.expired:
+                    raise BootFailedError(_why(self.served, self.keeper, ended))
+                # From its file's coming to its listening is a moment, whose end nothing tells of.
+                ended = watch.wait(Deadline.after(LISTEN_S) if socket_path.exists() else self.deadline, self.served.process.pid)
+        return self.served
+
+
+def start_share(program: Virtiofsd, share: SharedDir, socket_path: Path, host: Host, lease: Lease | None = None) -> StartedShare:
+    """Start a virtiofsd, which has 5 s from now on to listen at its socket.
 
     What it will leave behind goes with the lease; None: an earlier one at the same socket has seen to that.
-    Raises BootFailedError naming tag and path; the process is then already gone.
     """
     if lease is not None:
         _lease_lock_file(program, socket_path, lease)
-    log = socket_path.with_suffix(".log")
     socket_path.unlink(missing_ok=True)
     # The Rust one locks it beside the socket; one that still serves an earlier connection holds it.
     Path(f"{socket_path}.pid").unlink(missing_ok=True)
-    with FileWatch(socket_path.parent) as watch:
-        keeper = host.keeper()
-        process = keeper.spawn(program.command(share, socket_path), log, socket_path.parent)
-        deadline = Deadline.after(SOCKET_TIMEOUT_S)
-        ended = False
-        while not socket_path.exists() or not _listens(socket_path):
-            if ended or deadline.expired:
-                raise BootFailedError(_why(share, process, keeper, ended, log))
-            # From its file's coming to its listening is a moment, whose end nothing tells of.
-            ended = watch.wait(Deadline.after(LISTEN_S) if socket_path.exists() else deadline, process.pid)
+    keeper = host.keeper()
+    process = keeper.spawn(program.command(share, socket_path), socket_path.with_suffix(".log"), socket_path.parent)
     host.started.add("share")
-    return ServedShare(share, process, socket_path)
+    return StartedShare(ServedShare(share, process, socket_path), keeper, Deadline.after(SOCKET_TIMEOUT_S))
+
+
+def serve_share(program: Virtiofsd, share: SharedDir, socket_path: Path, host: Host, lease: Lease | None = None) -> ServedShare:
+    """Start a virtiofsd and wait until it listens at its socket, for at most 5 s; see `start_share`, `StartedShare.wait`."""
+    return start_share(program, share, socket_path, host, lease).wait()
 
 
 def _listens(socket_path: Path) -> bool:
@@ -274,7 +292,8 @@ def _lease_lock_file(program: Virtiofsd, socket_path: Path, lease: Lease) -> Non
             continue
 
 
-def _why(share: SharedDir, process: ProcessIdentity, keeper: Keeper, ended: bool, log: Path) -> str:
+def _why(served: ServedShare, keeper: Keeper, ended: bool) -> str:
+    process, log, share = served.process, served.log, served.share
     if ended:
         what = f"ended with status {keeper.returncode(process)}"
     else:

@@ -19,7 +19,7 @@ from pytest_chvm.guest.images.inspect import KERNEL_FILE, System
 from pytest_chvm.guest.initramfs import WANTED_MODULES, add_words, build_initramfs, find_busybox
 from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel, modules_of
 from pytest_chvm.guest.kernel_image import check_kernel_image
-from pytest_chvm.guest.kinds import Guest, host_root
+from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
 from pytest_chvm.guest.kinds.firmware import FirmwareGuest
 from pytest_chvm.guest.kinds.host_root import HostRootGuest
@@ -73,13 +73,11 @@ def choose_guest(
     assert config.kernel is not None
     known = kernel or inspect_kernel(config.kernel)
     kind: type[BuiltInGuest] = BuiltInGuest
-    extra_modules: tuple[str, ...] = ()
-    extra_files: tuple[str, ...] = ()
     if config.root is not None:
-        kind, extra_modules, extra_files = HostRootGuest, host_root.MODULES, host_root.FILES
+        kind = HostRootGuest
         root = HostRoot() if config.root == "host" else config.root
         config = config.replace(shared_dirs=[root.share(), *config.shared_dirs])
-    initramfs = _built_in_initramfs(known, cache_dir(settings), progress, extra_modules, extra_files)
+    initramfs = _built_in_initramfs(known, cache_dir(settings), progress, kind)
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
@@ -172,5 +170,5 @@ def _built_in_kernel(cache: Path, progress: Progress) -> Kernel:
 
 
 @lru_cache(maxsize=16)
-def _built_in_initramfs(kernel: Kernel, cache: Path, progress: Progress, modules: tuple[str, ...], files: tuple[str, ...]) -> Path:
-    return build_initramfs(kernel, cache, progress, wanted=(*WANTED_MODULES, *modules), extra_files=files)
+def _built_in_initramfs(kernel: Kernel, cache: Path, progress: Progress, kind: type[BuiltInGuest]) -> Path:
+    return build_initramfs(kernel, cache, progress, wanted=(*WANTED_MODULES, *kind.more_modules), more=kind.more_files())

@@ -86,7 +86,7 @@ def test_a_user_has_a_mount_namespace_in_a_user_namespace_of_theirs(monkeypatch,
     stand_in_unshare("exit 0")
     words = Virtiofsd(Path("/v"), is_rust=True, has_readonly=False).command(SharedDir("t", "/d", read_only=True), Path("/run/s"))
     assert words[:6] == ["unshare", "--user", "--map-root-user", "--mount", "--propagation", "private"]
-    assert "--shared-dir=/run/s.ro" in words
+    assert "--shared-dir=/run/s.mount/tree" in words
     assert "--readonly" not in words
 
 

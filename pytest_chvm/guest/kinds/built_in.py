@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pytest_chvm.base.untouched import random_hex
+from pytest_chvm.guest.initramfs import Entry
 from pytest_chvm.guest.kinds import Guest, Run
 from pytest_chvm.model import SharedDir, VmConfig
 
@@ -21,6 +22,13 @@ class BuiltInGuest(Guest):
 
     cloned_at_once: ClassVar[bool] = True
     reads_words_of_file: ClassVar[bool] = True
+    # What its initramfs has beside that of the built-in guest.
+    more_modules: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def more_files() -> Sequence[Entry]:
+        """Return likewise the files."""
+        return ()
 
     def own_words(self) -> list[str]:
         """Return its host name; an image has its own."""

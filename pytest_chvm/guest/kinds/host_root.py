@@ -4,33 +4,62 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
+from typing import ClassVar
 
+from pytest_chvm.base.untouched import random_hex
+from pytest_chvm.guest import enter
+from pytest_chvm.guest.commands import script_of
+from pytest_chvm.guest.initramfs import Entry
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
 from pytest_chvm.model import HOST_ROOT_TAG, SharedDir
 
 # Of the test's environment, what its commands have in the guest too: no more than what finds the same programs.
 PASSED_ENVIRONMENT = ("PATH", "HOME")
-# What the built-in guest's initramfs has beside its own for this.
-MODULES = ("overlay",)
-FILES = ("root.fstab",)
+# Linux takes no argument of 128 KiB (MAX_ARG_STRLEN, execve(2)).
+LONGEST_ARGUMENT = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class HostRootGuest(BuiltInGuest):
     """The built-in guest, whose first shared dir becomes the root of its commands."""
 
+    more_modules: ClassVar[tuple[str, ...]] = ("overlay",)
+
+    @staticmethod
+    def more_files() -> Sequence[Entry]:
+        """Return what its root is mounted by, and the program that runs a command there."""
+        mounts = resources.files("pytest_chvm.guest").joinpath("root.fstab").read_bytes()
+        return [
+            Entry("lib/chvm/root.fstab", stat.S_IFREG | 0o644, mounts),
+            Entry("lib/chvm/enter", stat.S_IFREG | 0o755, enter.program()),
+        ]
+
     def share_word(self, share: SharedDir) -> str:
         """Return another word for the one that is the root."""
         return f"chvm.root={share.tag}" if share.tag == HOST_ROOT_TAG else BuiltInGuest.share_word(self, share)
 
-    def in_its_place(self, command: str | Sequence[str]) -> str | Sequence[str]:
-        """Return it in the test's directory, where the guest has that."""
+    def in_its_place(self, command: str | Sequence[str]) -> str:
+        """Return what runs it in the root, and there in the test's directory where the guest has that."""
+        script_of(command)
         try:
             place = os.getcwd()
         except FileNotFoundError:
             place = "/"
         passed = "".join(f"export {name}={shlex.quote(os.environ[name])};" for name in PASSED_ENVIRONMENT if name in os.environ)
-        set_up = f"cd {shlex.quote(place)} 2>/dev/null;{passed}"
-        return f"{set_up}{command}" if isinstance(command, str) else ["sh", "-c", f'{set_up}exec "$@"', "sh", *command]
+        words, behind = _words(command)
+        return f"{passed}exec /lib/chvm/enter {shlex.quote(place)} {shlex.join(map(os.fsdecode, words))}{behind}"
+
+
+def _words(command: str | Sequence[str]) -> tuple[Sequence[str], str]:
+    """Return the program with its arguments that runs a command, and what has to be behind them in a script."""
+    if not isinstance(command, str):
+        # What is not found by a path its shell has to look for.
+        return command if "/" in os.fsdecode(command[0]) else ["/bin/sh", "-c", 'exec "$0" "$@"', *command], ""
+    if len(os.fsencode(command)) <= LONGEST_ARGUMENT:
+        return ["/bin/sh", "-c", command], ""
+    end = random_hex(16)
+    return ["/bin/sh", "-c", ". /dev/fd/3"], f" 3<<'{end}'\n{command}\n{end}\n"

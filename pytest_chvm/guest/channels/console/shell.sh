@@ -67,7 +67,7 @@ chvm_launch() {
 }
 # chvm_supervise TOKEN SCRIPT, with the outputs' files at 7 and 8, which stay when their names are removed.
 chvm_supervise() {
-    shell=${chvm_sh:-sh}
+    shell=sh
     chvm_launch "$@"
     wait $command
     status=$?
@@ -137,8 +137,7 @@ chvm_stream() {
 }
 # A shell's background processes ignore SIGINT and SIGQUIT, and so does all that they start; a process of a test's is not to.
 chvm_find_shell() {
-    set -- "${chvm_sh:-/bin/sh}"
-    for chvm_shell in "/lib/chvm/signals $1" "env --default-signal=INT,QUIT $1" "$1"; do
+    for chvm_shell in "/lib/chvm/signals /bin/sh" "env --default-signal=INT,QUIT /bin/sh" /bin/sh; do
         $chvm_shell -c : 2>/dev/null && break
     done
 }
