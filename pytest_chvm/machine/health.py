@@ -163,8 +163,8 @@ class Health:
         if kind == "disk":
             return f"its data disk ({self._config.data_disk})"
         if kind == "cloud-init":
-            # Of an image's own doing nobody has asked for anything.
-            return "what cloud-init was told by its seed" if self._config.seed_iso is not None else None
+            # Of what is none of the test's own it may fail in an image that is as it should be.
+            return "what cloud-init was told to do" if any(self._config.seed_texts.values()) else None
         return {"share": f"shared dir number {number}", "nic": f"the network of its NIC number {number} (eth{number})"}.get(kind)
 
     def no_shell(self) -> VmError | None:

@@ -1,0 +1,134 @@
+"""Stock images: `root_disk=` alone. The images here are as small as a system can be, and know nothing of us."""
+
+import hashlib
+import re
+import shutil
+import socket
+import subprocess
+
+import pytest
+
+from pytest_chvm import InvalidConfigError, UnsupportedError
+from tests.behaviour import images
+
+# Stands for OpenSSH's, which a system of a few megabytes does not have.
+SSH_KEYGEN = """\
+#!/bin/sh
+while [ $# -gt 0 ]; do
+    case $1 in -f) file=$2 ;; -t) type=$2 ;; esac
+    shift
+done
+{ echo "a key of type $type" && cat /proc/sys/kernel/random/uuid; } >$file
+"""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The root of the system that all images here have."""
+    tree = images.tiny_tree(tmp_path_factory.mktemp("tree") / "root", root="/dev/sda2")
+    (tree / "usr/bin/ssh-keygen").write_text(SSH_KEYGEN)
+    (tree / "usr/bin/ssh-keygen").chmod(0o755)
+    for kind in ("ed25519", "rsa"):
+        (tree / f"etc/ssh/ssh_host_{kind}_key").write_text(f"the image's own {kind}\n")
+    return tree
+
+
+@pytest.fixture(scope="module")
+def image(tree, tmp_path_factory):
+    """A stock image as one downloads it: partitioned, compressed, on top of another."""
+    directory = tmp_path_factory.mktemp("image")
+    disk = images.partitioned(directory / "disk.raw", images.ext4(tree, directory / "file-system"))
+    return images.qcow2(disk, directory / "stock.qcow2")
+
+
+def digests(image):
+    """Return the hashes of an image and what it stands on."""
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(image.parent.glob("stock*"))]
+
+
+def test_an_image_alone_boots_its_own_system(boot, image):
+    before = digests(image)
+    vm = boot(root_disk=image, name="stock_image", boot="cold")
+    # It was ready when its boot scripts were through, and not before.
+    assert vm.check_output("cat /run/by-the-image") == "started\n"
+    words = vm.check_output("cat /proc/cmdline").split()
+    assert "of-the-image" in words
+    assert not {"another", "console=tty0", "ro"} & set(words)
+    assert vm.check_output("readlink /proc/1/exe; hostname") == "/bin/busybox\nstock-image\n"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((vm.ip, 1), 10)
+    vm.check_output("echo mine >/root/mine; sync")
+    vm.reboot()
+    assert vm.check_output("cat /run/by-the-image; hostname") == "started\nstock-image\n"
+    assert digests(image) == before
+
+
+def test_its_second_vm_is_a_clone_and_a_machine_of_its_own(boot, image, tmp_path):
+    seed = tmp_path / "seed.iso"
+    seed.write_bytes(b"seed of the test" + bytes((1 << 16) - 16))
+
+    def start(name):
+        return boot(root_disk=image, seed_iso=seed, name=name)
+
+    first = start("first")
+    assert first.origin.boot == "cold"
+    assert "the first of its image" in first.origin.why
+    second, third = start("second"), start("third")
+    assert [vm.origin.boot for vm in (second, third)] == ["clone", "clone"]
+    facts = "cat /etc/machine-id /sys/class/net/eth0/address /etc/ssh/ssh_host_ed25519_key; hostname; head -c 16 /dev/urandom | od -An -tx1"
+    identities = [[vm.ip, *vm.check_output(facts).splitlines()] for vm in (first, second, third)]
+    kind = identities[1].index("a key of type ed25519")
+    assert identities[0][kind] == "the image's own ed25519"
+    for place, values in enumerate(zip(*(identity for identity in identities[1:]), strict=True)):
+        assert place == kind or len(set(values)) == 2, values
+    assert {"second", "third"} <= {word for identity in identities for word in identity}
+    for vm in (second, third):
+        vm.wait_until("grep -q 'of type rsa' /etc/ssh/ssh_host_rsa_key", timeout=30)
+        assert f"inet {vm.ip}/" in vm.check_output("ip -4 addr show dev eth0")
+        assert vm.check_output("head -c 16 /dev/vdb") == "seed of the test"
+    # Another seed is another template.
+    seed.write_bytes(b"another".ljust(1 << 16, b"\0"))
+    assert start("fourth").origin.boot == "cold"
+
+
+@pytest.mark.parametrize("kind", ["btrfs without partitions", "ext4 with an MBR and no boot loader"])
+def test_file_systems_and_partition_tables(chvm_vm, tree, tmp_path, kind):
+    disk, file_system = tmp_path / "disk.img", tmp_path / "file-system"
+    if kind.startswith("btrfs"):
+        if shutil.which("mkfs.btrfs") is None:
+            pytest.skip("no mkfs.btrfs here")
+        subprocess.run(["truncate", "-s", "160M", disk], check=True)
+        subprocess.run(["mkfs.btrfs", "-q", "--rootdir", tree, disk], check=True, capture_output=True)
+    else:
+        own = tmp_path / "tree"
+        shutil.copytree(tree, own, symlinks=True)
+        shutil.rmtree(own / "boot/grub")
+        images.partitioned(disk, images.ext4(own, file_system), label="dos")
+    vm = chvm_vm(vmm="qemu", root_disk=disk, network="none", boot="cold")
+    root = vm.check_output("grep ' / ' /proc/mounts | tail -n 1").split()
+    assert root[2] == kind.split()[0]
+    assert vm.check_output("cat /run/by-the-image") == "started\n"
+    if "no boot loader" in kind:
+        assert re.search(r"root=UUID=[0-9a-f-]{36} ", vm.check_output("cat /proc/cmdline"))
+
+
+def test_a_shared_dir_is_mounted_where_the_built_in_guest_has_it(chvm_vm, image, tmp_path):
+    (tmp_path / "file").write_text("shared")
+    vm = chvm_vm(vmm="qemu", root_disk=image, network="none", shared_dirs={"code": tmp_path})
+    assert vm.check_output("cat /mnt/code/file") == "shared"
+
+
+def test_an_image_without_a_system_says_what_is_there(chvm_vm, tmp_path):
+    empty = images.ext4(tmp_path, tmp_path.with_name("empty"), "8M")
+    disk = images.partitioned(tmp_path / "disk.raw", empty)
+    with disk.open("r+b") as file:
+        file.seek(2048 * 512)
+        file.write(b"LUKS\xba\xbe")
+    with pytest.raises(InvalidConfigError, match=r"no system .* it has vda2 is ext4, without an init; vda1 is encr") as info:
+        chvm_vm(vmm="qemu", root_disk=disk, network="none")
+    assert "LVM, encryption, RAID) boots with kernel=, initramfs= and cmdline= of its own" in str(info.value)
+
+
+def test_what_no_clone_can_have_is_said(chvm_vm, image, tmp_path):
+    with pytest.raises(UnsupportedError, match="cannot be a clone: what its image does with a data_disk or shared dirs"):
+        chvm_vm(vmm="qemu", root_disk=image, network="none", boot="clone", shared_dirs={"code": tmp_path})
