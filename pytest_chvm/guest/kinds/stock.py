@@ -26,9 +26,10 @@ class StockGuest(Guest):
     boot_timeout_s: ClassVar[float] = 300.0
 
     def own_words(self) -> list[str]:
-        """Return its host name, which a seed may change, and that its addresses are no affair of the image's."""
+        """Return its host name, which a seed may change, and that its addresses are no affair of the image's, unless it was told."""
         name = self.config.name.replace("_", "-").replace(".", "-")
-        return [HOSTNAME_WORD + name, f"systemd.hostname={name}", "network-config=disabled"]
+        own_network = self.config.network_config is not None
+        return [HOSTNAME_WORD + name, f"systemd.hostname={name}", *([] if own_network else ["network-config=disabled"])]
 
     def boot_words(self, marker: str, networks: list[str]) -> list[str]:
         """Return all its words."""
