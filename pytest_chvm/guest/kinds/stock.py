@@ -26,7 +26,7 @@ class StockGuest(Guest):
     boot_timeout_s: ClassVar[float] = 300.0
 
     def own_words(self) -> list[str]:
-        """Return its host name, which a seed may change, and that its addresses are no affair of the image's, unless it was told."""
+        """Return its host name, which a seed may change, and that its network is no affair of the image's, unless it was told."""
         name = self.config.name.replace("_", "-").replace(".", "-")
         own_network = self.config.network_config is not None
         return [HOSTNAME_WORD + name, f"systemd.hostname={name}", *([] if own_network else ["network-config=disabled"])]
