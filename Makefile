@@ -26,7 +26,7 @@ help:
 example: $(VENV)/.guest
 	@pytest example_project -v $(PYTEST_ARGS)
 
-test: lint $(VENV)/.guest
+test: lint $(VENV)/.guest $(VENV)/.image
 	@pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
@@ -69,6 +69,11 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.system
 # Built here so that it is not the first test that waits for it.
 $(VENV)/.guest: pytest_chvm/guest/initramfs.py pytest_chvm/guest/init.sh $(VENV)/.installed
 	@python -c 'from pytest_chvm import Settings, VmConfig; from pytest_chvm.machine.guest_choice import choose_guest; choose_guest(VmConfig(), Settings.resolve())'
+	@touch $@
+
+# Kept in the cache, across clean too. Where there is no mmdebstrap, its tests are skipped.
+$(VENV)/.image: pytest_chvm/guest/builders/debian.py pytest_chvm/guest/builders/disk.py $(VENV)/.installed
+	@if command -v mmdebstrap >/dev/null; then chvm guest build debian >/dev/null; fi
 	@touch $@
 
 clean:

@@ -1,0 +1,65 @@
+"""Debian as `chvm guest build debian` makes it: a whole system with systemd, cloud-init and an SSH server, on both VMMs."""
+
+import subprocess
+
+import pytest
+
+from pytest_chvm import MissingRequirementError, Settings
+from pytest_chvm.base.progress import show_progress
+from pytest_chvm.guest.builders.debian import DebianRecipe, build_debian
+from pytest_chvm.machine.guest_choice import cache_dir
+from tests.relay import CLOUD_HYPERVISOR
+
+# Of an emulated processor, which in the lab is emulated by one that is itself emulated.
+BOOT_TIMEOUT_S = 600
+TOLD = {"write_files": [{"path": "/etc/motd", "content": "told by cloud-init\n"}], "runcmd": ["echo ran >/root/ran"]}
+# What cloud-init leaves when it could not do something.
+RESULT = '{"v1": {"datasource": null, "errors": ["(\\"runcmd\\", ValueError())"]}}'
+
+
+@pytest.fixture(scope="module")
+def debian(vmm):
+    """The image, which set-up has built."""
+    try:
+        return build_debian(DebianRecipe(), cache_dir(Settings.resolve()), show_progress)
+    except MissingRequirementError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def vm(chvm_vm_factory, vmm, debian):
+    """A VM that the tests share: of the image alone, or where that takes no minutes told something by a seed too."""
+    more = {} if vmm == CLOUD_HYPERVISOR else {"user_data": TOLD, "meta_data": {"instance-id": "one"}}
+    with chvm_vm_factory(
+        vmm=vmm, root_disk=debian, memory_mb=512, boot="cold", boot_timeout=BOOT_TIMEOUT_S, name="deb", **more
+    ) as vm:
+        # The connection to its console is made once, and is not the first test's to have left.
+        vm.check_output("true")
+        yield vm
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(BOOT_TIMEOUT_S + 300)
+def test_a_whole_system_is_up_when_it_is_ready(vm):
+    assert vm.check_output("systemctl is-system-running --wait") == "running\n"
+    assert vm.check_output("hostname; cat /etc/debian_version").splitlines()[0] == "deb"
+    assert f" {vm.ip}/" in vm.check_output("ip -4 -o addr")
+    assert subprocess.run(vm.ssh_command("cat /etc/hostname"), capture_output=True, timeout=120).returncode == 0
+
+
+def test_cloud_init_has_done_all_when_it_is_ready(vm, vmm):
+    if vmm == CLOUD_HYPERVISOR:
+        pytest.skip("without a seed cloud-init has nothing to do; with one it takes minutes in the lab")
+    assert vm.check_output("cat /etc/motd /root/ran") == "told by cloud-init\nran\n"
+    assert "status: done" in vm.check_output("cloud-init status")
+    assert vm.check_output("cat /var/lib/cloud/data/instance-id") == "one\n"
+    assert "pytest-chvm" in vm.check_output("cat /home/debian/.ssh/authorized_keys")
+
+
+def test_what_cloud_init_could_not_do_is_on_the_console(vm, vmm):
+    if vmm == CLOUD_HYPERVISOR:
+        pytest.skip("without a seed it does nothing")
+    vm.write_text("/run/cloud-init/result.json", RESULT)
+    vm.check_output("sh /run/chvm/stock.sh ready", timeout=120)
+    said = vm.wait_for_console(r"chvm: cloud-init status:\r?\nstatus: [^$]*failed=([a-z-]+)", timeout=60)
+    assert said[1] == "cloud-init"
