@@ -2,7 +2,7 @@
 # chvm_configure WORD...: the words are those of the kernel command line, others are passed over:
 #   chvm.net=DEVICE,ADDRESS/NETMASK,GATEWAY,MAC   one a NIC (each but the first may be empty)
 #   chvm.share=TAG,ro|rw,PLACE                    one a shared dir, the place as printf's %b takes it
-#   chvm.root=TAG                                 before those: the shared dir that is to be the root of all commands
+#   chvm.root=TAG[,nosuid]                        before those: the shared dir that is to be the root of all commands
 #   chvm.disk=DEVICE                              one that must be there
 #   chvm.ip= chvm.nonce= chvm.marker= chvm.hostname=
 # At last it says on the serial console that the machine is ready, after a line for each thing that it is not: MARKER failed=WHAT.
@@ -45,7 +45,7 @@ chvm_share() {
 # way round takes longer.
 chvm_root() {
     local layer=/host/layer/upper name line
-    chvm_mount $1 ro /host/lower || return 1
+    chvm_mount ${1%,*} ro /host/lower || return 1
     read -r line </etc/machine-id
     echo $line >$layer/etc/machine-id
     read -r name </proc/sys/kernel/hostname
@@ -53,7 +53,9 @@ chvm_root() {
         while IFS= read -r line; do echo "$line"; done </host/lower/etc/hosts
         echo "127.0.1.1 $name"
     } >$layer/etc/hosts
-    mount -a -T /lib/chvm/root.fstab && chvm_root=/host/root
+    mount -a -T /lib/chvm/root.fstab || return 1
+    [ $1 = ${1%,*} ] || mount -o remount,bind,nosuid /host/root || return 1
+    chvm_root=/host/root
 }
 # What runs commands stays where it is, with its own programs; the commands see the other root in a mount namespace, where it is
 # not just another directory: a process whose root is one may make no user namespaces.

@@ -20,6 +20,9 @@ if [ -e /lib/chvm/root.fstab ]; then
     mount -t tmpfs -o mode=0755,size=80% layer /host/layer
     mkdir -p /host/layer/upper/etc /host/layer/work
     touch /lib/chvm/root.ns
+    # modprobe looks for the modules of this kernel where the host has those of its own.
+    { read -r places && read -r tree; } </lib/chvm/root.modules && mkdir -p "/host/layer/upper$places" &&
+        ln -s "$tree" "/host/layer/upper$places"
 fi
 
 ifconfig lo 127.0.0.1 up

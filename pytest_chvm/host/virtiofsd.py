@@ -142,7 +142,7 @@ def _mounted(share: SharedDir, place: str, *, read_only: bool) -> list[str]:
     if reason is not None:
         raise MissingRequirementError(
             f"nothing of {str(share.host_path)!r} can be hidden from the guest, since there can be no mount namespace: {reason}. "
-            "Allow user namespaces, run as root, or hide nothing: root=HostRoot(hidden=[])"
+            "Allow user namespaces, run as root (in a container: with CAP_SYS_ADMIN), or hide nothing: root=HostRoot(hidden=[])"
         )
     lines = ""
     for path in hidden_paths(share):

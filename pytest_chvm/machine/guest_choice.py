@@ -171,4 +171,5 @@ def _built_in_kernel(cache: Path, progress: Progress) -> Kernel:
 
 @lru_cache(maxsize=16)
 def _built_in_initramfs(kernel: Kernel, cache: Path, progress: Progress, kind: type[BuiltInGuest]) -> Path:
-    return build_initramfs(kernel, cache, progress, wanted=(*WANTED_MODULES, *kind.more_modules), more=kind.more_files())
+    more = kind.more_files(kernel, cache, progress)
+    return build_initramfs(kernel, cache, progress, wanted=(*WANTED_MODULES, *kind.more_modules), more=more)

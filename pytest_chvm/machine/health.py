@@ -27,7 +27,7 @@ from pytest_chvm.guest.ready import OOPS, PanicScanner, ReadyScanner
 from pytest_chvm.host.keeper.remains import start_time_ticks
 from pytest_chvm.host.keeper_client import Keeper
 from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle, VmState
+from pytest_chvm.model import HOST_ROOT_TAG, ProcessIdentity, VmConfig, VmHandle, VmState
 
 Found = TypeVar("Found")
 EMPTY = "is empty."
@@ -159,7 +159,7 @@ class Health:
         kind, number = word.rstrip("0123456789"), word.lstrip("abcdefghijklmnopqrstuvwxyz")
         if kind == "share" and int(number) < len(self._config.shared_dirs):
             share = self._config.shared_dirs[int(number)]
-            return f"shared dir {share.tag!r} ({share.host_path})"
+            return "the host's root" if share.tag == HOST_ROOT_TAG else f"shared dir {share.tag!r} ({share.host_path})"
         if kind == "disk":
             return f"its data disk ({self._config.data_disk})"
         if kind == "cloud-init":

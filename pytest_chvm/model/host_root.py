@@ -35,6 +35,7 @@ class HostRoot:
 
     `hidden`: paths of the host's in whose place the guest finds something empty, as they are when the VM is started. `*` and the
     like stand for names, `~` for the user's home. By default `HostRoot.SECRETS`; to add one: `[*HostRoot.SECRETS, "/srv/keys"]`.
+    Beside these, the host's `/dev`, `/proc`, `/run` and `/sys` are hidden; with an empty list nothing is.
     """
 
     SECRETS: ClassVar[tuple[str, ...]] = (*IN_SYSTEM, *(f"{home}/{name}" for home in HOMES for name in IN_HOMES))
@@ -50,4 +51,5 @@ class HostRoot:
 
     def share(self) -> SharedDir:
         """Return the shared dir that has it."""
-        return SharedDir(HOST_ROOT_TAG, "/", read_only=True, cache="always", announce_submounts=False, hidden=(*OWN, *self.hidden))
+        hidden = (*OWN, *self.hidden) if self.hidden else ()
+        return SharedDir(HOST_ROOT_TAG, "/", read_only=True, cache="always", announce_submounts=False, hidden=hidden)

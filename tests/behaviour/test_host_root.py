@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import iniconfig
 import pytest
 
 from pytest_chvm import InvalidConfigError, SharedDir, UnsupportedError
@@ -24,9 +25,11 @@ def vm(chvm_vm_factory, vmm, kept):
 
 
 def test_the_same_python_runs_in_the_tests_directory(vm):
-    done = vm.run([sys.executable, "-c", "import os, pytest, sys; print(os.getcwd(), os.getuid(), pytest.__file__, sys.prefix)"])
+    done = vm.run(
+        [sys.executable, "-c", "import iniconfig, os, sys; print(os.getcwd(), os.getuid(), iniconfig.__file__, sys.prefix)"]
+    )
     assert done.stderr == ""
-    assert done.stdout.split() == [os.getcwd(), "0", pytest.__file__, sys.prefix]
+    assert done.stdout.split() == [os.getcwd(), "0", iniconfig.__file__, sys.prefix]
     assert done.command[0] == sys.executable
 
 
@@ -75,6 +78,38 @@ def test_the_guest_has_its_own_kernel_file_systems(vm):
 
 def test_commands_may_make_user_namespaces(vm):
     assert vm.check_output("unshare --user --map-root-user id -u") == "0\n"
+
+
+def test_the_modules_of_the_guests_kernel_are_where_modprobe_looks(vm):
+    assert vm.check_output("cd /lib/modules/$(uname -r) && grep -c /dummy.ko modules.dep") == "1\n"
+
+
+def test_a_command_may_be_long(vm):
+    assert vm.check_output("true " + "x" * (1 << 18) + "\necho 'the' \"end\"") == "the end\n"
+
+
+def test_a_directory_and_an_environment_of_a_commands_own(vm):
+    assert vm.check_output(["sh", "-c", "pwd; echo $A"], cwd="/usr/share", env={"A": "b c"}) == "/usr/share\nb c\n"
+
+
+def test_a_program_that_is_not_there_is_said(vm):
+    for command in (["/none/such"], ["none-such"]):
+        done = vm.run(command)
+        assert done.returncode == 127
+        assert "not found" in done.stderr
+
+
+def test_a_process_runs_beside_the_test(vm):
+    with vm.popen([sys.executable, "-u", "-c", "import os; print(os.getcwd()); input()"], input="\n") as process:
+        assert process.stdout.readline(60) == f"{os.getcwd()}\n"
+        assert process.wait(60) == 0
+
+
+def test_files_are_copied_to_and_from_the_layer(vm, tmp_path):
+    (tmp_path / "there").write_text("copied")
+    vm.put(tmp_path / "there", "/var/tmp/copy")
+    assert vm.get("/var/tmp/copy", tmp_path / "back").read_text() == "copied"
+    assert not os.path.exists("/var/tmp/copy")
 
 
 def test_it_is_a_clone_with_an_identity_of_its_own(vm, boot):

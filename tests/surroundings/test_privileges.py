@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
+import pytest_chvm
 from pytest_chvm.host.virtiofsd import NEEDED_AS_ROOT
 
 SAYS = """
@@ -34,6 +38,38 @@ try:
     launch(vmm="qemu", shared_dirs={"a": sys.argv[1]})
 except MissingRequirementError as error:
     print(error)
+"""
+# As an ordinary user for whom nothing is in the way to where the tests are; what else is in those directories they do not see.
+AS_USER = """
+work=$1 uid=$2 closed=$3
+shift 3
+while [ "$1" != -- ]; do
+    needed="$needed $1"
+    shift
+done
+shift
+mkdir $work/kept && mount --rbind "$closed" $work/kept && mount -t tmpfs -o mode=0755 open "$closed" || exit
+for path in $needed; do mkdir -p $closed$path && mount --rbind $work/kept$path $closed$path || exit; done
+umount -l $work/kept
+exec setpriv --reuid $uid --regid $uid --clear-groups env -u XDG_RUNTIME_DIR HOME=$work/home CHVM_CACHE_DIR=$work/cache "$@"
+"""
+HOST_ROOT = """
+import os, sys
+from pytest_chvm import SharedDir, launch
+home = os.environ["HOME"]
+with launch(vmm="qemu", boot="cold", root="host", shared_dirs=[SharedDir("kept", f"{home}/kept", mount="/srv/kept")]) as vm:
+    print(vm.check_output([sys.executable, "-c", "import os; print(os.getuid(), os.environ['HOME'])"]), end="")
+    print(vm.check_output("cat ~/file ~/.ssh/key 2>/dev/null || cat /etc/shadow | wc -c"), end="")
+    vm.check_output("echo written >/srv/kept/file; echo changed >~/file; mkdir /there && mount -t tmpfs there /there")
+"""
+HOST_ROOT_REFUSED = """
+from pytest_chvm import HostRoot, MissingRequirementError, launch
+try:
+    launch(vmm="qemu", root="host")
+except MissingRequirementError as error:
+    print(error)
+with launch(vmm="qemu", boot="cold", root=HostRoot(hidden=[])) as vm:
+    vm.check_output("test -s /etc/shadow")
 """
 
 
@@ -87,3 +123,42 @@ def test_root_with_the_rights_of_a_container_shares(needs_root, tmp_path):
 def test_root_without_capabilities_is_told_that_it_has_no_shares(needs_root, tmp_path):
     said = run(["setpriv", "--bounding-set=-all", "--inh-caps=-all"], SHARE, str(tmp_path))
     assert "CAP_SYS_CHROOT" in said
+
+
+@pytest.fixture
+def as_user(needs_root, needs_user_namespaces, guest_cache):
+    """What runs a program as an ordinary user, of whom a home and a cache are."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        work, uid = Path(directory), 54321
+        work.chmod(0o755)
+        (work / "home/.ssh").mkdir(parents=True)
+        (work / "home/kept").mkdir()
+        (work / "home/file").write_text("the user's\n")
+        (work / "home/.ssh/key").write_text("secret\n")
+        for name in ("packages", "vmlinux"):
+            if (guest_cache / name).exists():
+                shutil.copytree(guest_cache / name, work / "cache" / name, symlinks=True)
+        subprocess.run(["chown", "-R", f"{uid}:{uid}", work / "home", work / "cache"], check=True)
+        # The project and the interpreter may be in the home of root.
+        needed = {
+            sys.prefix,
+            sys.base_prefix,
+            str(Path(pytest_chvm.__file__).parents[1]),
+            os.path.dirname(shutil.which("virtiofsd")),
+        }
+        inside = [path.removeprefix("/root") for path in sorted(needed) if path.startswith("/root/")]
+        yield work, ["unshare", "--mount", "sh", "-c", AS_USER, "sh", str(work), str(uid), "/root", *inside, "--"]
+
+
+def test_an_ordinary_users_guest_sees_what_the_user_may_read(as_user):
+    work, wrapper = as_user
+    assert run(wrapper, HOST_ROOT) == f"0 {work}/home\nthe user's\n0\n"
+    assert (work / "home/kept/file").read_text() == "written\n"
+    assert (work / "home/file").read_text() == "the user's\n"
+
+
+def test_where_nothing_can_be_hidden_the_hosts_root_is_refused(needs_root):
+    kept = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in NEEDED_AS_ROOT)
+    said = run(["setpriv", f"--bounding-set=-all,{kept}", "--inh-caps=-all"], HOST_ROOT_REFUSED)
+    assert "nothing of '/' can be hidden from the guest" in said
+    assert "HostRoot(hidden=[])" in said

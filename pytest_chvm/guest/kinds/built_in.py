@@ -5,10 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
+from pytest_chvm.base.progress import Progress
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.guest.initramfs import Entry
+from pytest_chvm.guest.kernel import Kernel
 from pytest_chvm.guest.kinds import Guest, Run
 from pytest_chvm.model import SharedDir, VmConfig
 
@@ -26,8 +29,8 @@ class BuiltInGuest(Guest):
     more_modules: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
-    def more_files() -> Sequence[Entry]:
-        """Return likewise the files."""
+    def more_files(_kernel: Kernel, _cache: Path, _progress: Progress) -> Sequence[Entry]:
+        """Return likewise the files, for a kernel."""
         return ()
 
     def own_words(self) -> list[str]:

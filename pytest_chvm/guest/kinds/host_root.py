@@ -6,14 +6,19 @@ import os
 import shlex
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import ClassVar
 
+from pytest_chvm.base.progress import Progress
 from pytest_chvm.base.untouched import random_hex
+from pytest_chvm.errors import HostError
 from pytest_chvm.guest import enter
 from pytest_chvm.guest.commands import script_of
-from pytest_chvm.guest.initramfs import Entry
+from pytest_chvm.guest.initramfs import Entry, find_busybox
+from pytest_chvm.guest.kernel import Kernel, index_modules
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
 from pytest_chvm.model import HOST_ROOT_TAG, SharedDir
 
@@ -30,17 +35,22 @@ class HostRootGuest(BuiltInGuest):
     more_modules: ClassVar[tuple[str, ...]] = ("overlay",)
 
     @staticmethod
-    def more_files() -> Sequence[Entry]:
-        """Return what its root is mounted by, and the program that runs a command there."""
+    def more_files(kernel: Kernel, cache: Path, progress: Progress) -> Sequence[Entry]:
+        """Return what its root is mounted by, the program that runs a command there, and where the kernel's modules are."""
         mounts = resources.files("pytest_chvm.guest").joinpath("root.fstab").read_bytes()
         return [
             Entry("lib/chvm/root.fstab", stat.S_IFREG | 0o644, mounts),
             Entry("lib/chvm/enter", stat.S_IFREG | 0o755, enter.program()),
+            Entry("lib/chvm/root.modules", stat.S_IFREG | 0o644, _modules_link(kernel, cache, progress)),
         ]
 
     def share_word(self, share: SharedDir) -> str:
         """Return another word for the one that is the root."""
-        return f"chvm.root={share.tag}" if share.tag == HOST_ROOT_TAG else BuiltInGuest.share_word(self, share)
+        if share.tag != HOST_ROOT_TAG:
+            return BuiltInGuest.share_word(self, share)
+        # Served by an ordinary user, what is root's on the host is nobody's in the guest, and mount(8) would run as nobody.
+        is_roots = os.geteuid() == 0 and Path("/").stat().st_uid == 0
+        return f"chvm.root={share.tag}" if is_roots else f"chvm.root={share.tag},nosuid"
 
     def in_its_place(self, command: str | Sequence[str]) -> str:
         """Return what runs it in the root, and there in the test's directory where the guest has that."""
@@ -52,6 +62,20 @@ class HostRootGuest(BuiltInGuest):
         passed = "".join(f"export {name}={shlex.quote(os.environ[name])};" for name in PASSED_ENVIRONMENT if name in os.environ)
         words, behind = _words(command)
         return f"{passed}exec /lib/chvm/enter {shlex.quote(place)} {shlex.join(map(os.fsdecode, words))}{behind}"
+
+
+def _modules_link(kernel: Kernel, cache: Path, progress: Progress) -> bytes:
+    """Return where a link to the kernel's modules is to be, for modprobe, and what it leads to; empty for none."""
+    tree = kernel.modules
+    if tree is None:
+        return b""
+    places = Path("/lib/modules").resolve()
+    if places / tree.name == tree.resolve():
+        return b""
+    # Where the index cannot be written, modprobe says that it is missing.
+    with suppress(HostError):
+        index_modules(tree, find_busybox(cache, progress))
+    return os.fsencode(f"{places}\n{tree.resolve()}\n")
 
 
 def _words(command: str | Sequence[str]) -> tuple[Sequence[str], str]:
