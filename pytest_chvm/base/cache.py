@@ -119,6 +119,15 @@ def _build(target: Path, build: Callable[[Path], None], mode: int) -> None:
         raise
 
 
+def keep_latest(used: Path, most: int) -> None:
+    """Remove of the directories beside `used`, which was used just now, those used longest ago beyond `most`."""
+    with suppress(OSError):
+        used.touch()
+        kept = [path for path in used.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        for old in sorted(kept, key=lambda path: path.stat().st_mtime)[:-most]:
+            remove_tree(old)
+
+
 def remove_unfinished(parent: Path) -> None:
     """Remove what killed builders of `built_once` left below `parent`: unfinished directories whose lock nobody holds."""
     for left in parent.glob(".*.*"):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
-from pytest_chvm.base.cache import built_once
+from pytest_chvm.base.cache import built_once, keep_latest
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.clones.digests import content_key
 from pytest_chvm.drivers.disks import plain_images
@@ -23,6 +22,8 @@ from pytest_chvm.machine.guest_choice import BUILT_IN_CMDLINE, cache_dir
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 
+# What is kept of each takes some 10 MB.
+MOST_IMAGES = 64
 # Of the VM that looks at an image; it boots with all the time that a slow machine may take.
 ARGUMENTS = {"boot": "cold", "network": "none", "boot_timeout": 120.0, "ready_marker": DEFAULT_MARKER}
 
@@ -51,8 +52,7 @@ def inspected_system(settings: Settings, host: Host, config: VmConfig, kernel: K
     directory = built_once(
         cache / "images" / key.hexdigest()[:32], build, lambda found: (found / SYSTEM_FILE).exists(), progress=host.show_progress
     )
-    with suppress(OSError):
-        (directory / SYSTEM_FILE).touch()
+    keep_latest(directory, MOST_IMAGES)
     return System.read(directory), directory
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
 from pathlib import Path
 
-from pytest_chvm.base.cache import built_once
-from pytest_chvm.base.trees import remove_tree
+from pytest_chvm.base.cache import built_once, keep_latest
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
 from pytest_chvm.guest.seed import seed_files, with_key, write_seed
 from pytest_chvm.host.host import Host
@@ -52,7 +50,7 @@ def with_seed(config: VmConfig, cache: Path, host: Host) -> VmConfig:
         write_seed(seed_files({**given, "meta-data": meta}, **{"instance-id": f"chvm-{key}"}), directory / SEED_FILE)
 
     built_once(target, build, progress=host.show_progress)
-    _keep_within(target)
+    keep_latest(target, MOST_SEEDS)
     return config.replace(seed_iso=target / SEED_FILE)
 
 
@@ -62,12 +60,3 @@ def _with_key(meta_data: str | None, host: Host) -> str:
     except MissingRequirementError:
         # Without OpenSSH nobody here could log in by it.
         return meta_data or ""
-
-
-def _keep_within(used: Path) -> None:
-    """Remove the seeds used longest ago beyond as many as are kept; `used` was used just now."""
-    with suppress(OSError):
-        used.touch()
-        seeds = sorted((path for path in used.parent.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-        for old in seeds[:-MOST_SEEDS]:
-            remove_tree(old)

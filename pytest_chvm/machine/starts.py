@@ -7,10 +7,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from pytest_chvm.base.deadline import Deadline, checked_timeout
+from pytest_chvm.base.text import clean_text
 from pytest_chvm.errors import BootFailedError, GuestPanicError, VmError, VmIOError
 from pytest_chvm.machine.events import REBOOT
 from pytest_chvm.machine.health import console_ends_with, ends_with
 from pytest_chvm.machine.machine import Machine
+
+# A guest that was not ready in time may answer all the same.
+BOOT_STATE_TIMEOUT_S = 20.0
 
 
 def wait_ready(machine: Machine, timeout: float | None) -> None:
@@ -25,7 +29,7 @@ def wait_ready(machine: Machine, timeout: float | None) -> None:
         return BootFailedError(
             f"VM {machine.name!r} was not ready within {deadline.total_s:g} s: expected a line '{handle.ready_marker} IP' on "
             f"its serial console{f'; {said}' if said else ''}. Its console {handle.serial_log} "
-            f"{console_ends_with(handle.serial_log, machine.config)}\n"
+            f"{console_ends_with(handle.serial_log, machine.config)}\n{_state_of_boot(machine)}"
             "What to do: raise --chvm-boot-timeout, look at the console, or have the guest print the line when it is up.",
             vm_name=machine.name,
         )
@@ -37,6 +41,18 @@ def wait_ready(machine: Machine, timeout: float | None) -> None:
     if (failed := health.not_set_up()) is not None:
         raise failed
     machine.log.add_ready(ip)
+
+
+def _state_of_boot(machine: Machine) -> str:
+    """Return what the guest itself says that it is still waiting for, as lines; nothing where it does not say."""
+    script = machine.guest.boot_state
+    if script is None:
+        return ""
+    try:
+        said = machine.channel.run(script, timeout=BOOT_STATE_TIMEOUT_S, input=None).stdout
+    except VmError:
+        return ""
+    return f"Its system says:\n{clean_text(said)[:4000].rstrip()}\n" if said.strip() else ""
 
 
 def reboot(machine: Machine, timeout: float | None) -> None:

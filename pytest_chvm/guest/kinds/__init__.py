@@ -28,6 +28,8 @@ class Guest(ABC):
     reads_words_of_file: ClassVar[bool]
     # How long it may take to be ready where nobody says.
     boot_timeout_s: ClassVar[float] = 60.0
+    # A shell script that says what a boot is still waiting for, where there is more to say than the console does.
+    boot_state: ClassVar[str | None] = None
     # What runs its commands, a kind of `pytest_chvm.guest.channels`.
     channel: ClassVar[str] = "console"
 

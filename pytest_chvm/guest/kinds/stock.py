@@ -14,6 +14,10 @@ from pytest_chvm.guest.kinds import Guest, Run
 from pytest_chvm.model import SharedDir, Tap, VmConfig
 
 HOSTNAME_WORD = "chvm.hostname="
+BOOT_STATE = """\
+[ -d /run/systemd/system ] && systemctl list-jobs --no-legend --no-pager | head -n 20
+[ -e /run/cloud-init/status.json ] && cloud-init status --long
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,7 @@ class StockGuest(Guest):
     reads_words_of_file: ClassVar[bool] = True
     # A whole system, which software may have to run.
     boot_timeout_s: ClassVar[float] = 300.0
+    boot_state: ClassVar[str | None] = BOOT_STATE
 
     def own_words(self) -> list[str]:
         """Return its host name, which a seed may change, and that its network is no affair of the image's, unless it was told."""
