@@ -106,20 +106,20 @@ def _fixture(chvm_vm: Any, measured: Measurements, directory: Path) -> None:
     measured.add("bare", _bare(command, directory / "bare.log"))
 
 
-def _bare(command: list[str], log: Path) -> float:
+def _bare(command: list[str], log: Path, marker: bytes = MARKER, timeout_s: float = TIMEOUT_S) -> float:
     from pytest_chvm.base.deadline import Deadline
     from pytest_chvm.base.watch import FileWatch
 
     words = [f"file,id=serial,path={log}" if word.startswith("file,id=serial,path=") else word for word in command]
     log.write_bytes(b"")
-    deadline = Deadline.after(TIMEOUT_S)
+    deadline = Deadline.after(timeout_s)
     with FileWatch(log) as watch:
         started = time.perf_counter()
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         try:
-            while MARKER not in log.read_bytes():
+            while marker not in log.read_bytes():
                 assert not watch.wait(deadline, process.pid), f"bare QEMU ended with status {process.wait()}"
-                assert not deadline.expired, f"bare QEMU: no marker in {log} within {TIMEOUT_S:g} s"
+                assert not deadline.expired, f"bare QEMU: no marker in {log} within {timeout_s:g} s"
             return time.perf_counter() - started
         finally:
             process.kill()

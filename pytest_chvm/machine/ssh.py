@@ -44,8 +44,8 @@ class Ssh:
     # Of a VM without a network.
     _relay: ShellRelay | None = None
     _server: SshServer | None = None
-    # Which of the guest's starts it is known of.
-    _known_of: int = 0
+    # Which of the guest's starts it is known of, and by which key.
+    _known_of: tuple[int, str] = (0, "")
 
     def command(self, *arguments: str) -> list[str]:
         """Return the arguments of a program that logs into the guest; see `Vm.ssh_command`."""
@@ -53,9 +53,10 @@ class Ssh:
             machine = self.machine
             key = run_key(machine.lease.host)
             known_hosts = machine.lease.directory / "known_hosts"
-            if self._server is None or self._known_of != machine.starts:
+            known = (machine.starts, key.public)
+            if self._server is None or self._known_of != known:
                 self._server = self._let_in(key.public, known_hosts)
-                self._known_of = machine.starts
+                self._known_of = known
             host, port = self._address(self._server)
         options = {
             **OPTIONS,

@@ -7,6 +7,10 @@ import functools
 
 import pytest
 
+from pytest_chvm import MissingRequirementError, Settings
+from pytest_chvm.base.progress import show_progress
+from pytest_chvm.guest.builders.debian import DebianRecipe, build_debian
+from pytest_chvm.machine.guest_choice import cache_dir
 from tests.conftest import kept
 from tests.relay import CLOUD_HYPERVISOR, require_binary
 
@@ -23,6 +27,15 @@ def vmm(request):
 def boot(chvm_vm, vmm):
     """`chvm_vm` with the VMM of this run."""
     return functools.partial(chvm_vm, vmm=vmm)
+
+
+@pytest.fixture(scope="session")
+def debian_image():
+    """The stock image of these tests, Debian with cloud-init and an SSH server: built once and kept, as `chvm guest build` does."""
+    try:
+        return build_debian(DebianRecipe(), cache_dir(Settings.resolve()), show_progress)
+    except MissingRequirementError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,20 @@ def test_contents_that_are_no_utf8_come_as_they_are(vm):
     assert vm.testinfra.file("/tmp/latin").content_string == "caf\udce9"
 
 
+@pytest.mark.timeout(900)
+def test_services_and_packages_of_a_stock_image_read_like_english(chvm_vm, debian_image):
+    # The same clone as in the tests of SSH. No VMM's affair: one does.
+    host = chvm_vm(vmm="qemu", name="debian", root_disk=debian_image, memory_mb=512, boot="clone", boot_timeout=500).testinfra
+    assert host.system_info.distribution == "debian"
+    assert host.package("openssh-server").is_installed
+    assert not host.package("nginx").is_installed
+    assert host.service("ssh").is_running
+    assert host.service("ssh").is_enabled
+    assert host.socket("tcp://22").is_listening
+    assert host.file("/etc").is_directory
+    assert "ssh" in host.file("/etc").listdir()
+
+
 def test_without_pytest_testinfra_the_error_says_what_to_install(vm, monkeypatch):
     monkeypatch.delitem(vm.__dict__, "testinfra", raising=False)
     monkeypatch.setitem(sys.modules, "testinfra.host", None)
