@@ -76,9 +76,13 @@ def _root_mb(layout: Layout) -> int:
 
 
 def _fill_root(raw: Path, archive: Path, tree: Path, layout: Layout) -> None:
-    """Unpack the archive and make the root file system of it, under fakeroot: owners and devices are as in the archive."""
+    """Unpack the archive and make the root file system of it, under fakeroot: owners and devices are as in the archive.
+
+    A file that not even its owner may read has to be read here; fakeroot, which is not told, still has the archive's mode for it.
+    """
     script = (
         'mkdir "$2" && tar -x --numeric-owner --xattrs --xattrs-include="*" -f "$1" -C "$2" && '
+        'env -u LD_PRELOAD chmod -R u+rwX "$2" && '
         'mke2fs -q -F -t ext4 -L root -U "$4" -E "offset=$5,root_owner=0:0" -d "$2" "$3" "$6"'
     )
     offset, size = ROOT_AT_MB << 20, f"{_root_mb(layout)}M"

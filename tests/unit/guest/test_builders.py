@@ -35,6 +35,9 @@ def archive(tmp_path):
             entry = tarfile.TarInfo(name)
             entry.size, entry.uid, entry.gid, entry.mode = len(content), *((1000, 1000) if "user" in name else (0, 0)), 0o640
             tar.addfile(entry, io.BytesIO(content))
+        secret = tarfile.TarInfo("secret")
+        secret.size, secret.mode, secret.gid = 2, 0, 42
+        tar.addfile(secret, io.BytesIO(b"42"))
         device = tarfile.TarInfo("null")
         device.type, device.devmajor, device.devminor = tarfile.CHRTYPE, 1, 3
         tar.addfile(device)
@@ -69,6 +72,8 @@ def test_a_disk_has_an_efi_system_partition_that_boots_and_a_root_with_the_files
     assert "User:  1000   Group:  1000" in ask("stat /home/user/hello")
     assert "User:     0   Group:     0" in ask("stat /boot")
     assert "Type: character special" in ask("stat /null")
+    assert "Mode:  0000" in ask("stat /secret")
+    assert ask("cat /secret") == "42"
 
 
 def test_a_disk_that_is_too_small_is_refused_with_what_it_needs(archive, tmp_path):
