@@ -110,10 +110,10 @@ def _stock_guest(config: VmConfig, built_in: Kernel | None, settings: Settings, 
     # One that was copied out of the image has its modules there.
     if built_in is not None or known.modules is None:
         known = replace(known, modules=modules_of(directory, known.release))
-    initramfs = initramfs_in_front(system, known, cache, progress)
+    initramfs = _initramfs_in_front(system, known, cache, progress)
     cmdline = system.cmdline if config.cmdline is None else config.cmdline
     config = config.replace(kernel=unpacked_kernel(known.image, cache), initramfs=initramfs, cmdline=cmdline)
-    return StockGuest(config, random_hex(8), None)
+    return StockGuest(config, random_hex(8), None if built_in is not None else _lacks(known))
 
 
 def _lacks(kernel: Kernel) -> str | None:
@@ -173,3 +173,8 @@ def _built_in_kernel(cache: Path, progress: Progress) -> Kernel:
 def _built_in_initramfs(kernel: Kernel, cache: Path, progress: Progress, kind: type[BuiltInGuest]) -> Path:
     more = kind.more_files(kernel, cache, progress)
     return build_initramfs(kernel, cache, progress, wanted=(*WANTED_MODULES, *kind.more_modules), more=more)
+
+
+@lru_cache(maxsize=16)
+def _initramfs_in_front(system: System, kernel: Kernel, cache: Path, progress: Progress) -> Path:
+    return initramfs_in_front(system, kernel, cache, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def _inspect(config: VmConfig, kernel: Kernel, settings: Settings, host: Host, d
     handed_out.unlink()
 
 
+@lru_cache(maxsize=1)
 def _recipe() -> bytes:
     files = resources.files("pytest_chvm.guest.images")
     return b"".join(files.joinpath(name).read_bytes() for name in ("inspect.py", "inspect.sh", "boot_entries.py", "superblocks.py"))

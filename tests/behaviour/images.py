@@ -95,6 +95,37 @@ def ext4(tree: Path, image: Path, size: str = "96M") -> Path:
     return image
 
 
+def xfs(tree: Path, image: Path) -> Path:
+    """Make an XFS file system of a tree, by a prototype file (mkfs.xfs(8))."""
+
+    def lines(directory: Path):
+        for path in sorted(directory.iterdir()):
+            mode = f"{path.lstat().st_mode & 0o777:03o}"
+            if path.is_symlink():
+                yield f"{path.name} l--777 0 0 {path.readlink()}"
+            elif path.is_dir():
+                yield f"{path.name} d--{mode} 0 0"
+                yield from lines(path)
+                yield "$"
+            else:
+                yield f"{path.name} ---{mode} 0 0 {path}"
+
+    prototype = image.with_name(f"{image.name}.prototype")
+    prototype.write_text("\n".join(["/", "0 0", "d--755 0 0", *lines(tree), "$", ""]))
+    with image.open("wb") as file:
+        file.truncate(320 << 20)
+    subprocess.run(["mkfs.xfs", "-q", "-p", prototype, image], check=True, capture_output=True)
+    return image
+
+
+def btrfs(tree: Path, image: Path) -> Path:
+    """Make a btrfs file system of a tree."""
+    with image.open("wb") as file:
+        file.truncate(160 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", "--rootdir", tree, image], check=True, capture_output=True)
+    return image
+
+
 def qcow2(image: Path, target: Path) -> Path:
     """Make a compressed qcow2 image on top of one that it stands on."""
     base = target.with_name(f"{target.stem}-base.qcow2")

@@ -4,7 +4,6 @@ import hashlib
 import re
 import shutil
 import socket
-import subprocess
 
 import pytest
 
@@ -91,14 +90,14 @@ def test_its_second_vm_is_a_clone_and_a_machine_of_its_own(boot, image, tmp_path
     assert start("fourth").origin.boot == "cold"
 
 
-@pytest.mark.parametrize("kind", ["btrfs without partitions", "ext4 with an MBR and no boot loader"])
+@pytest.mark.parametrize("kind", ["btrfs without partitions", "xfs without partitions", "ext4 with an MBR and no boot loader"])
 def test_file_systems_and_partition_tables(chvm_vm, tree, tmp_path, kind):
     disk, file_system = tmp_path / "disk.img", tmp_path / "file-system"
-    if kind.startswith("btrfs"):
-        if shutil.which("mkfs.btrfs") is None:
-            pytest.skip("no mkfs.btrfs here")
-        subprocess.run(["truncate", "-s", "160M", disk], check=True)
-        subprocess.run(["mkfs.btrfs", "-q", "--rootdir", tree, disk], check=True, capture_output=True)
+    file_system_type = kind.split()[0]
+    if (make := {"btrfs": images.btrfs, "xfs": images.xfs}.get(file_system_type)) is not None:
+        if shutil.which(f"mkfs.{file_system_type}") is None:
+            pytest.skip(f"no mkfs.{file_system_type} here")
+        make(tree, disk)
     else:
         own = tmp_path / "tree"
         shutil.copytree(tree, own, symlinks=True)
@@ -106,7 +105,7 @@ def test_file_systems_and_partition_tables(chvm_vm, tree, tmp_path, kind):
         images.partitioned(disk, images.ext4(own, file_system), label="dos")
     vm = chvm_vm(vmm="qemu", root_disk=disk, network="none", boot="cold")
     root = vm.check_output("grep ' / ' /proc/mounts | tail -n 1").split()
-    assert root[2] == kind.split()[0]
+    assert root[2] == file_system_type
     assert vm.check_output("cat /run/by-the-image") == "started\n"
     if "no boot loader" in kind:
         assert re.search(r"root=UUID=[0-9a-f-]{36} ", vm.check_output("cat /proc/cmdline"))
