@@ -70,8 +70,8 @@ def test_the_first_tests_of_readme_pass_and_print_what_it_shows(pytester, monkey
 
 @pytest.mark.slow
 def test_the_other_examples_of_readme_work(pytester):
-    snapshot, marker, without_pytest = code_blocks("python")[1:]
+    snapshot, host_root, marker, without_pytest = code_blocks("python")[1:]
     indented = without_pytest.replace("\n", "\n    ").rstrip()
-    pytester.makepyfile(f"import pytest\n\n\n{snapshot}\n\n{marker}\n\ndef test_without_pytest():\n    {indented}\n")
+    pytester.makepyfile(f"import pytest\n\n\n{snapshot}\n\n{host_root}\n\n{marker}\n\ndef test_without_pytest():\n    {indented}\n")
 
-    pytester.runpytest_subprocess().assert_outcomes(passed=4)
+    pytester.runpytest_subprocess().assert_outcomes(passed=5)
