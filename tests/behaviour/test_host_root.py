@@ -7,7 +7,7 @@ from pathlib import Path
 import iniconfig
 import pytest
 
-from pytest_chvm import InvalidConfigError, SharedDir, UnsupportedError
+from pytest_chvm import HostRoot, InvalidConfigError, SharedDir, UnsupportedError
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +128,34 @@ def test_it_cannot_be_saved_while_it_is_the_root(vm):
 def test_there_is_one_root(boot, other, tmp_path):
     with pytest.raises(InvalidConfigError, match=f"root='host' and an? {other}"):
         boot(root="host", **{other: tmp_path / "file"})
+
+
+def test_the_built_in_guest_mounts_a_shared_dir_where_it_is_asked_for_too(boot, tmp_path):
+    (tmp_path / "file").write_text("shared")
+    vm = boot(shared_dirs=[SharedDir("a", tmp_path, mount="/srv/a place")], boot="clone")
+    with vm.snapshot().clone() as clone:
+        for each in (vm, clone):
+            assert each.check_output("cat '/srv/a place/file'") == "shared"
+
+
+@pytest.mark.parametrize("mount", ["relative", "/", "", "/a\n", 3])
+def test_a_mount_point_that_cannot_be_one_is_refused(mount, tmp_path):
+    with pytest.raises(InvalidConfigError, match="expected an absolute path"):
+        SharedDir("a", tmp_path, mount=mount)
+
+
+@pytest.mark.parametrize("hidden", ["/etc/shadow", ["relative"], [3], 3])
+def test_what_cannot_be_hidden_is_refused(hidden):
+    with pytest.raises(InvalidConfigError, match="hidden"):
+        HostRoot(hidden=hidden)
+
+
+def test_what_is_hidden_can_be_chosen(chvm_vm, tmp_path):
+    for name in ("key one", "key two"):
+        (tmp_path / name).write_text("secret")
+    (tmp_path / "link").symlink_to("key two")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory/key").write_text("secret")
+    root = HostRoot(hidden=[f"{tmp_path}/key o*", tmp_path / "link", tmp_path / "directory", "/none/such"])
+    vm = chvm_vm(vmm="qemu", root=root)
+    assert vm.check_output(f"cd {tmp_path} && cat key* link && ls directory && test -s /etc/passwd") == ""

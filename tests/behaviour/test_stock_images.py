@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from pytest_chvm import InvalidConfigError, UnsupportedError
+from pytest_chvm import InvalidConfigError, SharedDir, UnsupportedError
 from tests.behaviour import images
 
 # Stands for OpenSSH's, which a system of a few megabytes does not have.
@@ -113,8 +113,9 @@ def test_file_systems_and_partition_tables(chvm_vm, tree, tmp_path, kind):
 
 def test_a_shared_dir_is_mounted_where_the_built_in_guest_has_it(chvm_vm, image, tmp_path):
     (tmp_path / "file").write_text("shared")
-    vm = chvm_vm(vmm="qemu", root_disk=image, network="none", shared_dirs={"code": tmp_path})
-    assert vm.check_output("cat /mnt/code/file") == "shared"
+    shared = [SharedDir("code", tmp_path), SharedDir("other", tmp_path, read_only=True, mount="/srv/a place")]
+    vm = chvm_vm(vmm="qemu", root_disk=image, network="none", shared_dirs=shared)
+    assert vm.check_output("cat /mnt/code/file '/srv/a place/file'") == "sharedshared"
 
 
 def test_an_image_without_a_system_says_what_is_there(chvm_vm, tmp_path):

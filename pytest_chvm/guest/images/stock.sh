@@ -33,9 +33,8 @@ setup() {
     done
 }
 share() {
-    tag=${1%%,*} options=rw
-    case $1 in *,ro*) options=ro ;; esac
-    mkdir -p /mnt/$tag && mount -t virtiofs -o $options $tag /mnt/$tag || echo "chvm: cannot mount shared dir $tag" >$chvm_console
+    tag=${1%%,*} place=$(printf %b "${1##*,}") options=${1#*,}
+    mkdir -p "$place" && mount -t virtiofs -o ${options%%,*} $tag "$place" || echo "chvm: cannot mount shared dir $tag" >$chvm_console
 }
 # What cloud-init says of itself, if that is an error: its own program takes seconds of an emulated guest to say so.
 cloud_init_failed() {
@@ -52,7 +51,7 @@ ready() {
             ;;
         chvm.share=*)
             tag=${word#*=}
-            grep -q " /mnt/${tag%%,*} virtiofs " /proc/mounts || failed="$failed share$shares"
+            grep -q "^${tag%%,*} [^ ]* virtiofs " /proc/mounts || failed="$failed share$shares"
             shares=$((shares + 1))
             ;;
         esac
