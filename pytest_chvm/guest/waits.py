@@ -79,16 +79,17 @@ def unit_script(name: str) -> str:
     """
     unit = shlex.quote(name)
     return f"""command -v systemctl >/dev/null && [ -d /run/systemd/system ] || exit {NO_SYSTEMD}
-show="systemctl show -p LoadState,ActiveState,Type,ExecMainExitTimestampMonotonic"
+show="systemctl show -p LoadState,ActiveState,Type"
+began=
 while :; do
     state=$($show -- {unit}) || exit {NO_SYSTEMD}
     case $state in
     *ActiveState=active*) exit 0 ;;
     *ActiveState=failed*) exit {FAILED} ;;
     *LoadState=not-found*) exit {NO_UNIT} ;;
-    # Its program has not ended yet, or it has none.
-    *ExecMainExitTimestampMonotonic=0*) ;;
-    *ActiveState=inactive*) case $state in *Type=oneshot*) exit 0 ;; esac ;;
+    *ActiveState=activating*) began=1 ;;
+    # One that has ended well; systemd soon forgets that it has run.
+    *ActiveState=inactive*) case $state in *Type=oneshot*) [ $began ] && exit 0 ;; esac ;;
     esac
     {PAUSE}
 done"""

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pytest_chvm.guest import fetch, files
+from pytest_chvm.guest.carried import Carry
 from pytest_chvm.guest.commands import place_of, shown
 from pytest_chvm.machine import waits
+from pytest_chvm.machine.carrier import Carrier
 from pytest_chvm.machine.events import COMMAND, GET, POPEN, PUT, WAIT
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine
 from pytest_chvm.machine.process import GuestProcess
@@ -19,6 +21,7 @@ class GuestCommands:
     """The part of `Vm` that works in the guest."""
 
     _machine: Machine
+    _carrier: Carrier
 
     def run(
         self,
@@ -150,21 +153,24 @@ class GuestCommands:
     def _runner(self, timeout: float | None) -> files.Run:
         return lambda script, data: self._machine.run(script, input=data, timeout=timeout)
 
-    def put(self, src: str | os.PathLike[str], dst: str, *, timeout: float | None = RUN_TIMEOUT_S) -> None:
+    def put(self, src: str | os.PathLike[str], dst: str, *, timeout: float | None = RUN_TIMEOUT_S, xattrs: bool = False) -> None:
         """Copy a file or directory of the host's into the guest; see `pytest_chvm.guest.files.put`.
 
-        `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit).
+        `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit). `xattrs`: with extended attributes.
         """
         with self._machine.log.timed(PUT, source=os.fspath(src), destination=os.fspath(dst)):
-            files.put(self._runner(timeout), Path(src), os.fspath(dst))
+            files.put(self._runner(timeout), Path(src), os.fspath(dst), carry=self._carry(timeout), xattrs=xattrs)
 
-    def get(self, src: str, dst: str | os.PathLike[str], *, timeout: float | None = RUN_TIMEOUT_S) -> Path:
+    def get(self, src: str, dst: str | os.PathLike[str], *, timeout: float | None = RUN_TIMEOUT_S, xattrs: bool = False) -> Path:
         """Copy a file or directory of the guest's to the host and return its path there; see `pytest_chvm.guest.fetch.get`.
 
-        `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit).
+        `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit). `xattrs`: with extended attributes.
         """
         with self._machine.log.timed(GET, source=os.fspath(src), destination=os.fspath(dst)):
-            return fetch.get(self._runner(timeout), os.fspath(src), Path(dst))
+            return fetch.get(self._runner(timeout), os.fspath(src), Path(dst), carry=self._carry(timeout), xattrs=xattrs)
+
+    def _carry(self, timeout: float | None) -> Carry:
+        return lambda script: self._carrier.open(script, timeout)
 
 
 def _bytes(text: str | bytes | None) -> bytes | None:

@@ -20,6 +20,7 @@ from pytest_chvm.errors import GuestCommandError, InvalidConfigError, StopFailed
 from pytest_chvm.guest import renewal
 from pytest_chvm.guest.search import ConsoleSearch
 from pytest_chvm.machine import hotplug, starts
+from pytest_chvm.machine.carrier import Carrier
 from pytest_chvm.machine.commands import GuestCommands
 from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.events import CLONE, PAUSED, RESUMED, SNAPSHOT, Event
@@ -45,6 +46,7 @@ class Vm(GuestCommands):
     def __init__(self, machine: Machine, *, snapshot: Callable[[Machine], Snapshot], release: Callable[[], list[str]]) -> None:
         self._machine = machine
         self._ports = Ports(machine)
+        self._carrier = Carrier(machine, self._ports.address)
         self._ssh = Ssh(machine, self._ports.address)
         self._snapshot = snapshot
         self._release = release

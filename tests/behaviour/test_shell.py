@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pytest_chvm import CommandTimeoutError, GuestCommandError, InvalidConfigError, UnsupportedError, VmIOError
+from pytest_chvm import CommandTimeoutError, GuestCommandError, GuestPanicError, InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.guest.channels.console.console import Console
 
 # Far less than what is waited for would take.
@@ -267,3 +267,65 @@ def test_what_cannot_be_read_or_written_says_why_and_leaves_nothing(vm):
     assert vm.check_output("ls -A /tmp/small; umount /tmp/small; rmdir /tmp/small") == ""
     with pytest.raises(InvalidConfigError, match="path"):
         vm.read_bytes("")
+
+
+def test_a_large_tree_goes_both_ways_as_it_was_whatever_carries_it(vm, tmp_path, monkeypatch):
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "large").write_bytes(os.urandom(2 << 20) + b"end")
+    (tree / "again").hardlink_to(tree / "large")
+    (tree / "sub" / "link").symlink_to("../large")
+    (tree / "sub" / "run").write_text("#!/bin/sh\n")
+    (tree / "sub" / "run").chmod(0o751)
+    with (tree / "holes").open("wb") as holes:
+        holes.write(b"first")
+        holes.seek(5 << 20)
+        holes.write(b"last")
+        holes.truncate(9_000_001)
+    os.utime(tree / "sub", (1e9, 1e9))
+    for ways in (list(vm._carrier._ways), []):
+        monkeypatch.setattr(vm._carrier, "_ways", ways)
+        vm.put(tree, "/tmp/tree")
+        assert vm._carrier._ways == ways
+        stats = vm.check_output(
+            "cd /tmp/tree && stat -c '%n %a %s %h' again holes sub/run && stat -c %Y sub && du -k holes"
+        ).split()
+        assert stats[:-2] == [
+            *["again", "644", "2097155", "2", "holes", "644", "9000001", "1", "sub/run", "751", "10", "1", "1000000000"]
+        ]
+        assert int(stats[-2]) <= 16
+        back = vm.get("/tmp/tree", tmp_path / f"back{len(ways)}")
+        for name in ("large", "again", "holes", "sub/run"):
+            assert (back / name).read_bytes() == (tree / name).read_bytes()
+        assert os.readlink(back / "sub" / "link") == "../large"
+        assert (back / "holes").stat().st_blocks * 512 < 3 << 20
+        assert (back / "sub").stat().st_mtime == 1e9
+        vm.run("rm -rf /tmp/tree")
+    assert vm.run("ps | grep -c '[c]arry'").stdout == "0\n"
+
+
+def test_a_large_file_for_which_there_is_no_room_leaves_nothing(vm, tmp_path):
+    (tmp_path / "large").write_bytes(os.urandom(3 << 20))
+    vm.run("mkdir -p /tmp/small && mount -t tmpfs -o size=1m small /tmp/small")
+    with pytest.raises(VmIOError, match=r"could not be put to '/tmp/small/large' .*No space left"):
+        vm.put(tmp_path / "large", "/tmp/small/large")
+    assert vm.check_output("ls -A /tmp/small; umount /tmp/small; rmdir /tmp/small") == ""
+
+
+def test_attributes_need_a_guest_that_keeps_them(vm, tmp_path):
+    for copy in (lambda: vm.put(tmp_path, "/tmp/x", xattrs=True), lambda: vm.get("/etc", tmp_path / "x", xattrs=True)):
+        with pytest.raises(UnsupportedError, match="GNU tar"):
+            copy()
+
+
+def test_a_guest_that_dies_ends_a_copy_at_once(boot, tmp_path):
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(48 << 20)
+        # Not as holes.
+        os.posix_fallocate(file.fileno(), 0, 48 << 20)
+    vm = boot()
+    vm.popen("until [ -s /tmp/.chvm.*/chvm-put ]; do sleep 0.05; done; echo c >/proc/sysrq-trigger")
+    begun = time.monotonic()
+    with pytest.raises(GuestPanicError):
+        vm.put(tmp_path / "large", "/tmp/large", timeout=200)
+    assert time.monotonic() - begun < 150
