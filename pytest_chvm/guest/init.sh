@@ -27,6 +27,9 @@ fi
 
 ifconfig lo 127.0.0.1 up
 
+# A program that is to be there before anybody asks for it.
+[ -e /lib/chvm/resident ] && . /lib/chvm/resident
+
 # The shell the host talks to: as a script, since an interactive one would edit lines and prompt.
 console_shell() { setsid sh /dev/hvc0 </dev/hvc0 >/dev/hvc0 2>&1; }
 shell=

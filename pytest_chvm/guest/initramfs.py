@@ -120,12 +120,13 @@ def is_static_executable(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file of the archive: `mode` with the file type, `device` as (major, minor)."""
+    """One file of the archive: `mode` with the file type, `device` as (major, minor), `mtime` in seconds."""
 
     name: str
     mode: int
     data: bytes = b""
     device: tuple[int, int] = (0, 0)
+    mtime: int = 0
 
 
 def _entries(busybox: Path, init: bytes, tools: list[Entry], modules: list[Module]) -> Iterator[Entry]:
@@ -158,7 +159,7 @@ def write_cpio(entries: Iterator[Entry]) -> bytes:
     for inode, entry in enumerate((*entries, trailer), start=1):
         name = entry.name.encode() + b"\0"
         links = 2 if stat.S_ISDIR(entry.mode) else 1
-        header = (inode, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, *entry.device, len(name), 0)
+        header = (inode, entry.mode, 0, 0, links, entry.mtime, len(entry.data), 0, 0, *entry.device, len(name), 0)
         archive += b"070701" + b"".join(b"%08X" % value for value in header) + name
         archive += bytes(-len(archive) % 4) + entry.data
         archive += bytes(-len(archive) % 4)

@@ -25,6 +25,7 @@ from pytest_chvm.guest.kinds.firmware import FirmwareGuest
 from pytest_chvm.guest.kinds.host_root import HostRootGuest
 from pytest_chvm.guest.kinds.image import ImageGuest
 from pytest_chvm.guest.kinds.stock import StockGuest
+from pytest_chvm.guest.resident import add_resident
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.model import HostRoot, VmConfig
 from pytest_chvm.settings import Settings
@@ -78,6 +79,8 @@ def choose_guest(
         root = HostRoot() if config.root == "host" else config.root
         config = config.replace(shared_dirs=[root.share(), *config.shared_dirs])
     initramfs = _built_in_initramfs(known, cache_dir(settings), progress, kind)
+    if isinstance(config.root, HostRoot) and config.root.resident is not None:
+        initramfs = add_resident(initramfs, config.root.resident, cache_dir(settings), progress)
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pytest_chvm.model.shares import SharedDir, checked_hidden
@@ -30,6 +31,20 @@ IN_SYSTEM = (
 
 
 @dataclass(frozen=True, slots=True)
+class Resident:
+    """A program that waits in the guest already when it is ready; a clone's was started before the saved VM was saved.
+
+    `environment`: pairs of a name and a value. `files`: those of the host's that it has, at the same places, until it goes to the
+    guest's root by the mount namespace `lib/chvm/root.ns` below its descriptor 4. It reads what it is asked for from descriptor 3,
+    to which the guest's commands write at `/run/chvm/resident`, and says that it waits by a line to descriptor 5.
+    """
+
+    command: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HostRoot:
     """The host's file system as a guest's root, as `root="host"` has it: read-only, below a layer that goes with the VM.
 
@@ -41,10 +56,12 @@ class HostRoot:
     SECRETS: ClassVar[tuple[str, ...]] = (*IN_SYSTEM, *(f"{home}/{name}" for home in HOMES for name in IN_HOMES))
 
     hidden: tuple[str, ...] = SECRETS
+    # For this package's own use.
+    resident: Resident | None = None
 
     if TYPE_CHECKING:
 
-        def __init__(self, hidden: Sequence[StrPath] = ...) -> None: ...
+        def __init__(self, hidden: Sequence[StrPath] = ..., resident: Resident | None = None) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", checked_hidden("HostRoot", self.hidden))

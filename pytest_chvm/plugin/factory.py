@@ -64,7 +64,7 @@ class VmFactory:
         self._name = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:50] or "vm"
         self._namespace = namespace
         self._log_dir = log_dir
-        self._defaults = defaults or {}
+        self.defaults = defaults or {}
         self._longest_boot_s = longest_boot_s
         self._count = itertools.count(1)
         self.closed = False
@@ -74,7 +74,7 @@ class VmFactory:
         check_argument_names(arguments)
         number = next(self._count)
         name = self._name if number == 1 else f"{self._name}-{number}"
-        given: dict[str, Any] = {"name": name, "namespace": self._namespace, **self._defaults}
+        given: dict[str, Any] = {"name": name, "namespace": self._namespace, **self.defaults}
         given |= {**(config.given() if config else {}), **arguments}
         if wait is not None:
             given["wait"] = wait

@@ -11,7 +11,7 @@ NO_VM = """
     import os, signal, subprocess
 
     from pytest_chvm.model import CommandResult
-    from pytest_chvm.plugin.inside import runs
+    from pytest_chvm.plugin.inside import places
 
 
     class HostShell:
@@ -34,7 +34,7 @@ NO_VM = """
                     pass
 
 
-    runs.boot = HostShell
+    places.boot = lambda config, factory: (HostShell(factory), False)
 """
 
 

@@ -6,6 +6,8 @@ files and plugins.
 
     checks.py   which tests cannot
     runs.py     out here: the hooks that run such a test in place of pytest's own
+    places.py   out here: a guest, and the pytest in it
+    resident.py out here: what a pytest that waits in a guest needs of this machine's files
     session.py  out here: a pytest in a guest, and what it is asked
     coverage_home.py  what coverage.py has measured in a guest
     wire.py     reports and warnings, as they come

@@ -1,4 +1,7 @@
-"""The plugin of the pytest in the guest: it is asked for tests, one after the other, and answers with their reports."""
+"""The plugin of the pytest in the guest: it is asked for tests, one after the other, and answers with their reports.
+
+Loaded before pytest loads its other plugins, of which this package is one: nothing of it is imported here but in functions.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,6 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-
-from pytest_chvm.plugin.inside.wire import pack_warning
-from pytest_chvm.plugin.keys import in_guest_key
 
 # What is the business of the run out there: workers, reruns, when to stop, the files of its reports.
 OUT_THERE: dict[str, Any] = {
@@ -61,6 +61,8 @@ class Guest:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_cmdline_main(self, config: pytest.Config) -> Generator[None, object, object]:
         """Run one file's tests, and nothing else of what the command line says."""
+        from pytest_chvm.plugin.keys import in_guest_key
+
         for name, value in OUT_THERE.items():
             if hasattr(config.option, name):
                 setattr(config.option, name, value)
@@ -152,6 +154,8 @@ class Guest:
 
     def pytest_warning_recorded(self, warning_message: Any, when: str, nodeid: str, location: Any) -> None:
         """Send a test's warnings; others were given out there too."""
+        from pytest_chvm.plugin.inside.wire import pack_warning
+
         if when == "runtest":
             self._warnings.append(pack_warning(warning_message, location))
 

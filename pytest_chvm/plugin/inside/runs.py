@@ -5,27 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pytest
 
 from pytest_chvm.errors import InvalidConfigError, VmError, VmIOError
-from pytest_chvm.plugin.fixtures import new_factory, time_limit_s
-from pytest_chvm.plugin.inside import coverage_home
+from pytest_chvm.plugin.fixtures import time_limit_s
 from pytest_chvm.plugin.inside.checks import check_inside
-from pytest_chvm.plugin.inside.session import GuestPytest, Runs
+from pytest_chvm.plugin.inside.places import Place, follower, kind_of_place, place_for
+from pytest_chvm.plugin.inside.session import GuestPytest
 from pytest_chvm.plugin.inside.wire import relay_warning, unpack_report
-from pytest_chvm.plugin.keys import settings_key
-from pytest_chvm.plugin.marker import inside_of, marker_arguments
-
-if TYPE_CHECKING:
-    from pytest_chvm.plugin.factory import VmFactory
+from pytest_chvm.plugin.marker import inside_of
 
 # The guest's own time limit is to end a test first: its report shows where that was.
 GRACE_S = 10.0
-FINISH_S = 30.0
 
 Phase = Literal["setup", "call", "teardown"]
 
@@ -36,23 +30,6 @@ class FailedInGuestError(Exception):
     def __init__(self, report: pytest.TestReport) -> None:
         super().__init__(getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longreprtext))
         self.report = report
-
-
-@dataclass(eq=False)
-class Place:
-    """A guest, and the pytest in it. `what`: which tests can run there, by their module, kernel and marker's arguments."""
-
-    what: tuple[object, ...]
-    factory: VmFactory
-    guest: Runs | None = None
-    pytest: GuestPytest | None = None
-    # In the middle of a test.
-    busy: bool = False
-
-
-def boot(factory: VmFactory) -> Runs:
-    """Return a guest with the host's file system."""
-    return factory()
 
 
 class InsideRuns:
@@ -167,21 +144,21 @@ class InsideRuns:
 
     def _set_up(self, item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestReport:
         check_inside(item)
-        place = self._place_for(item)
-        if place.pytest is None:
-            place.guest = place.guest or boot(place.factory)
-            place.pytest = GuestPytest(place.guest)
-            place.pytest.start(item, coverage_home.options(self._config), self._config.stash[settings_key].boot_timeout)
-        follower = self._follower(item, nextitem)
-        return self._answered(item, "setup", test=_name(item), next=_name(follower) if follower else None)
+        if self._place is not None and self._place.what != kind_of_place(item):
+            self._leave()
+        if self._place is None:
+            self._place = place_for(item)
+        self._place.start(item)
+        after = follower(item, nextitem)
+        return self._answered(item, "setup", test=_name(item), next=_name(after) if after else None)
 
     def _tear_down(self, item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestReport | None:
         place, came = self._place, None
         with ExitStack() as last:
             # Those of fixtures out here that tests before this one had.
             last.callback(item.session._setupstate.teardown_exact, nextitem)
-            if place is not None and place.pytest is not None and place.busy:
-                last.callback(lambda: self._leave() if place.pytest is None or self._follower(item, nextitem) is None else None)
+            if place is not None and place.inner is not None and place.busy:
+                last.callback(lambda: self._leave() if place.inner is None or follower(item, nextitem) is None else None)
                 came = self._answered(item, "teardown")
                 place.busy = False
             else:
@@ -189,61 +166,27 @@ class InsideRuns:
         return came
 
     def _leave(self) -> None:
-        """End the guest, and bring home what was measured in it."""
-        if (place := self._place) is None:
-            return
-        self._place = None
-        try:
-            if place.pytest is not None and not place.busy and coverage_home.options(self._config) is not None:
-                coverage_home.bring(self._config, place.pytest.coverage(FINISH_S))
-        finally:
-            place.factory.close()
-
-    def _place_for(self, item: pytest.Item) -> Place:
-        """Return the guest that a test runs in: the one before's, where that is of its module and of its kind."""
-        arguments = marker_arguments(item)
-        inside = arguments.pop("inside")
-        kernel = getattr(item, "callspec", None) and item.callspec.params.get("chvm_kernel")  # type: ignore[attr-defined]
-        of = item.getparent(pytest.Module) if inside == "module" else item
-        what = (of, kernel, arguments)
-        if self._place is not None and self._place.what != what:
-            self._leave()
-        if self._place is None:
-            defaults = {"root": "host", **({"kernel": kernel} if kernel else {}), **arguments}
-            settings = self._config.stash[settings_key]
-            temporary = self._config._tmp_path_factory  # type: ignore[attr-defined]
-            factory = new_factory(item.session, settings, temporary, item.name, item.nodeid, defaults, None)
-            self._place = Place(what, factory)
-        return self._place
-
-    def _follower(self, item: pytest.Item, nextitem: pytest.Item | None) -> pytest.Item | None:
-        """Return the test that comes next in the same guest, as far as is known: fixtures that it has too live on."""
-        if nextitem is None or inside_of(item) != "module":
-            return None
-        items = item.session.items
-        start = items.index(nextitem) if nextitem in items else len(items)
-        module = item.getparent(pytest.Module)
-        return next(
-            (each for each in items[start:] if inside_of(each) == "module" and each.getparent(pytest.Module) is module), None
-        )
+        if (place := self._place) is not None:
+            self._place = None
+            place.leave()
 
     def _answered(self, item: pytest.Item, when: str, **asked: object) -> pytest.TestReport:
         """Ask for the report of a phase; those of its subtests are passed on."""
         place = self._place
         assert place is not None
-        assert place.pytest is not None
+        assert place.inner is not None
         limit = time_limit_s(self._config, item)
         place.busy = True
         try:
-            answer = place.pytest.ask(None if limit is None else limit + GRACE_S, **asked)
+            answer = place.inner.ask(None if limit is None else limit + GRACE_S, **asked)
         except BaseException:
-            place.pytest = None
+            place.inner = None
             raise
         if "missing" in answer:
             place.busy = False
             raise InvalidConfigError(_missing(item, answer))
         if "exit" in answer:
-            place.pytest = None
+            place.inner = None
             if answer.get("is_exit"):
                 pytest.exit(str(answer["exit"]), answer.get("returncode") if isinstance(answer.get("returncode"), int) else None)
             raise KeyboardInterrupt(f"in the guest of {item.nodeid}")
@@ -255,12 +198,12 @@ class InsideRuns:
             if report.when != when:
                 raise ValueError(f"a report of {report.when} in place of {when}")
         except (ValueError, TypeError, KeyError, StopIteration) as error:
-            place.pytest = None
+            place.inner = None
             raise VmIOError(f"the pytest in the guest answered what is no report of {item.nodeid}: {error}") from error
         for each in reports:
             if each is not report:
                 item.ihook.pytest_runtest_logreport(report=each)
-        self._show(place.pytest, answer)
+        self._show(place.inner, answer)
         return report
 
     def _show(self, inner: GuestPytest, answer: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import binascii
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -19,6 +18,7 @@ from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import GuestError, VmIOError
 from pytest_chvm.model import CommandResult
 from pytest_chvm.plugin.inside import program
+from pytest_chvm.plugin.inside.resident import TAKEN_NOTE_OF, interpreter
 
 # What a program in the guest has printed is shown up to here.
 OUTPUT_BYTES = 1 << 14
@@ -32,8 +32,6 @@ NOT_PASSED_ON = (
     "SSH_AUTH_SOCK",
     "PYTEST_CURRENT_TEST",
 )
-# Which a shell may refuse to set, and end.
-OF_THE_SHELL = {"UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO", "IFS", "ENV", "BASH_ENV"}
 
 
 class Runs(Protocol):
@@ -48,46 +46,30 @@ class PytestEndedError(GuestError):
 
 
 class GuestPytest:
-    """A pytest in a guest that runs tests of one file. Raises what `Vm.run` does when the guest dies meanwhile."""
+    """A pytest in a guest that runs tests of one file; `waits`: the guest has one already that waits for them.
 
-    def __init__(self, guest: Runs) -> None:
+    Raises what `Vm.run` does when the guest dies meanwhile.
+    """
+
+    def __init__(self, guest: Runs, *, waits: bool) -> None:
         self._guest = guest
+        self._waits = waits
         self.directory = f"/tmp/chvm-inside-{random_hex(8)}"
         self._printed = 0
 
     def start(self, item: pytest.Item, coverage: Mapping[str, Any] | None, timeout: float) -> None:
-        """Start it, and wait until it has collected the tests of an item's file, for `timeout` seconds."""
-        config = item.config
-        job = {
-            "path": sys.path,
-            "argv": sys.argv,
-            "args": [os.fspath(argument) for argument in config.invocation_params.args]
-            + (["--no-cov"] if config.pluginmanager.hasplugin("pytest_cov") else []),
-            "file": os.fspath(item.path),
-            "markers": config.getini("markers"),
-            "coverage": coverage,
-        }
+        """Start it, or have the one that waits do it, and wait until it has collected the tests of an item's file."""
         # Not as the command itself: that is in the event log, and the environment may have secrets.
         begin = f"umask 077; cat >{self.directory}.sh && . {self.directory}.sh"
-        self._taken_apart(self._guest.run(begin, input=self._script(config, job), timeout=timeout))
+        self._taken_apart(self._guest.run(begin, input=self._script(_job(item, coverage)), timeout=timeout))
 
-    def _script(self, config: pytest.Config, job: Mapping[str, Any]) -> str:
-        mask = os.umask(0o077)
-        os.umask(mask)
-        # As multiprocessing starts an interpreter that is to be like this one.
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        words = [sys.executable, *flags, program.__file__]
-        return "\n".join(
-            [
-                *_exports(os.environ),
-                f"chvm_directory={self.directory}",
-                f"chvm_place={shlex.quote(os.fspath(config.invocation_params.dir))}",
-                f"chvm_mask={mask:o}",
-                f"chvm_job={shlex.quote(json.dumps(job))}",
-                f"set -- {shlex.join(words)}",
-                files(__package__).joinpath("start.sh").read_text(),
-            ]
-        )
+    def _script(self, job: Mapping[str, Any]) -> str:
+        lines = [f"chvm_directory={self.directory}", f"chvm_job={shlex.quote(json.dumps(job))}", "set --"]
+        if not self._waits:
+            taken = (name for name in job["environment"] if name.startswith(TAKEN_NOTE_OF) and name.isidentifier())
+            lines += [f"export {name}={shlex.quote(job['environment'][name])}" for name in taken]
+            lines[2] = f"set -- {shlex.join([*interpreter(), program.__file__, 'run'])}"
+        return "\n".join([*lines, files(__package__).joinpath("start.sh").read_text()])
 
     def ask(self, timeout: float | None, **what: object) -> dict[str, Any]:
         """Ask for something, or for what comes next, and return the answer, which is waited for at most so many seconds."""
@@ -125,8 +107,21 @@ class GuestPytest:
         return answer
 
 
-def _exports(environment: Mapping[str, str]) -> list[str]:
-    """Return the shell's lines for an environment."""
-    fit = (name for name in environment if name.isidentifier() and name.isascii())
-    names = (name for name in fit if name not in OF_THE_SHELL and not name.startswith(NOT_PASSED_ON))
-    return [f"export {name}={shlex.quote(environment[name])}" for name in names]
+def _job(item: pytest.Item, coverage: Mapping[str, Any] | None) -> dict[str, Any]:
+    config = item.config
+    mask = os.umask(0o077)
+    os.umask(mask)
+    arguments = [os.fspath(argument) for argument in config.invocation_params.args]
+    return {
+        "environment": {name: value for name, value in os.environ.items() if not name.startswith(NOT_PASSED_ON)},
+        "place": os.fspath(config.invocation_params.dir),
+        "mask": mask,
+        "path": sys.path,
+        "argv": sys.argv,
+        "pycache_prefix": sys.pycache_prefix,
+        # It measures by itself.
+        "args": [*arguments, *(["--no-cov"] if config.pluginmanager.hasplugin("pytest_cov") else [])],
+        "file": os.fspath(item.path),
+        "markers": config.getini("markers"),
+        "coverage": coverage,
+    }
