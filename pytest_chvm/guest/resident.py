@@ -34,17 +34,21 @@ mkfifo -m 600 /run/chvm/resident
 
 def add_resident(initramfs: Path, resident: Resident, cache: Path, progress: Progress) -> Path:
     """Return an initramfs with a resident program, built where there is none with files of the same times and sizes."""
-    entries = list(_entries(resident))
-    made_of: list[object] = [os.fspath(initramfs), resident.command, resident.environment, SCRIPT]
-    made_of += [[entry.name, entry.mode, entry.mtime, len(entry.data)] for entry in entries]
+    made_of = [os.fspath(initramfs), resident.command, resident.environment, SCRIPT, [_identity(path) for path in resident.files]]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
 
     def build(directory: Path) -> None:
         progress("building a guest with a resident program")
         own = initramfs.read_bytes()
-        (directory / "initramfs.cpio").write_bytes(own + bytes(-len(own) % 512) + write_cpio(iter(entries)))
+        (directory / "initramfs.cpio").write_bytes(own + bytes(-len(own) % 512) + write_cpio(_entries(resident)))
 
     return built_once(cache / "initramfs" / key, build, progress=progress) / "initramfs.cpio"
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    found = path.stat()
+    # A compiled file says by itself what it is compiled from, and is written anew for nothing.
+    return os.fspath(path), 0 if path.suffix == ".pyc" else found.st_mtime_ns, found.st_size
 
 
 def _entries(resident: Resident) -> Iterator[Entry]:

@@ -39,7 +39,8 @@ def _like(path: str) -> tuple[str, int, int]:
         found = os.stat(path)  # noqa: PTH116
     except OSError:
         return path, -1, -1
-    return path, found.st_mtime_ns, found.st_size
+    # A compiled file says by itself what it is compiled from, and is written anew for nothing.
+    return path, 0 if path.endswith(".pyc") else found.st_mtime_ns, found.st_size
 
 
 def resident_pytest(config: pytest.Config, cache: Path, progress: Progress) -> Resident:
@@ -50,7 +51,8 @@ def resident_pytest(config: pytest.Config, cache: Path, progress: Progress) -> R
     arguments = _plugin_arguments([os.fspath(argument) for argument in config.invocation_params.args])
     given = {name: value for name, value in os.environ.items() if name.startswith(TAKEN_NOTE_OF)}
     words = [*interpreter(), program.__file__]
-    installed = [_like(directory) for directory in sys.path]
+    # Where plugins may have come or gone.
+    installed = [_like(directory) for directory in sys.path if directory.endswith(("site-packages", "dist-packages"))]
     key = hashlib.sha256(json.dumps([words, arguments, given, installed, sys.version]).encode()).hexdigest()[:32]
     directory = cache / "inside"
     # Compiled here, where it is quick, also of what is not compiled beside it.

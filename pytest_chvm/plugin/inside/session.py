@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pytest
 
 from pytest_chvm.base.untouched import random_hex
-from pytest_chvm.errors import GuestError, VmIOError
+from pytest_chvm.errors import CommandTimeoutError, GuestError, VmIOError
 from pytest_chvm.model import CommandResult
 from pytest_chvm.plugin.inside import program
 from pytest_chvm.plugin.inside.resident import TAKEN_NOTE_OF, interpreter
@@ -61,7 +61,7 @@ class GuestPytest:
         """Start it, or have the one that waits do it, and wait until it has collected the tests of an item's file."""
         # Not as the command itself: that is in the event log, and the environment may have secrets.
         begin = f"umask 077; cat >{self.directory}.sh && . {self.directory}.sh"
-        self._taken_apart(self._guest.run(begin, input=self._script(_job(item, coverage)), timeout=timeout))
+        self._asked(begin, self._script(_job(item, coverage)), timeout)
 
     def _script(self, job: Mapping[str, Any]) -> str:
         lines = [f"chvm_directory={self.directory}", f"chvm_job={shlex.quote(json.dumps(job))}", "set --"]
@@ -74,7 +74,7 @@ class GuestPytest:
     def ask(self, timeout: float | None, **what: object) -> dict[str, Any]:
         """Ask for something, or for what comes next, and return the answer, which is waited for at most so many seconds."""
         command = f"cat >{self.directory}/ask && cat {self.directory}/answer"
-        return self._taken_apart(self._guest.run(command, input=f"{json.dumps(what)}\n", timeout=timeout))
+        return self._asked(command, f"{json.dumps(what)}\n", timeout)
 
     def printed(self) -> str:
         """Return what the program has printed since the last call, its last 16 KiB."""
@@ -88,6 +88,13 @@ class GuestPytest:
             return base64.b64decode(self.ask(timeout, finish=True).get("coverage", ""), validate=True) or None
         except (binascii.Error, TypeError) as error:
             raise VmIOError(f"the pytest in the guest gave no data of coverage.py: {error}") from error
+
+    def _asked(self, command: str, data: str, timeout: float | None) -> dict[str, Any]:
+        try:
+            return self._taken_apart(self._guest.run(command, input=data, timeout=timeout))
+        except CommandTimeoutError as error:
+            error.add_note(f"The pytest in the guest has printed:\n{self.printed() or '(nothing)'}")
+            raise
 
     def _taken_apart(self, done: CommandResult) -> dict[str, Any]:
         try:
