@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_chvm.settings import OPTIONS, Option
+from tests.runs import LIGHT
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -70,8 +71,9 @@ def test_the_first_tests_of_readme_pass_and_print_what_it_shows(pytester, monkey
 
 @pytest.mark.slow
 def test_the_other_examples_of_readme_work(pytester):
-    snapshot, host_root, marker, without_pytest = code_blocks("python")[1:]
+    snapshot, host_root, marker, inside, without_pytest = code_blocks("python")[1:]
     indented = without_pytest.replace("\n", "\n    ").rstrip()
-    pytester.makepyfile(f"import pytest\n\n\n{snapshot}\n\n{host_root}\n\n{marker}\n\ndef test_without_pytest():\n    {indented}\n")
+    tests = "\n\n".join([snapshot, host_root, marker, inside, f"def test_without_pytest():\n    {indented}\n"])
+    pytester.makepyfile(f"import os\nimport subprocess\n\nimport pytest\n\n\n{tests}")
 
-    pytester.runpytest_subprocess().assert_outcomes(passed=5)
+    pytester.runpytest_subprocess(*LIGHT).assert_outcomes(passed=6)

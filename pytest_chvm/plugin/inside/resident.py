@@ -80,8 +80,9 @@ def _plugin_arguments(arguments: list[str]) -> list[str]:
     """Return those of the command line that say which plugins are not loaded."""
     joined = [argument for argument in arguments if argument.startswith("-pno:") or argument == "--disable-plugin-autoload"]
     apart = [word for first, word in pairwise(arguments) if first == "-p" and word.startswith("no:")]
-    # Without that one it cannot do anything.
-    return [argument for argument in [*joined, *(f"-p{word}" for word in apart)] if argument != "-pno:terminal"]
+    # Without the one it cannot do anything; the other makes no difference.
+    needless = ("-pno:terminal", "-pno:cacheprovider")
+    return [argument for argument in [*joined, *(f"-p{word}" for word in apart)] if argument not in needless]
 
 
 def _read(record: Path) -> _Listed | None:
