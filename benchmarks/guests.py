@@ -207,12 +207,11 @@ def copies(vm: Vm, shared: Path, draw: random.Random, measured: boot.Measurement
 
 def send(vm: Vm, file: Path) -> None:
     """Send a file to the guest's `nc`."""
-    vm.check_output(f"nc -l -p {PORT} >/tmp/in 2>/dev/null & until netstat -ltn | grep -q :{PORT}; do usleep 10000; done")
-    with socket.create_connection(vm.address(PORT), TIMEOUT_S) as connection, file.open("rb") as data:
-        connection.sendfile(data)
-        connection.shutdown(socket.SHUT_WR)
-        # It closes when it has all of it.
-        connection.recv(1)
+    with vm.popen(f"nc -l -p {PORT} >/tmp/in") as receiving:
+        vm.check_output(f"until netstat -ltn | grep -q :{PORT}; do usleep 10000; done")
+        with socket.create_connection(vm.address(PORT), TIMEOUT_S) as connection, file.open("rb") as data:
+            connection.sendfile(data)
+        assert receiving.wait(TIMEOUT_S) == 0
 
 
 class Stock:
