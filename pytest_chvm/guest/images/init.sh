@@ -44,6 +44,7 @@ in_image() { chroot /image /run/chvm/busybox "$@"; }
 for other in $init /usr/lib/systemd/systemd /lib/systemd/systemd /etc/init /bin/init /bin/sh; do
     in_image test -x $other && init=$other && break
 done
+in_image test -x $init || fail "the root on /dev/$device has no init: none at $init or where it may be"
 # As far as its links lead.
 case $(in_image readlink -f $init) in
 */systemd)

@@ -10,7 +10,7 @@ chvm_sh=/bin/sh
 console() { $chvm_sh /dev/hvc0 </dev/hvc0 >/dev/hvc0 2>&1; }
 # Until udev, where there is one, has given a NIC its last name, which it could not once that is up.
 named() {
-    [ -d /run/systemd ] || [ -d /run/udev ] || return 0
+    [ -e /run/udev/control ] || return 0
     tries=0 record=/run/udev/data/n$(cat /sys/class/net/$1/ifindex)
     until [ -e $record ]; do
         tries=$((tries + 1))
