@@ -132,3 +132,114 @@ def test_what_cannot_run_in_a_guest_is_said(pytester: pytest.Pytester, run_insid
     debugged = run_inside("--pdb", "-k", "asks_late")
     debugged.assert_outcomes(errors=1)
     debugged.stdout.fnmatch_lines(["InvalidConfigError: --pdb cannot be used with *::test_asks_late: it runs in a guest *"])
+
+
+def test_the_tests_of_a_module_share_a_guest_and_their_fixtures_until_it_dies(
+    pytester: pytest.Pytester, run_inside: RunPytest
+) -> None:
+    pytester.makepyfile(
+        """
+        import os
+        import pytest
+
+        inside = pytest.mark.chvm(inside="module")
+        PLACES = {}
+
+        @pytest.fixture(scope="module")
+        def place():
+            yield os.getpid()
+            raise ValueError("the module's end")
+
+        @pytest.fixture(scope="class", params=[1, 2])
+        def each(request, place): return place, request.param
+
+        @inside
+        def test_first(place, tmp_path):
+            PLACES["first"] = place
+            (tmp_path / "file").write_text(str(tmp_path))
+            assert str(tmp_path).startswith("/tmp/chvm-inside-")
+
+        def test_out_here(): assert not PLACES
+
+        @inside
+        class TestClass:
+            def test_a(self, each): assert PLACES["first"] == os.getpid() == each[0]
+            def test_b(self, each): PLACES["last"] = each
+
+        @inside
+        def test_next(place): assert PLACES["last"] == (place, 2)
+        @inside
+        def test_dies(place): os.write(1, b"not captured\\n"), os.write(2, b"last words\\n"), os._exit(7)
+        @inside
+        def test_in_a_new_one(place): assert not PLACES
+        """
+    )
+    result = run_inside("-v")
+    result.assert_outcomes(passed=8, failed=1, errors=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*ERROR at teardown of test_in_a_new_one*",
+            "E       ValueError: the module's end",
+            "*test_dies*",
+            "PytestEndedError: the pytest in the guest has ended, with exit status 7, before the test had*",
+        ]
+    )
+
+
+def test_reruns_workers_and_coverage_are_as_for_other_tests(pytester: pytest.Pytester, run_inside: RunPytest) -> None:
+    pytest.importorskip("pytest_cov")
+    pytester.makepyfile(
+        covered="""
+        def called():
+            return 1
+
+
+        def not_called():
+            return 2
+        """,
+        test_it="""
+        import covered
+        import pytest
+
+        pytestmark = pytest.mark.chvm(inside=True)
+        ATTEMPTS = []
+
+        def test_covers(worker_id, request):
+            assert covered.called() == 1
+            assert not hasattr(request.config, "workerinput")
+
+        def test_fails_each_time(): assert 0
+        """,
+    )
+    result = run_inside("-n", "2", "--reruns", "1", "--cov=covered", "--cov-report=term-missing", "-v")
+    assert result.parseoutcomes() == {"passed": 1, "failed": 1, "rerun": 1}
+    result.stdout.fnmatch_lines(["covered.py * 75%   6"])
+
+
+def test_time_limits_outputs_and_exits_are_as_for_other_tests(pytester: pytest.Pytester, run_inside: RunPytest) -> None:
+    pytester.makepyfile(
+        """
+        import time
+        import pytest
+
+        pytestmark = pytest.mark.chvm(inside="module")
+
+        @pytest.mark.timeout(1)
+        def test_too_long(tmp_path):
+            print("shown at once")
+            time.sleep(60)
+
+        def test_exits(): pytest.exit("enough")
+        def test_never_runs(): pass
+        """
+    )
+    result = run_inside("-s", "--setup-show")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.assert_outcomes(failed=1)
+    timed_out = "E       Failed: Timeout (>1.0s) from pytest-timeout."
+    result.stdout.fnmatch_lines(["*SETUP *tmp_path *shown at once", ">       time.sleep(60)", timed_out, "*Exit: enough*"])
+    stopped = run_inside("-x", "--maxfail=1", "-k", "too_long or never")
+    stopped.assert_outcomes(failed=1)
+    planned = run_inside("--setup-plan", "-k", "never")
+    planned.stdout.fnmatch_lines(["*test_never_runs*"])
+    planned.assert_outcomes()

@@ -57,6 +57,8 @@ class Guest:
         self._warnings: list[dict[str, Any]] = []
         self._collection: list[str] = []
         self._shown = io.StringIO()
+        # What was shown before the last report, which is held back.
+        self._shown_before = ""
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_cmdline_main(self, config: pytest.Config) -> Generator[None, object, object]:
@@ -125,9 +127,10 @@ class Guest:
         # Where the tests came in another order than was foreseen.
         session._setupstate.teardown_exact(item)
         session.shouldstop = session.shouldfail = False
+        self._shown_before = ""
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=self._items.get(next_name or ""))
         # Pytest tells of a test's warnings after its last report.
-        self._answer(when="teardown")
+        self._answer(when="teardown", shown=self._shown_before)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logstart(self) -> None:
@@ -145,6 +148,8 @@ class Guest:
         # A subtest's has a class of its own.
         if type(report) is pytest.TestReport and report.when != "teardown":
             self._answer(when=report.when, shown=shown)
+        else:
+            self._shown_before += shown
         return result
 
     @pytest.hookimpl

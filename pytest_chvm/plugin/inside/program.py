@@ -32,6 +32,7 @@ def run(directory: str) -> int:
     sys.path[:] = job["path"]
     sys.argv[:] = job["argv"]
     sys.pycache_prefix = job["pycache_prefix"]
+    sys.dont_write_bytecode = job["dont_write_bytecode"]
     # Before anything that is to be measured is imported.
     coverage = _start_coverage(directory, job["coverage"]) if job["coverage"] is not None else None
     import pytest

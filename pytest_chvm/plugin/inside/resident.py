@@ -50,12 +50,12 @@ def resident_pytest(config: pytest.Config, cache: Path, progress: Progress) -> R
     """
     arguments = _plugin_arguments([os.fspath(argument) for argument in config.invocation_params.args])
     given = {name: value for name, value in os.environ.items() if name.startswith(TAKEN_NOTE_OF)}
-    words = [*interpreter(), program.__file__]
+    # Compiled out here, where it is quick, whatever the environment says.
+    words = [*(word for word in interpreter() if word != "-B"), program.__file__]
     # Where plugins may have come or gone.
     installed = [_like(directory) for directory in sys.path if directory.endswith(("site-packages", "dist-packages"))]
     key = hashlib.sha256(json.dumps([words, arguments, given, installed, sys.version]).encode()).hexdigest()[:32]
     directory = cache / "inside"
-    # Compiled here, where it is quick, also of what is not compiled beside it.
     compiled = {"PYTHONPYCACHEPREFIX": os.fspath(directory / "compiled"), "PYTHONDONTWRITEBYTECODE": ""}
     environment = {"PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "/"), **given, **compiled}
     record = directory / f"{key}.json"

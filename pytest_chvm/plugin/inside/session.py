@@ -126,6 +126,7 @@ def _job(item: pytest.Item, coverage: Mapping[str, Any] | None) -> dict[str, Any
         "path": sys.path,
         "argv": sys.argv,
         "pycache_prefix": sys.pycache_prefix,
+        "dont_write_bytecode": sys.dont_write_bytecode,
         # It measures by itself.
         "args": [*arguments, *(["--no-cov"] if config.pluginmanager.hasplugin("pytest_cov") else [])],
         "file": os.fspath(item.path),
