@@ -12,6 +12,7 @@ from tests.relay import CLOUD_HYPERVISOR
 
 # Of an emulated processor, which in the lab is emulated by one that is itself emulated.
 BOOT_TIMEOUT_S = 600
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(BOOT_TIMEOUT_S + 300)]
 TOLD = {"write_files": [{"path": "/etc/motd", "content": "told by cloud-init\n"}], "runcmd": ["echo ran >/root/ran"]}
 # What cloud-init leaves when it could not do something.
 RESULT = '{"v1": {"datasource": null, "errors": ["(\\"runcmd\\", ValueError())"]}}'
@@ -38,8 +39,6 @@ def vm(chvm_vm_factory, vmm, debian):
         yield vm
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(BOOT_TIMEOUT_S + 300)
 def test_a_whole_system_is_up_when_it_is_ready(vm):
     assert vm.check_output("systemctl is-system-running --wait") == "running\n"
     assert vm.check_output("hostname; cat /etc/debian_version").splitlines()[0] == "deb"
