@@ -16,7 +16,7 @@ from pathlib import Path
 from pytest_chvm.base.cache import built_once
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.errors import MissingRequirementError
-from pytest_chvm.guest import carry, renew, signals
+from pytest_chvm.guest import carry, renew, signals, stream
 from pytest_chvm.guest.kernel import Kernel, Module, PackageError, fetch_package, modules_in_order
 
 # Each for a device or file system the built-in guest is promised with; what they depend on is read from the tree.
@@ -65,6 +65,7 @@ def build_initramfs(
         Entry("lib/chvm/renew", stat.S_IFREG | 0o755, renew.program()),
         Entry("lib/chvm/signals", stat.S_IFREG | 0o755, signals.program()),
         Entry(carry.PATH[1:], stat.S_IFREG | 0o755, carry.program()),
+        Entry(stream.PATH[1:], stat.S_IFREG | 0o755, stream.program()),
         *more,
     ]
     key = hashlib.sha256(b"recipe 3")

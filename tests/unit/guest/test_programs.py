@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import pytest_chvm.guest
-from pytest_chvm.guest import carry, enter, renew, signals
+from pytest_chvm.guest import carry, enter, renew, signals, stream
 
 SOURCES = Path(pytest_chvm.guest.__file__).parent
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the programs are for x86-64")
 @pytest.mark.skipif(not shutil.which("as") or not shutil.which("objcopy"), reason="binutils are missing")
-@pytest.mark.parametrize("program", [carry, enter, renew, signals], ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("program", [carry, enter, renew, signals, stream], ids=lambda module: module.__name__.rpartition(".")[2])
 def test_the_machine_code_is_the_assembled_source(program, tmp_path):
     source = SOURCES / f"{program.__name__.rpartition('.')[2]}.S"
     subprocess.run(["as", "--64", "-o", tmp_path / "program.o", source], check=True)
