@@ -18,7 +18,8 @@ while read -r module; do insmod "$module" 2>/dev/null; done </lib/chvm-modules
 if [ -e /lib/chvm/root.fstab ]; then
     mkdir -p /host/lower /host/root /host/layer
     mount -t tmpfs -o mode=0755,size=80% layer /host/layer
-    mkdir -p /host/layer/upper/etc /host/layer/work
+    mkdir -p /host/layer/upper/etc /host/layer/work /run/lock
+    chmod 1777 /run/lock
     touch /lib/chvm/root.ns
     # modprobe looks for the modules of this kernel where the host has those of its own.
     { read -r places && read -r tree; } </lib/chvm/root.modules && mkdir -p "/host/layer/upper$places" &&
