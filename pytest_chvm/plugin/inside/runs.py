@@ -100,7 +100,8 @@ class InsideRuns:
 
     def _hook(self, name: str) -> Callable[..., Any]:
         plugins = self._config.pluginmanager
-        ours = (self, sys.modules["pytest_chvm.plugin"], plugins.get_plugin("rerunfailures") if name.endswith("makereport") else None)
+        reruns = plugins.get_plugin("rerunfailures") if name == "pytest_runtest_makereport" else None
+        ours = (self, sys.modules["pytest_chvm.plugin"], reruns)
         return plugins.subset_hook_caller(name, [plugin for plugin in plugins.get_plugins() if plugin not in ours])
 
     @pytest.hookimpl(trylast=True)
