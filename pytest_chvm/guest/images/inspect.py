@@ -1,6 +1,7 @@
-"""What system is on an image, found out in a VM of ours that has it as its only disk; the host itself never reads what is on it.
+"""What system is on an image, found out in a VM of ours that has it as a disk; the host itself never reads what is on it.
 
-What comes from there is the image's, and not trusted: lines are matched whole, sizes bounded, archives unpacked with a filter.
+What comes from there is the image's, and not trusted: lines are matched whole, sizes bounded, of archives the files taken that were
+asked for.
 """
 
 from __future__ import annotations
@@ -161,8 +162,7 @@ def _look(vm: _Look) -> _Found:
     found = _Found(systems, places("root"), places("kernel"), places("config"))
     if not found.roots:
         seen = [f"{device} is {systems[device].type}, without an init" for device, _ in places("mounted")]
-        what = "; ".join([*seen, *others]) or f"no file system that is known here, in {len(partitions)} partition(s)"
-        raise NoSystemError(f"it has {what}")
+        raise NoSystemError("; ".join([*seen, *others]) or f"nothing known here begins {' or '.join(partitions)}")
     return found
 
 
