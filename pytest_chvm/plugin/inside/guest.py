@@ -6,6 +6,7 @@ Loaded before pytest loads its other plugins, of which this package is one: noth
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import io
 import json
 import os
@@ -65,6 +66,8 @@ class Guest:
         """Run one file's tests, and nothing else of what the command line says."""
         from pytest_chvm.plugin.keys import in_guest_key
 
+        # Its plugins are loaded; tests see what is there.
+        importlib.metadata.distributions = getattr(importlib.metadata.distributions, "original", importlib.metadata.distributions)
         for name, value in OUT_THERE.items():
             if hasattr(config.option, name):
                 setattr(config.option, name, value)
@@ -147,7 +150,8 @@ class Guest:
         self._reports.append(config.hook.pytest_report_to_serializable(config=config, report=report))
         # A subtest's has a class of its own.
         if type(report) is pytest.TestReport and report.when != "teardown":
-            self._answer(when=report.when, shown=shown)
+            # What comes now may be the end of the guest, and of the next phase it is to be.
+            self._answer(when=report.when, shown=shown, then_wait=True)
         else:
             self._shown_before += shown
         return result
@@ -183,8 +187,11 @@ class Guest:
         asked: dict[str, Any] = json.loads(line)
         return asked
 
-    def _answer(self, **what: object) -> None:
-        """Answer, with the reports and warnings that have come up; blocks until it is asked and that is read."""
+    def _answer(self, *, then_wait: bool = False, **what: object) -> None:
+        """Answer, with the reports and warnings that have come up; blocks until it is asked and that is read.
+
+        `then_wait`: and until it is asked for the next one.
+        """
         what |= {"reports": self._reports, "warnings": self._warnings}
         data = _dumps(what, default=repr, skipkeys=True).encode() + b"\n"
         # A test's time limit is not to end this.
@@ -200,6 +207,8 @@ class Guest:
                     data = data[_write(fd, data) :]
             finally:
                 _close(fd)
+            if then_wait:
+                self._asked()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._reports, self._warnings = [], []

@@ -69,11 +69,29 @@ def load(arguments: list[str]) -> None:
     import pytest
 
     _guest()
+    _remember_distributions()
     example = os.path.join(os.path.dirname(os.path.abspath(__file__)), "example.py")
     place = os.path.dirname(example)
     pytest.main([*arguments, "-q", "-p", "no:cacheprovider", "--noconftest", f"--rootdir={place}", "-c", os.devnull, example])
     # By name, now that pytest has rewritten what it wants of the package.
     from pytest_chvm.plugin.inside import wire  # noqa: F401
+
+
+def _remember_distributions() -> None:
+    """Keep in memory what is installed, with its entry points: to read that takes long in a guest. `guest.py` undoes it."""
+    import functools
+    import importlib.metadata
+
+    found = list(importlib.metadata.distributions())
+    for distribution in found:
+        distribution.read_text = functools.lru_cache(distribution.read_text)  # type: ignore[method-assign]
+    original = importlib.metadata.distributions
+
+    def distributions(**arguments: Any) -> Any:
+        return original(**arguments) if arguments else iter(found)
+
+    distributions.original = original  # type: ignore[attr-defined]
+    importlib.metadata.distributions = distributions
 
 
 def wait() -> None:
