@@ -17,7 +17,7 @@ _HOMES = {
     "VmFactory": "plugin.factory",
     "GuestProcess": "machine.process",
     "GuestOutput": "machine.process",
-    "Snapshot": "machine.snapshot",
+    "Snapshot": "machine.vm",
     "Device": "machine.device",
     **dict.fromkeys(("ConfigArguments", "VmArguments"), "model.arguments"),
     "Settings": "settings",

@@ -26,7 +26,7 @@ from pytest_chvm.machine.device import Device as Device
 from pytest_chvm.machine.launcher import launch as launch
 from pytest_chvm.machine.process import GuestOutput as GuestOutput
 from pytest_chvm.machine.process import GuestProcess as GuestProcess
-from pytest_chvm.machine.snapshot import Snapshot as Snapshot
+from pytest_chvm.machine.vm import Snapshot as Snapshot
 from pytest_chvm.machine.vm import Vm as Vm
 from pytest_chvm.model import CommandResult as CommandResult
 from pytest_chvm.model import HostRoot as HostRoot

@@ -14,6 +14,7 @@ from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.steps import take_all
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.clones.digests import content_key
+from pytest_chvm.clones.snapshots import new_directory, snapshots_dir
 from pytest_chvm.clones.store import HeldTemplate
 from pytest_chvm.clones.templates import clone_config, template_config, why_no_snapshot
 from pytest_chvm.drivers.base import logger
@@ -30,8 +31,7 @@ from pytest_chvm.machine.guest_choice import cache_dir, told_config
 from pytest_chvm.machine.machine import Machine, Origin
 from pytest_chvm.machine.nics import Nics, lease_nics
 from pytest_chvm.machine.plan import FIRST_OF_IMAGE, Plan, make_plan, template_store
-from pytest_chvm.machine.snapshot import Snapshot, new_directory, snapshots_dir
-from pytest_chvm.machine.vm import Vm
+from pytest_chvm.machine.vm import Snapshot, Vm
 from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
 from pytest_chvm.model.arguments import VmArguments
 from pytest_chvm.settings import Settings

@@ -1,11 +1,11 @@
-"""`Vm`: what a test holds."""
+"""`Vm`, and `Snapshot`, one that was saved: what a test holds."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,6 @@ from pytest_chvm.machine.events import CLONE, PAUSED, RESUMED, SNAPSHOT, Event
 from pytest_chvm.machine.health import ends_with
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine, Origin
 from pytest_chvm.machine.ports import Ports
-from pytest_chvm.machine.snapshot import Snapshot
 from pytest_chvm.machine.ssh import Ssh
 from pytest_chvm.machine.testinfra import testinfra_host
 from pytest_chvm.model import SharedDir, Tap, VmConfig, VmHandle, VmState, VmStatus, as_path, check_port
@@ -353,3 +352,38 @@ class Vm(GuestCommands):
         ending = [] if self._removed else [lambda: self._end(machine.driver.kill, "close()")]
         if failures := take_all([*ending, *self._ssh.closing(), *self._ports.closing(), machine.close, self._release]):
             raise StopFailedError("; ".join(failures), vm_name=self.name)
+
+
+class Snapshot:
+    """A VM that a test saved. `clone()` starts another from there, any number of times; `close` removes it."""
+
+    def __init__(
+        self, names: Iterator[str], directory: Path, start: Callable[[str, Path, bool], Vm], remove: Callable[[], list[str]]
+    ):
+        self.directory = directory
+        self._names = names
+        self._start = start
+        self._remove = remove
+        self._closed = False
+        # Called with the name of each clone.
+        self.on_clone: Callable[[str], None] = lambda _name: None
+
+    def clone(self, name: str | None = None, *, wait: bool = True) -> Vm:
+        """Start a VM from the snapshot, a machine of its own, and return it when it is ready, or at once with `wait=False`.
+
+        It has the saved VM's memory and running programs, and a name, addresses, host name, clock and random pool of its own.
+        It ends with the fixture or test that made it, or with its `close`. Raises what `launch` does.
+        """
+        name = next(self._names) if name is None else name
+        if self._closed:
+            raise VmIOError(f"VM {name!r} cannot be cloned: its snapshot was closed; close it after its last clone()", vm_name=name)
+        self.on_clone(name)
+        return self._start(name, self.directory, wait)
+
+    def close(self) -> list[str]:
+        """Remove it; clones that run go on, but one with a root disk cannot be saved any more.
+
+        Returns what could not be removed, in words.
+        """
+        self._closed = True
+        return self._remove()

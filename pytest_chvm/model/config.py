@@ -84,25 +84,11 @@ class VmConfig:
                     "'-', '_' or '.', beginning with a letter or digit",
                     vm_name=value if key == "name" and isinstance(value, str) else None,
                 )
-        if self.root is not None and self.root != "host" and not isinstance(self.root, HostRoot):
-            raise self._invalid(f"root={self.root!r}, expected 'host' or a HostRoot")
-        if self.root is not None and self.root_disk is not None:
-            raise self._invalid("root='host' and a root_disk, and a guest has one root: leave one of them out")
         for key in ("kernel", "initramfs", *(kind.field for kind in DISK_KINDS), "serial_log"):
             value = getattr(self, key)
             if value is not None:
                 object.__setattr__(self, key, as_path(key, value))
-        if self.firmware not in (None, "uefi"):
-            raise self._invalid(f"firmware={self.firmware!r}, expected 'uefi'")
-        others = [key for key in ("kernel", "initramfs", "cmdline", "root") if getattr(self, key) is not None]
-        if self.firmware is not None and others:
-            raise self._invalid(f"firmware='uefi' boots what is on the root_disk: leave out {' and '.join(others)}")
-        for key in SEED_FIELDS:
-            if (value := getattr(self, key)) is not None:
-                try:
-                    object.__setattr__(self, key, seed_text(key, value))
-                except InvalidConfigError as error:
-                    raise self._invalid(str(error)) from error
+        self._check_guest()
         for key in ("cpus", "memory_mb"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -127,6 +113,23 @@ class VmConfig:
         object.__setattr__(self, "channels", self._checked_channels())
         object.__setattr__(self, "networks", self._checked_networks())
         object.__setattr__(self, "shared_dirs", self._checked_shared_dirs())
+
+    def _check_guest(self) -> None:
+        if self.root is not None and self.root != "host" and not isinstance(self.root, HostRoot):
+            raise self._invalid(f"root={self.root!r}, expected 'host' or a HostRoot")
+        if self.root is not None and self.root_disk is not None:
+            raise self._invalid("root='host' and a root_disk, and a guest has one root: leave one of them out")
+        if self.firmware not in (None, "uefi"):
+            raise self._invalid(f"firmware={self.firmware!r}, expected 'uefi'")
+        others = [key for key in ("kernel", "initramfs", "cmdline", "root") if getattr(self, key) is not None]
+        if self.firmware is not None and others:
+            raise self._invalid(f"firmware='uefi' boots what is on the root_disk: leave out {' and '.join(others)}")
+        for key in SEED_FIELDS:
+            if (value := getattr(self, key)) is not None:
+                try:
+                    object.__setattr__(self, key, seed_text(key, value))
+                except InvalidConfigError as error:
+                    raise self._invalid(str(error)) from error
 
     def _invalid(self, what: str) -> InvalidConfigError:
         return InvalidConfigError(f"VM {self.name!r}: {what}", vm_name=self.name)

@@ -20,8 +20,7 @@ from pytest_chvm.host.locks import held_under
 from pytest_chvm.host.networks.isolated import LeasedNetwork, lease_network
 from pytest_chvm.host.networks.subnets import parse_pool
 from pytest_chvm.machine.launcher import launch
-from pytest_chvm.machine.snapshot import Snapshot
-from pytest_chvm.machine.vm import Vm
+from pytest_chvm.machine.vm import Snapshot, Vm
 from pytest_chvm.model import NAME_PATTERN, Network, VmConfig, check_argument_names
 from pytest_chvm.model.arguments import VmArguments
 from pytest_chvm.settings import Settings

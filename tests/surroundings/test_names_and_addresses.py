@@ -10,7 +10,7 @@ from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks.isolated import lease_network, lease_network_nic
 from pytest_chvm.host.networks.nic import Need
 from pytest_chvm.host.networks.subnets import NETWORK_PREFIX, Subnet, parse_pool, take_subnet
-from pytest_chvm.machine.snapshot import Snapshot
+from pytest_chvm.machine.vm import Snapshot
 from pytest_chvm.plugin.factory import VmFactory
 from tests.conftest import kept
 

@@ -226,7 +226,7 @@ def test_a_template_is_used_and_a_snapshot_refused_in_a_cache_that_is_read_only(
 import sys
 from pathlib import Path
 from pytest_chvm.clones.store import TemplateStore
-from pytest_chvm.machine.snapshot import snapshots_dir
+from pytest_chvm.clones.snapshots import snapshots_dir
 from tests.unit.clones.test_templates import MADE_OF
 print(TemplateStore(Path(sys.argv[1])).get(MADE_OF, 1, None).directory.name, snapshots_dir(Path(sys.argv[1])).exists())
 """
