@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from pytest_chvm.plugin.inside.wire import relay_warning, unpack_report
 from tests.runs import RunPytest
 
 # Gives the tests a shell of the host's in place of a guest's.
@@ -243,3 +246,28 @@ def test_time_limits_outputs_and_exits_are_as_for_other_tests(pytester: pytest.P
     planned = run_inside("--setup-plan", "-k", "never")
     planned.stdout.fnmatch_lines(["*test_never_runs*"])
     planned.assert_outcomes()
+
+
+def test_what_a_guest_sends_that_is_no_report_is_refused(pytester: pytest.Pytester) -> None:
+    item = pytester.getitem("def test_func(): pass")
+    call = pytest.CallInfo.from_call(lambda: None, "call")
+    good = pytest.TestReport.from_item_and_call(item, call)._to_json() | {"$report_type": "TestReport"}
+    given = unpack_report(item, json.loads(json.dumps({**good, "nodeid": "another", "user_properties": [["a", 1]]})))
+    assert (given.nodeid, given.location, given.user_properties) == (item.nodeid, item.location, [("a", 1)])
+    for bad in (
+        None,
+        [],
+        {},
+        {**good, "$report_type": "CollectReport"},
+        {**good, "$report_type": "Nothing"},
+        {**good, "outcome": "great"},
+        {**good, "when": "later"},
+        {**good, "outcome": "skipped", "longrepr": "no place"},
+        {**good, "duration": "long"},
+        {**good, "longrepr": {"reprcrash": 1, "reprtraceback": 2}},
+    ):
+        with pytest.raises(ValueError):
+            unpack_report(item, bad)
+    for bad in (None, {}, {"message": "m", "filename": "f", "lineno": "1"}):
+        with pytest.raises(ValueError):
+            relay_warning(item, bad)
