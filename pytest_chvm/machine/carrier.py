@@ -25,9 +25,11 @@ from pytest_chvm.machine.machine import Machine
 FIRST_PORT, LAST_PORT = 49_152, 65_535
 # Until the guest listens, and until it answers to the token.
 START_TIMEOUT_S, CONNECT_TIMEOUT_S = 20.0, 5.0
-# Of ports that the guest refuses, since something listens there.
+# Of ports, each refused by the guest since something listens there.
 ATTEMPTS = 3
 READ_SIZE = 1 << 18
+# What a shell says of a program that is not there.
+NOT_THERE = 127
 
 
 @dataclass(eq=False)
@@ -61,7 +63,6 @@ class Carrier:
         return None
 
     def _open(self, way: str, script: str, patience_s: float) -> Carried:
-        program = self._installed()
         for _attempt in range(ATTEMPTS):
             free = self._ports.setdefault(way, [])
             port = free.pop() if free else FIRST_PORT + random_below(LAST_PORT - FIRST_PORT + 1)
@@ -69,9 +70,9 @@ class Carrier:
             place = self.address(port) if way == "tcp" else None
             token = random_bytes(carry.TOKEN_SIZE)
             message = carry.tcp_message(port, token) if place else carry.vsock_message(port, token)
-            process = self.machine.popen([program, "/bin/sh", "-c", script], input=message)
+            process = self.machine.popen([self._installed(), "/bin/sh", "-c", script], input=message)
             try:
-                if not _listens(process):
+                if not self._listens(process):
                     continue
                 stream = _connect(place) if place else self.machine.driver.open_vsock(self.machine.handle, port)
                 try:
@@ -94,18 +95,21 @@ class Carrier:
             self._program = done.stdout.strip()
         return self._program
 
-
-def _listens(process: Process) -> bool:
-    """Tell whether the program listens; raises VmIOError where it is not the port that it lacks."""
-    deadline, said = Deadline.after(START_TIMEOUT_S), b""
-    while not said.endswith(b"\n"):
-        piece = process.read("out", deadline)
-        said += piece
-        if not piece:
-            if process.wait(deadline) == carry.REFUSED:
+    def _listens(self, process: Process) -> bool:
+        """Tell whether the program listens, or may do so at another port; raises VmIOError where it cannot."""
+        deadline, said = Deadline.after(START_TIMEOUT_S), b""
+        while not said.endswith(b"\n"):
+            piece = process.read("out", deadline)
+            said += piece
+            if not piece:
+                status = process.wait(deadline)
+                if status == NOT_THERE:
+                    # The guest has started again since.
+                    self._program = None
+                elif status != carry.REFUSED:
+                    raise VmIOError(f"VM {self.machine.name!r}: nothing listens in the guest")
                 return False
-            raise VmIOError("the guest does not listen")
-    return True
+        return True
 
 
 def _connect(place: tuple[str, int]) -> socket.socket:

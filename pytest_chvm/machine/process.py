@@ -19,6 +19,8 @@ from pytest_chvm.machine.machine import Machine
 Result = TypeVar("Result")
 # Of a line without an end so much is kept, and then handed out as one.
 LONGEST_LINE = 1 << 20
+# What is not read line by line is kept in memory as a whole.
+LARGEST_READ = 256 << 20
 KILL_TIMEOUT_S = 10.0
 # What the shell says of a process that SIGKILL has ended: it is taken for the end of those that end with their VM.
 KILLED = 128 + signal.SIGKILL
@@ -178,16 +180,23 @@ class GuestOutput(Iterator[str]):
         return line.decode(errors="surrogateescape")
 
     def read(self, timeout: float | None = None) -> str:
-        """Block until the output has ended, for `timeout` seconds (None: no limit), and return what was not yet read of it."""
+        """Block until the output has ended, for `timeout` seconds (None: no limit), and return what was not yet read of it.
+
+        Raises as `readline` does, and VmIOError for more than 256 MiB.
+        """
         deadline = Deadline.after(checked_timeout(timeout))
+        size = 0
         with self._lock:
             while not self._ended:
-                self._take(deadline)
+                size += self._take(deadline)
+                if size > LARGEST_READ:
+                    raise VmIOError(f"{self._process!r} has printed more than {LARGEST_READ >> 20} MiB: read it line by line")
             data = b"".join(self._lines)
             self._lines.clear()
         return data.decode(errors="surrogateescape")
 
-    def _take(self, deadline: Deadline) -> None:
+    def _take(self, deadline: Deadline) -> int:
+        """Block until more has come, and sort it into lines; returns how many bytes it was."""
         data = self._process._read(self._name, deadline)
         *lines, rest = _lines(self._rest + data)
         self._lines.extend(lines)
@@ -196,6 +205,7 @@ class GuestOutput(Iterator[str]):
             self._lines.append(rest)
             rest = b""
         self._rest = rest
+        return len(data)
 
 
 def _lines(data: bytes) -> list[bytes]:

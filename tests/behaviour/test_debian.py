@@ -1,10 +1,12 @@
 """Debian as `chvm guest build debian` makes it: a whole system with systemd, cloud-init and an SSH server, on both VMMs."""
 
+import os
+import signal
 import subprocess
 
 import pytest
 
-from pytest_chvm import MissingRequirementError, Settings
+from pytest_chvm import CommandTimeoutError, GuestCommandError, MissingRequirementError, Settings
 from pytest_chvm.base.progress import show_progress
 from pytest_chvm.guest.builders.debian import DebianRecipe, build_debian
 from pytest_chvm.machine.guest_choice import cache_dir
@@ -44,6 +46,55 @@ def test_a_whole_system_is_up_when_it_is_ready(vm):
     assert vm.check_output("hostname; cat /etc/debian_version").splitlines()[0] == "deb"
     assert f" {vm.ip}/" in vm.check_output("ip -4 -o addr")
     assert subprocess.run(vm.ssh_command("cat /etc/hostname"), capture_output=True, timeout=120).returncode == 0
+
+
+def test_units_are_waited_for_and_a_failed_one_shows_its_journal(vm):
+    vm.wait_for_unit("ssh", timeout=120)
+    vm.wait_for_port(22, timeout=120)
+    units = "/run/systemd/system"
+    vm.write_text(f"{units}/late.service", "[Service]\nType=oneshot\nExecStart=/bin/sleep 1\n")
+    vm.write_text(f"{units}/bad.service", "[Service]\nExecStart=/bin/sh -c 'echo this is why; exit 3'\n")
+    vm.check_output("systemctl daemon-reload; systemctl start --no-block late", timeout=300)
+    vm.wait_for_unit("late", timeout=120)
+    vm.run("systemctl start bad", timeout=300)
+    with pytest.raises(GuestCommandError, match=r"(?s)the unit 'bad' has failed.*exit-code.*this is why"):
+        vm.wait_for_unit("bad", timeout=120)
+    with pytest.raises(GuestCommandError, match="'nope' is not known"):
+        vm.wait_for_unit("nope", timeout=120)
+    with pytest.raises(CommandTimeoutError, match=r"(?s)'rescue' is not active after 1 s.*inactive"):
+        vm.wait_for_unit("rescue", timeout=1)
+    vm.check_output("systemctl reset-failed bad", timeout=300)
+
+
+def test_a_user_has_all_groups_and_a_process_hears_of_ctrl_c(vm):
+    vm.check_output("useradd --create-home --groups adm carla", timeout=300)
+    assert vm.check_output("id -nG; pwd; echo $HOME", user="carla", cwd="/srv", timeout=300).split() == [
+        "carla",
+        "adm",
+        "/srv",
+        "/home/carla",
+    ]
+    with vm.popen("trap 'echo caught; exit 5' INT; echo up; while :; do sleep 0.1; done", user="carla") as process:
+        assert process.stdout.readline(300) == "up\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read(300).endswith("caught\n")
+        assert process.wait(300) == 5
+
+
+def test_attributes_go_both_ways(vm, tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name, data in (("small", b"x"), ("large", os.urandom(2 << 20)), ("empty", b"")):
+        (tree / name).write_bytes(data)
+        try:
+            os.setxattr(tree / name, "user.note", b"of " + name.encode() + b"\xff\n")
+        except OSError as error:
+            pytest.skip(f"no extended attributes here: {error}")
+    vm.put(tree, "/root/tree", xattrs=True)
+    back = vm.get("/root/tree", tmp_path / "back", xattrs=True)
+    for name in ("small", "large", "empty"):
+        assert (back / name).read_bytes() == (tree / name).read_bytes()
+        assert os.getxattr(back / name, "user.note") == b"of " + name.encode() + b"\xff\n"
 
 
 def test_cloud_init_has_done_all_when_it_is_ready(vm, vmm):

@@ -272,17 +272,19 @@ def test_what_cannot_be_read_or_written_says_why_and_leaves_nothing(vm):
 def test_a_large_tree_goes_both_ways_as_it_was_whatever_carries_it(vm, tmp_path, monkeypatch):
     tree = tmp_path / "tree"
     (tree / "sub").mkdir(parents=True)
-    (tree / "large").write_bytes(os.urandom(2 << 20) + b"end")
+    (tree / "large").write_bytes(os.urandom(1 << 20) + b"end")
     (tree / "again").hardlink_to(tree / "large")
     (tree / "sub" / "link").symlink_to("../large")
     (tree / "sub" / "run").write_text("#!/bin/sh\n")
     (tree / "sub" / "run").chmod(0o751)
     with (tree / "holes").open("wb") as holes:
         holes.write(b"first")
-        holes.seek(5 << 20)
+        holes.seek(2 << 20)
         holes.write(b"last")
-        holes.truncate(9_000_001)
+        holes.truncate(3_000_001)
     os.utime(tree / "sub", (1e9, 1e9))
+    # As after a reboot of a guest that it was put into.
+    vm._carrier._program = "/run/gone"
     for ways in (list(vm._carrier._ways), []):
         monkeypatch.setattr(vm._carrier, "_ways", ways)
         vm.put(tree, "/tmp/tree")
@@ -290,15 +292,13 @@ def test_a_large_tree_goes_both_ways_as_it_was_whatever_carries_it(vm, tmp_path,
         stats = vm.check_output(
             "cd /tmp/tree && stat -c '%n %a %s %h' again holes sub/run && stat -c %Y sub && du -k holes"
         ).split()
-        assert stats[:-2] == [
-            *["again", "644", "2097155", "2", "holes", "644", "9000001", "1", "sub/run", "751", "10", "1", "1000000000"]
-        ]
+        assert " ".join(stats[:-2]) == "again 644 1048579 2 holes 644 3000001 1 sub/run 751 10 1 1000000000"
         assert int(stats[-2]) <= 16
         back = vm.get("/tmp/tree", tmp_path / f"back{len(ways)}")
         for name in ("large", "again", "holes", "sub/run"):
             assert (back / name).read_bytes() == (tree / name).read_bytes()
         assert os.readlink(back / "sub" / "link") == "../large"
-        assert (back / "holes").stat().st_blocks * 512 < 3 << 20
+        assert (back / "holes").stat().st_blocks * 512 < 1 << 20
         assert (back / "sub").stat().st_mtime == 1e9
         vm.run("rm -rf /tmp/tree")
     assert vm.run("ps | grep -c '[c]arry'").stdout == "0\n"
