@@ -8,7 +8,7 @@ In each round, in an order drawn anew:
     virtme-ng           `vng --disable-kvm --run KERNEL -- PYTHON -c LINE`, start to end, where vng and kmod are installed
     root=host cold      `launch(root="host", boot="cold")` to the output of the same line
     root=host clone     the same of a clone
-    inside              a test that asserts nothing, with `inside=True`: its set-up, call and teardown, as its reports say
+    inside              a test that asserts nothing, with `inside=True`: from its start to the last of its reports
     bare channel        `true` over the console of an idle guest, by hand
     run                 the same by `vm.run`; and `run beside`, with a `popen` that prints ten lines a second
     put, get            a file of `--copy-mb` MiB into a guest's memory and out of it
@@ -70,10 +70,16 @@ Kind = Callable[[], None]
 INSIDE = {
     "test_inside.py": "import pytest\n\n@pytest.mark.chvm(inside=True)\ndef test_nothing():\n    pass\n",
     "conftest.py": (
-        "import os\n\n"
+        "import os, time\n\n"
+        "def pytest_runtest_logstart():\n"
+        "    global last\n"
+        "    last = time.monotonic()\n\n"
+        # A report's own duration is what the guest measured: the boot is none of it.
         "def pytest_runtest_logreport(report):\n"
+        "    global last\n"
+        "    before, last = last, time.monotonic()\n"
         "    with open(os.environ['DURATIONS'], 'a') as file:\n"
-        "        print(report.outcome, report.duration, file=file)\n"
+        "        print(report.outcome, last - before, file=file)\n"
     ),
     "pytest.ini": "[pytest]\n",
 }
