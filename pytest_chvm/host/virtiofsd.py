@@ -51,14 +51,15 @@ NEEDED_AS_ROOT = (
 # In a mount namespace of its own, since the C one writes below /run and may be asked for /. $0: the directory; $1: where its tree
 # is mounted; $2: "ro" for one that has to be read-only by its mounts; $3: lines for `mount -a`, of what something empty is to hide.
 MOUNT_SCRIPT = """
-mkdir "$1" && mount -t tmpfs -o mode=0755 chvm "$1" && cd "$1" && mkdir -m 0700 tree empty && :>nothing && chmod 0600 nothing &&
-    mount --rbind "$0" tree && printf %s "$3" >fstab && mount -a -T fstab || exit
+mkdir "$1" && mount -t tmpfs -o mode=0755,size=1m chvm "$1" && cd "$1" && mkdir -m 0700 tree empty || exit
+:>nothing && chmod 0600 nothing && printf %s "$3" >fstab && mount --rbind "$0" tree || exit
 [ "$2" = rw ] || while read -r _ _ _ _ where options _; do
     where=$(printf %b "$where")
     # With the options that it has: in a user namespace none of them may be taken away.
     case $where in "$1"/tree|"$1"/tree/*) mount -o "remount,bind,$options,ro" "$where" || exit ;; esac
 done </proc/self/mountinfo
-cd / && shift 3 && exec "$@"
+# What hides is not to be written either: each mount of it is read-only as the first one is.
+mount -o remount,bind,ro "$1" && mount -a -T fstab && cd / && shift 3 && exec "$@"
 """
 # Where the C one locks a file named after its socket, and leaves both behind.
 STATE_DIR = Path("/var/run/virtiofsd")

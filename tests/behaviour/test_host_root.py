@@ -163,5 +163,10 @@ def test_what_is_hidden_can_be_chosen(chvm_vm, tmp_path):
     (tmp_path / "directory").mkdir()
     (tmp_path / "directory/key").write_text("secret")
     root = HostRoot(hidden=[f"{tmp_path}/key o*", tmp_path / "link", tmp_path / "directory", "/none/such"])
-    vm = chvm_vm(vmm="qemu", root=root)
+    shared = SharedDir("writable", tmp_path, mount="/writable", hidden=[tmp_path / "directory"])
+    vm = chvm_vm(vmm="qemu", root=root, shared_dirs=[shared])
     assert vm.check_output(f"cd {tmp_path} && cat key* link && ls directory && test -s /etc/passwd") == ""
+    done = vm.run("echo written >/writable/new; echo written >/writable/directory/new")
+    assert "/writable/directory/new: Read-only file system" in done.stderr
+    assert (tmp_path / "new").read_text() == "written\n"
+    assert [path.name for path in (tmp_path / "directory").iterdir()] == ["key"]

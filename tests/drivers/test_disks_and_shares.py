@@ -120,6 +120,19 @@ def test_arguments_of_the_rust_virtiofsd(read_only, monkeypatch):
     assert ("--readonly" in words) is read_only
 
 
+def test_the_hosts_root_by_a_virtiofsd_that_cannot_serve_read_only_by_itself(tmp_path):
+    if "c" not in (found := installed_virtiofsds()):
+        pytest.skip("the C virtiofsd is not installed")
+    settings = replace(Settings.resolve(), virtiofsd=found["c"].path)
+    with launch(vmm="qemu", network="none", boot="cold", settings=settings, root="host") as vm:
+        vm.check_output("mkdir /below && mount -t virtiofs -o rw chvm-root /below")
+        for place in (str(tmp_path), "/run", "/etc/shadow"):
+            done = vm.run(f"echo written >/below{place}/new || echo written >/below{place}")
+            assert done.returncode != 0, place
+        assert vm.check_output("cat /below/etc/shadow; ls /below/run") == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arguments_of_the_c_virtiofsd(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     program = Virtiofsd(Path("/bin/virtiofsd"), is_rust=False)
