@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Any, Self
 
 from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.steps import take_all
@@ -30,9 +30,6 @@ from pytest_chvm.machine.ports import Ports
 from pytest_chvm.machine.ssh import Ssh
 from pytest_chvm.machine.testinfra import testinfra_host
 from pytest_chvm.model import SharedDir, Tap, VmConfig, VmHandle, VmState, VmStatus, as_path, check_port
-
-if TYPE_CHECKING:
-    from testinfra.host import Host
 
 SHUTDOWN_TIMEOUT_S = 30.0
 # The one above is anybody's (vsock(7), VMADDR_PORT_ANY).
@@ -188,8 +185,11 @@ class Vm(GuestCommands):
         return self._ssh.command(*arguments)
 
     @cached_property
-    def testinfra(self) -> Host:
-        """The VM as a host of pytest-testinfra's, without a network too; raises MissingRequirementError where that is missing."""
+    def testinfra(self) -> Any:
+        """The VM as a `testinfra.host.Host`, without a network too; MissingRequirementError where that is missing.
+
+        Typed as anything, since that one's types know nothing of its modules.
+        """
         return testinfra_host(self)
 
     def open_channel(self, name: str) -> socket.socket:
