@@ -26,7 +26,7 @@ import pytest
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        item.add_marker(pytest.mark.chvm(inside="module", memory_mb=1024))
+        item.add_marker(pytest.mark.chvm(inside="module"))
 """
 
 

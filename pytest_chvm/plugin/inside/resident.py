@@ -57,7 +57,8 @@ def resident_pytest(config: pytest.Config, cache: Path, progress: Progress) -> R
     key = hashlib.sha256(json.dumps([words, arguments, given, installed, sys.version]).encode()).hexdigest()[:32]
     directory = cache / "inside"
     compiled = {"PYTHONPYCACHEPREFIX": os.fspath(directory / "compiled"), "PYTHONDONTWRITEBYTECODE": ""}
-    environment = {"PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "/"), **given, **compiled}
+    # Each job has its own; what differs from run to run would make another template.
+    environment = {"PATH": os.defpath, "HOME": os.environ.get("HOME", "/"), **given, **compiled}
     record = directory / f"{key}.json"
     listed = _read(record)
     if listed is None or not listed.is_as_it_was:
