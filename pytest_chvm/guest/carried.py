@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, cast
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 PIECE = 1 << 20
 BLOCK = 4096
 RUNS_AT_ONCE = 200
+READ_SIZE = 1 << 18
 
 
 class Stream(Protocol):
@@ -51,7 +53,7 @@ def put_carried(tree: Tree, carry: Carry, must: Callable[[str], object], check: 
     if stream is None:
         return False
     directories = []
-    with_holes = []
+    apart = []
     with stream:
         try:
             # The stubs ask for more than what is used of a stream's file.
@@ -60,8 +62,10 @@ def put_carried(tree: Tree, carry: Carry, must: Callable[[str], object], check: 
                 for path, member, status in tree.members(tar):
                     if member.isdir():
                         directories.append((tree.place(member), int(status.st_mtime)))
-                    if member.isreg() and status.st_blocks * 512 < member.size:
-                        with_holes.append((path, tree.place(member), int(status.st_mtime)))
+                    sparse = status.st_blocks * 512 < member.size
+                    # BusyBox's tar takes small bites: large files go faster one by one. A write would lose a file its capabilities.
+                    if member.isreg() and (sparse or (member.size > PIECE and not tree.xattrs)):
+                        apart.append((_put_with_holes if sparse else _put_whole, path, tree.place(member), int(status.st_mtime)))
                         member.size = 0
                     if member.isreg() and member.size:
                         with path.open("rb") as file:
@@ -72,12 +76,17 @@ def put_carried(tree: Tree, carry: Carry, must: Callable[[str], object], check: 
             # It says why below.
             pass
         check(*stream.end())
-    for path, place, mtime_s in with_holes:
-        _put_with_holes(path, place, carry, check)
+    for put_data, path, place, mtime_s in apart:
+        put_data(path, place, carry, check)
         must(f"touch -d @{mtime_s} {place}")
     for script in tree.touches(directories):
         must(script)
     return True
+
+
+def _put_whole(path: Path, place: str, carry: Carry, check: Callable[[int | None, str], None]) -> None:
+    with path.open("rb") as file:
+        _send(path, carry, f"exec dd of={place} bs={READ_SIZE}", iter(lambda: file.read(PIECE), b""), check)
 
 
 def _put_with_holes(path: Path, place: str, carry: Carry, check: Callable[[int | None, str], None]) -> None:
@@ -92,18 +101,26 @@ def _put_with_holes(path: Path, place: str, carry: Carry, check: Callable[[int |
                 for first, last in some
             )
             # A block's worth of zeros may be behind the end.
-            stream = carry(f"{script}truncate -s {size} {place}")
-            if stream is None:
-                raise VmIOError(f"nothing carries {str(path)!r} into the guest any more")
-            with stream:
-                try:
-                    for first, last in some:
-                        for block in range(first, last, PIECE // BLOCK):
-                            wanted = min(PIECE, (last - block) * BLOCK)
-                            stream.send(os.pread(fd, wanted, block * BLOCK).ljust(wanted, b"\0"))
-                except ConnectionError:
-                    pass
-                check(*stream.end())
+            _send(path, carry, f"{script}truncate -s {size} {place}", _blocks(fd, some), check)
+
+
+def _blocks(fd: int, runs: list[tuple[int, int]]) -> Iterator[bytes]:
+    for first, last in runs:
+        for block in range(first, last, PIECE // BLOCK):
+            wanted = min(PIECE, (last - block) * BLOCK)
+            yield os.pread(fd, wanted, block * BLOCK).ljust(wanted, b"\0")
+
+
+def _send(path: Path, carry: Carry, script: str, pieces: Iterator[bytes], check: Callable[[int | None, str], None]) -> None:
+    stream = carry(script)
+    if stream is None:
+        raise VmIOError(f"nothing carries {str(path)!r} into the guest any more")
+    with stream:
+        # It says below why it takes no more.
+        with suppress(ConnectionError):
+            for piece in pieces:
+                stream.send(piece)
+        check(*stream.end())
 
 
 class _Writer:
