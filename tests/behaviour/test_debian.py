@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from pytest_chvm import CommandTimeoutError, GuestCommandError, MissingRequirementError, Settings
+from pytest_chvm import CommandTimeoutError, GuestCommandError, MissingRequirementError, Settings, launch
 from pytest_chvm.base.progress import show_progress
 from pytest_chvm.guest.builders.debian import DebianRecipe, build_debian
 from pytest_chvm.machine.guest_choice import cache_dir
@@ -30,12 +30,15 @@ def debian(vmm):
 
 
 @pytest.fixture(scope="module")
-def vm(chvm_vm_factory, vmm, debian):
-    """A VM that the tests share: of the image alone, or where that takes no minutes told something by a seed too."""
+def vm(vmm, debian, tmp_path_factory):
+    """A VM that the tests share: of the image alone, or where that takes no minutes told something by a seed too.
+
+    Not by the fixture: its boots end before the time limit of any test, and these have one of their own.
+    """
     more = {} if vmm == CLOUD_HYPERVISOR else {"user_data": TOLD, "meta_data": {"instance-id": "one"}}
-    with chvm_vm_factory(
-        vmm=vmm, root_disk=debian, memory_mb=512, boot="cold", boot_timeout=BOOT_TIMEOUT_S, name="deb", **more
-    ) as vm:
+    log = tmp_path_factory.mktemp("debian") / "serial.log"
+    asked = {"root_disk": debian, "memory_mb": 512, "boot_timeout": BOOT_TIMEOUT_S, "name": "deb", "serial_log": log, **more}
+    with launch(vmm=vmm, boot="cold", **asked) as vm:
         # The connection to its console is made once, and is not the first test's to have left.
         vm.check_output("true")
         yield vm
