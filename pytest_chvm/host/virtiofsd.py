@@ -32,6 +32,8 @@ INSTALL = (
     "Ubuntu 22.04), 'dnf install virtiofsd', 'cargo install virtiofsd', or name one with --chvm-virtiofsd"
 )
 SOCKET_TIMEOUT_S = 5.0
+# Besides, for what is hidden: dozens of mounts, each by a system call that an emulated host takes long for.
+HIDING_TIMEOUT_S = 20.0
 LISTEN_S = 0.001
 TRIAL_TIMEOUT_S = 10.0
 # A device node that a guest's root makes in a share would be one of the host's.
@@ -236,14 +238,14 @@ class StartedShare:
             ended = False
             while not socket_path.exists() or not _listens(socket_path):
                 if ended or self.deadline.expired:
-                    raise BootFailedError(_why(self.served, self.keeper, ended))
+                    raise BootFailedError(_why(self.served, self.keeper, ended, self.deadline.total_s))
                 # From its file's coming to its listening is a moment, whose end nothing tells of.
                 ended = watch.wait(Deadline.after(LISTEN_S) if socket_path.exists() else self.deadline, self.served.process.pid)
         return self.served
 
 
 def start_share(program: Virtiofsd, share: SharedDir, socket_path: Path, host: Host, lease: Lease | None = None) -> StartedShare:
-    """Start a virtiofsd, which has 5 s from now on to listen at its socket.
+    """Start a virtiofsd, which has 5 s from now on to listen at its socket, 25 s where it hides something.
 
     What it will leave behind goes with the lease; None: an earlier one at the same socket has seen to that.
     """
@@ -255,11 +257,12 @@ def start_share(program: Virtiofsd, share: SharedDir, socket_path: Path, host: H
     keeper = host.keeper()
     process = keeper.spawn(program.command(share, socket_path), socket_path.with_suffix(".log"), socket_path.parent)
     host.started.add("share")
-    return StartedShare(ServedShare(share, process, socket_path), keeper, Deadline.after(SOCKET_TIMEOUT_S))
+    deadline = Deadline.after(SOCKET_TIMEOUT_S + (HIDING_TIMEOUT_S if share.hidden else 0))
+    return StartedShare(ServedShare(share, process, socket_path), keeper, deadline)
 
 
 def serve_share(program: Virtiofsd, share: SharedDir, socket_path: Path, host: Host, lease: Lease | None = None) -> ServedShare:
-    """Start a virtiofsd and wait until it listens at its socket, for at most 5 s; see `start_share`, `StartedShare.wait`."""
+    """Start a virtiofsd and wait until it listens at its socket, for at most 25 s; see `start_share`, `StartedShare.wait`."""
     return start_share(program, share, socket_path, host, lease).wait()
 
 
@@ -293,12 +296,12 @@ def _lease_lock_file(program: Virtiofsd, socket_path: Path, lease: Lease) -> Non
             continue
 
 
-def _why(served: ServedShare, keeper: Keeper, ended: bool) -> str:
+def _why(served: ServedShare, keeper: Keeper, ended: bool, total_s: float) -> str:
     process, log, share = served.process, served.log, served.share
     if ended:
         what = f"ended with status {keeper.returncode(process)}"
     else:
-        what = f"did not listen at its socket within {SOCKET_TIMEOUT_S:g} s"
+        what = f"did not listen at its socket within {total_s:g} s"
         os.kill(process.pid, 9)
     try:
         said = log.read_text(errors="replace")[-2000:]
