@@ -8,15 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, cast
+from typing import Any, BinaryIO, Protocol, Self, cast
 
 from pytest_chvm.errors import VmIOError
+from pytest_chvm.guest.tree import BLOCK, PIECE, Tree, data_of
 
-if TYPE_CHECKING:
-    from pytest_chvm.guest.files import Tree
-
-PIECE = 1 << 20
-BLOCK = 4096
 RUNS_AT_ONCE = 200
 READ_SIZE = 1 << 18
 
@@ -148,19 +144,6 @@ class _Padded:
     def read(self, size: int) -> bytes:
         """Return so many bytes, zeros where the file has no more."""
         return self._file.read(size).ljust(size, b"\0")
-
-
-def data_of(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield where a file has data, from and to (lseek(2), SEEK_DATA)."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-            end = min(size, os.lseek(fd, start, os.SEEK_HOLE))
-        except OSError:
-            # Nothing but a hole is left.
-            return
-        yield start, end
 
 
 def hole_script(name: str, size: int) -> str:

@@ -18,8 +18,9 @@ from typing import Any
 
 from pytest_chvm.errors import HostError, VmError, VmIOError
 from pytest_chvm.guest import carried
-from pytest_chvm.guest.carried import BLOCK, PIECE, Carry
-from pytest_chvm.guest.files import AT_ONCE, Run, require_gnu_tar
+from pytest_chvm.guest.carried import Carry
+from pytest_chvm.guest.files import Run, require_gnu_tar
+from pytest_chvm.guest.tree import AT_ONCE, BLOCK, PIECE
 
 if not hasattr(tarfile, "data_filter"):
     # Python before 3.11.4 (Debian 12 has 3.11.2) has no extraction filters (PEP 706).

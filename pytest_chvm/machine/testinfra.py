@@ -10,19 +10,19 @@ from pytest_chvm.machine.machine import RUN_TIMEOUT_S
 if TYPE_CHECKING:
     from testinfra.host import Host
 
-    from pytest_chvm.machine.vm import Vm
+    from pytest_chvm.machine.commands import GuestCommands
 
 
-def testinfra_host(vm: Vm) -> Host:
+def testinfra_host(vm: GuestCommands, name: str) -> Host:
     """Return a VM as a host of pytest-testinfra's; raises MissingRequirementError where that is not installed."""
     try:
         from testinfra.backend.base import BaseBackend, CommandResult
         from testinfra.host import Host
     except ImportError as error:
         raise MissingRequirementError(
-            f"VM {vm.name!r}: vm.testinfra needs pytest-testinfra, which cannot be imported ({error}): "
+            f"VM {name!r}: vm.testinfra needs pytest-testinfra, which cannot be imported ({error}): "
             "pip install 'pytest-chvm[testinfra]'",
-            vm_name=vm.name,
+            vm_name=name,
         ) from error
 
     class ShellBackend(BaseBackend):  # type: ignore[misc]
@@ -43,7 +43,7 @@ def testinfra_host(vm: Vm) -> Host:
         def encode(self, data: str) -> bytes:
             return data.encode(errors="surrogateescape")
 
-    backend = ShellBackend(vm.name)
+    backend = ShellBackend(name)
     host = Host(backend)
     backend.set_host(host)
     return host

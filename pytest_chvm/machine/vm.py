@@ -190,7 +190,7 @@ class Vm(GuestCommands):
 
         Typed as anything, since that one's types know nothing of its modules.
         """
-        return testinfra_host(self)
+        return testinfra_host(self, self.name)
 
     def open_channel(self, name: str) -> socket.socket:
         """Return a connection to one of the config's channels; raises InvalidConfigError for another name."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_chvm.plugin.keys import DEFAULT_ARTIFACTS, VM_FIXTURES, controller_key, in_guest_key, settings_key, sigterm_key
+from pytest_chvm.plugin.keys import DEFAULT_ARTIFACTS, VM_FIXTURES, controller_key, in_guest_key, settings_key
 from pytest_chvm.plugin.marker import inside_of
-from pytest_chvm.plugin.run import run_id, worker_input
+from pytest_chvm.plugin.run import run_id
 from pytest_chvm.settings import Settings
 
 
@@ -45,7 +43,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         # Under xdist the controller checks.
         if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
             _check_options(session.config)
-        expect_vms(session.config, session)
+        _expect_vms(session.config, session)
         if any(inside_of(item) for item in session.items):
             from pytest_chvm.plugin.inside.runs import InsideRuns
 
@@ -65,21 +63,13 @@ def _check_options(config: pytest.Config) -> None:
 def expect_vms_of_workers(config: pytest.Config) -> None:
     """Prepare for VMs of workers, of which the controller checks the options."""
     _check_options(config)
-    expect_vms(config)
+    _expect_vms(config)
 
 
-def expect_vms(config: pytest.Config, session: pytest.Session | None = None) -> None:
-    """Have SIGTERM be an orderly end from now on; `session` is that of a worker."""
-    if sigterm_key not in config.stash:
-        from pytest_chvm.plugin import sigterm
+def _expect_vms(config: pytest.Config, session: pytest.Session | None = None) -> None:
+    from pytest_chvm.plugin.sigterm import expect_vms
 
-        controller = config.stash.get(controller_key, None)
-        is_worker = hasattr(config, "workerinput")
-        workers = controller.workers if controller else {}
-        config.stash[sigterm_key] = sigterm.OrderlyEnd(session if is_worker else None, workers)
-        if journal := worker_input(config).get("journal"):
-            # A worker tells its xdist controller only the names of tests; this value reaches the controller too.
-            Path(journal).write_text(f"{os.getpid()}\n")
+    expect_vms(config, session)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
