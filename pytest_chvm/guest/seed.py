@@ -19,8 +19,10 @@ def seed_files(given: Mapping[str, str], **meta: str) -> dict[str, str]:
     return {"user-data": f"{CLOUD_CONFIG}\n", **given, "meta-data": _changed(given.get("meta-data"), meta)}
 
 
-def with_key(meta_data: str | None, public_key: str) -> str:
-    """Return meta data with a public key for the image's users (root, where the image lets root in)."""
+def with_key(meta_data: str | None, public_key: str | None) -> str:
+    """Return meta data with a public key, if there is one, for the image's users (root, where the image lets root in)."""
+    if public_key is None:
+        return meta_data or ""
     import yaml
 
     known = (yaml.safe_load(meta_data or "") or {}).get("public-keys")

@@ -2,159 +2,43 @@
 
 from __future__ import annotations
 
-import os
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 from pytest_chvm.base.cache import default_cache_dir
 from pytest_chvm.base.progress import Progress, show_progress
-from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.drivers.preflight import preflight
-from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest.images.initramfs import initramfs_in_front
-from pytest_chvm.guest.images.inspect import KERNEL_FILE, System
-from pytest_chvm.guest.initramfs import WANTED_MODULES, add_words, build_initramfs, find_busybox
-from pytest_chvm.guest.kernel import Kernel, default_kernel, inspect_kernel, modules_of
-from pytest_chvm.guest.kernel_image import check_kernel_image
+from pytest_chvm.guest.choice import guest_of
+from pytest_chvm.guest.images.inspect import System
+from pytest_chvm.guest.kernel import Kernel, default_kernel
 from pytest_chvm.guest.kinds import Guest
-from pytest_chvm.guest.kinds.built_in import BuiltInGuest
-from pytest_chvm.guest.kinds.firmware import FirmwareGuest
-from pytest_chvm.guest.kinds.host_root import HostRootGuest
-from pytest_chvm.guest.kinds.image import ImageGuest
-from pytest_chvm.guest.kinds.stock import StockGuest
-from pytest_chvm.guest.resident import add_resident
 from pytest_chvm.guest.vmlinux import unpacked_kernel
-from pytest_chvm.model import HostRoot, VmConfig
+from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 
-# For a kernel of the user's without a command line of theirs.
-PLAIN_CMDLINE = "console=ttyS0"
-# What a throwaway VM can do without, for the built-in kernel: console messages (the serial port is slow), guards against attacks
-# from its own programs, looking for a timer that is known, tests of the crypto code, waiting long for grace periods, page tables of
-# five levels (which software walks for each guest address it has not seen lately).
-BUILT_IN_CMDLINE = (
-    "console=ttyS0 quiet mitigations=off nokaslr no5lvl no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 "
-    "random.trust_cpu=on"
-)
-
-
-# Returns the system on a config's root disk, and the directory that has its kernel and modules.
-Inspect = Callable[[VmConfig, Kernel], tuple[System, Path]]
+# Returns the system on a config's root disk, and the directory that has its kernel and modules. It looks for it with the kernel of
+# the built-in guest.
+InspectBy = Callable[[Kernel, VmConfig], tuple[System, Path]]
 
 
 def choose_guest(
-    config: VmConfig, settings: Settings, progress: Progress = show_progress, *, inspect: Inspect | None = None
+    config: VmConfig, settings: Settings, progress: Progress = show_progress, *, inspect: InspectBy | None = None
 ) -> Guest:
-    """Return the guest that a config asks for, complete.
+    """Return the guest that a config asks for, complete; see `pytest_chvm.guest.choice.guest_of`.
 
-    An initramfs of its own, or a root disk with a kernel and a command line, is an image prepared by the user; a root disk without
-    is a stock image, whose system `inspect` looks for; the rest is the built-in guest.
-    This is where `preflight` is asked, as soon as there is a kernel. Raises what it does, InvalidConfigError where the built-in
-    guest cannot be built, and what `inspect` does.
+    This is where `preflight` is asked, as soon as there is a kernel. Raises what both do.
     """
-    if config.root is not None and config.initramfs is not None:
-        raise InvalidConfigError(
-            f"VM {config.name!r}: root='host' and an initramfs, and the guest's is the built-in one: leave one of them out",
-            vm_name=config.name,
-        )
-    if config.firmware is not None:
-        return _behind_firmware(config, settings, progress)
-    kernel = built_in_kernel(settings, progress) if config.kernel is None else None
+    is_named = config.kernel is not None or config.firmware is not None
+    kernel = None if is_named else built_in_kernel(settings, progress)
     if kernel is not None:
         config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
     preflight(config)
-    prepared = config.initramfs is not None or (kernel is None and config.cmdline is not None)
-    if config.root_disk is not None and inspect is not None and not prepared:
-        return _stock_guest(config, kernel, settings, progress, inspect)
-    if config.initramfs is not None or config.root_disk is not None:
-        return ImageGuest(config)
-    assert config.kernel is not None
-    known = kernel or inspect_kernel(config.kernel)
-    kind: type[BuiltInGuest] = BuiltInGuest
-    if config.root is not None:
-        kind = HostRootGuest
-        root = HostRoot() if config.root == "host" else config.root
-        config = config.replace(shared_dirs=[root.share(), *config.shared_dirs])
-    initramfs = _built_in_initramfs(known, cache_dir(settings), progress, kind)
-    if isinstance(config.root, HostRoot) and config.root.resident is not None:
-        initramfs = add_resident(initramfs, config.root.resident, cache_dir(settings), progress)
-    cmdline = config.cmdline
-    if cmdline is None:
-        cmdline = PLAIN_CMDLINE if kernel is None else BUILT_IN_CMDLINE
-    return kind(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(known))
-
-
-def _behind_firmware(config: VmConfig, settings: Settings, progress: Progress) -> Guest:
-    """Return the guest of an image that its own boot loader boots; with a seed of its own nothing of ours gets into it."""
-    if config.root_disk is None:
-        raise InvalidConfigError(f"VM {config.name!r}: firmware='uefi' boots what is on a root_disk: name one", vm_name=config.name)
-    preflight(config)
-    if config.seed_iso is not None:
-        return ImageGuest(config)
-    return FirmwareGuest(config, random_hex(8), None, find_busybox(cache_dir(settings), progress))
-
-
-def _stock_guest(config: VmConfig, built_in: Kernel | None, settings: Settings, progress: Progress, inspect: Inspect) -> StockGuest:
-    """Return the guest of a stock image; `built_in` is the built-in kernel where the config named none."""
-    cache = cache_dir(settings)
-    system, directory = inspect(config, built_in or built_in_kernel(settings, progress))
-    image = directory / KERNEL_FILE if built_in is not None else config.kernel
-    assert image is not None
-    if not image.exists():
-        raise InvalidConfigError(
-            f"VM {config.name!r}: root_disk {str(config.root_disk)!r} has a system on {system.device} and no kernel, neither in "
-            "/boot nor beside its modules: name one with kernel=PATH",
-            vm_name=config.name,
-        )
-    known = inspect_kernel(image)
-    # One that was copied out of the image has its modules there.
-    if built_in is not None or known.modules is None:
-        known = replace(known, modules=modules_of(directory, known.release))
-    initramfs = _initramfs_in_front(system, known, cache, progress)
-    cmdline = system.cmdline if config.cmdline is None else config.cmdline
-    config = config.replace(kernel=unpacked_kernel(known.image, cache), initramfs=initramfs, cmdline=cmdline)
-    return StockGuest(config, random_hex(8), None if built_in is not None else _lacks(known))
-
-
-def _lacks(kernel: Kernel) -> str | None:
-    if kernel.modules is not None:
-        return None
-    if kernel.release is None:
-        return f"no modules, since the release of the kernel {str(kernel.image)!r} cannot be told"
-    return (
-        f"no modules for {kernel.release} beside this kernel ({kernel.image}): expected in lib/modules/{kernel.release} beside its "
-        "directory, or of the host. Name the kernel where its package has it, or one that has these drivers built in"
-    )
-
-
-def told_config(guest: Guest, words: Sequence[str], directory: Path) -> VmConfig:
-    """Return the config of a guest that is told these words, on its kernel command line behind the user's own.
-
-    The built-in guest is told them by a file of its initramfs, made in `directory`, where the kernel would cut them off. Raises
-    InvalidConfigError where there is no other way.
-    """
-    if (told := guest.told_otherwise(words, directory)) is not None:
-        return told
-    config = guest.config
-    own = config.cmdline
-    cmdline = " ".join([*([own] if own else []), *words]) or own
-    if config.kernel is None:
-        # By firmware there is no way to tell it more than its own seed does.
-        return config
-    room = check_kernel_image(config.kernel).cmdline_bytes
-    size, own_size = len(os.fsencode(cmdline or "")), len(os.fsencode(own or ""))
-    if size <= room:
-        return config.replace(cmdline=cmdline)
-    if guest.reads_words_of_file and config.initramfs is not None and own_size <= room:
-        return config.replace(initramfs=add_words(config.initramfs, words, directory / "initramfs"))
-    raise InvalidConfigError(
-        f"VM {config.name!r}: the kernel command line has {size} bytes, {own_size} of yours and {size - own_size} that its "
-        f"networks need, and this kernel takes {room} and cuts off the rest: shorten it by {size - room}",
-        vm_name=config.name,
-    )
+    look = None
+    if inspect is not None and config.root_disk is not None and config.firmware is None:
+        look = partial(inspect, kernel or built_in_kernel(settings, progress))
+    return guest_of(config, kernel, cache_dir(settings), progress, look)
 
 
 def cache_dir(settings: Settings) -> Path:
@@ -170,14 +54,3 @@ def built_in_kernel(settings: Settings, progress: Progress = show_progress) -> K
 @lru_cache(maxsize=4)
 def _built_in_kernel(cache: Path, progress: Progress) -> Kernel:
     return default_kernel(cache, platform.machine(), progress)
-
-
-@lru_cache(maxsize=16)
-def _built_in_initramfs(kernel: Kernel, cache: Path, progress: Progress, kind: type[BuiltInGuest]) -> Path:
-    more = kind.more_files(kernel, cache, progress)
-    return build_initramfs(kernel, cache, progress, wanted=(*WANTED_MODULES, *kind.more_modules), more=more)
-
-
-@lru_cache(maxsize=16)
-def _initramfs_in_front(system: System, kernel: Kernel, cache: Path, progress: Progress) -> Path:
-    return initramfs_in_front(system, kernel, cache, progress)

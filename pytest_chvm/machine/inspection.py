@@ -7,19 +7,22 @@ import re
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Protocol
 
 from pytest_chvm.base.cache import built_once, keep_latest
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.clones.digests import content_key
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError
+from pytest_chvm.guest.choice import BUILT_IN_CMDLINE
 from pytest_chvm.guest.images.inspect import FILE_SYSTEM_MODULES, HANDED_OUT_BYTES, SYSTEM_FILE, NoSystemError, System, take_system
 from pytest_chvm.guest.initramfs import WANTED_MODULES, build_initramfs
 from pytest_chvm.guest.kernel import Kernel
 from pytest_chvm.guest.ready import DEFAULT_MARKER
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.host.host import Host
-from pytest_chvm.machine.guest_choice import BUILT_IN_CMDLINE, cache_dir
+from pytest_chvm.machine.guest_choice import cache_dir
+from pytest_chvm.machine.vm import Vm
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 
@@ -29,11 +32,18 @@ MOST_IMAGES = 64
 ARGUMENTS = {"boot": "cold", "network": "none", "boot_timeout": 120.0, "ready_marker": DEFAULT_MARKER}
 
 
-def inspected_system(settings: Settings, host: Host, config: VmConfig, kernel: Kernel) -> tuple[System, Path]:
+class Launch(Protocol):
+    """What starts a VM: `pytest_chvm.launch`."""
+
+    def __call__(self, config: VmConfig, *, settings: Settings, host: Host) -> Vm:
+        """Start it, and return it when it is ready."""
+
+
+def inspected_system(settings: Settings, host: Host, launch: Launch, kernel: Kernel, config: VmConfig) -> tuple[System, Path]:
     """Return the system on a config's root disk, and the directory that has its kernel and modules.
 
-    `kernel` is the built-in guest's, which looks at it. Raises InvalidConfigError where there is none that boots
-    here, and what `launch` does.
+    `kernel` is the built-in guest's, which looks at it, started by `launch`. Raises InvalidConfigError where there is none that
+    boots here, and what `launch` does.
     """
     image = config.root_disk
     assert image is not None
@@ -48,7 +58,7 @@ def inspected_system(settings: Settings, host: Host, config: VmConfig, kernel: K
 
     def build(directory: Path) -> None:
         host.show_progress(f"looking for the system on {image}")
-        _inspect(config, kernel, settings, host, directory)
+        _inspect(config, kernel, settings, host, launch, directory)
 
     directory = built_once(
         cache / "images" / key.hexdigest()[:32], build, lambda found: (found / SYSTEM_FILE).exists(), progress=host.show_progress
@@ -57,10 +67,7 @@ def inspected_system(settings: Settings, host: Host, config: VmConfig, kernel: K
     return System.read(directory), directory
 
 
-def _inspect(config: VmConfig, kernel: Kernel, settings: Settings, host: Host, directory: Path) -> None:
-    # Which starts what is planned, and planning is what needs this.
-    from pytest_chvm.machine.launcher import launch
-
+def _inspect(config: VmConfig, kernel: Kernel, settings: Settings, host: Host, launch: Launch, directory: Path) -> None:
     assert config.root_disk is not None
     cache = cache_dir(settings)
     handed_out = directory / "handed-out"

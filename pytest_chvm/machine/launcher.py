@@ -23,11 +23,13 @@ from pytest_chvm.drivers.disks import check_was_closed
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import BootFailedError, GuestPanicError, HostError, StopFailedError, UnsupportedError, VmError
+from pytest_chvm.guest.choice import told_config
 from pytest_chvm.host.budget import Share, budget_of, take_share
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.machine import saving
-from pytest_chvm.machine.guest_choice import cache_dir, told_config
+from pytest_chvm.machine.guest_choice import cache_dir
+from pytest_chvm.machine.inspection import inspected_system
 from pytest_chvm.machine.machine import Machine, Origin
 from pytest_chvm.machine.nics import Nics, lease_nics
 from pytest_chvm.machine.plan import FIRST_OF_IMAGE, Plan, make_plan, template_store
@@ -72,7 +74,9 @@ def launch(
     if "name" not in fields:
         fields["name"] = f"vm{next(host.vm_numbers)}"
     config = VmConfig(**_defaults(settings, fields), **fields)
-    return Launcher(host, owner).start(make_plan(config, settings, host, wait=wait, longest_boot_s=longest_boot_s))
+    inspect = partial(inspected_system, settings, host, launch)
+    plan = make_plan(config, settings, host, wait=wait, longest_boot_s=longest_boot_s, inspect=inspect)
+    return Launcher(host, owner).start(plan)
 
 
 def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:
@@ -284,10 +288,10 @@ def _boot(plan: Plan, origin: Origin, lent: Lent, template_dir: Path | None, und
         nonce=guest.nonce,
         template_dir=template_dir,
         snapshots=snapshots if snapshots.is_dir() else None,
-        restore_timeout_s=settings.boot_timeout,
+        restore_timeout_s=plan.boot_timeout_s,
         checked=True,
     )
-    boot_deadline = Deadline.after(settings.boot_timeout)
+    boot_deadline = Deadline.after(plan.boot_timeout_s)
     handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)
     undo.callback(driver.kill, handle)
     lent.lease.describe(events=os.fspath(handle.event_log))

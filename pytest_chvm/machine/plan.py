@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from pytest_chvm.clones.digests import file_identity
@@ -18,8 +17,7 @@ from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.limits import processors
 from pytest_chvm.host.virtiofsd import find_virtiofsd
-from pytest_chvm.machine.guest_choice import cache_dir, choose_guest
-from pytest_chvm.machine.inspection import inspected_system
+from pytest_chvm.machine.guest_choice import InspectBy, cache_dir, choose_guest
 from pytest_chvm.machine.nics import check_networks, network_mode
 from pytest_chvm.machine.seeds import with_seed
 from pytest_chvm.model import VmConfig
@@ -37,7 +35,7 @@ class Plan:
 
     `network`: what it is on where its config names no networks, "tap", "user" or "none". `why_no_clone`: why there can be no
     clones of its kind, None where there can. `why_cold`: why it is booted, None where it is to be a clone. `image_parts`: what
-    the template of an image is made of, its files by their identity. `wait`: it is waited for.
+    the template of an image is made of, its files by their identity. `wait`: it is waited for, for `boot_timeout_s`.
     """
 
     guest: Guest
@@ -45,6 +43,7 @@ class Plan:
     settings: Settings
     network: str
     wait: bool
+    boot_timeout_s: float
     why_no_clone: str | None
     why_cold: str | None = None
     image_parts: Mapping[str, object] | None = None
@@ -59,7 +58,15 @@ class Plan:
             raise HostError(f"VM {name!r} cannot be a clone: {error}", vm_name=name) from error
 
 
-def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = True, longest_boot_s: float | None = None) -> Plan:
+def make_plan(
+    config: VmConfig,
+    settings: Settings,
+    host: Host,
+    *,
+    wait: bool = True,
+    longest_boot_s: float | None = None,
+    inspect: InspectBy | None = None,
+) -> Plan:
     """Return the plan of a VM; nothing is started, but a kernel may be fetched and an initramfs built.
 
     Raises InvalidConfigError, MissingRequirementError or HostError for the first thing that it cannot have, and
@@ -67,8 +74,7 @@ def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = 
     """
     driver = driver_for(settings, host)
     config = with_seed(config, cache_dir(settings), host)
-    guest = choose_guest(config, settings, host.show_progress, inspect=partial(inspected_system, settings, host))
-    settings = settings.with_arguments({"boot_timeout": _boot_timeout_s(guest, settings, longest_boot_s)})
+    guest = choose_guest(config, settings, host.show_progress, inspect=inspect)
     config = guest.config
     driver.binary()
     check_abilities(driver, config)
@@ -82,7 +88,8 @@ def make_plan(config: VmConfig, settings: Settings, host: Host, *, wait: bool = 
     network, _why = network_mode(settings, driver, outbound=config.outbound)
     check_networks(config, network, driver)
     no_clone = why_no_clone(guest, driver, network_mode=network)
-    plan = Plan(guest, driver, settings, network, wait, no_clone)
+    boot_timeout_s = _boot_timeout_s(guest, settings, longest_boot_s)
+    plan = Plan(guest, driver, settings, network, wait, boot_timeout_s, no_clone)
     plan = _boot_or_clone(plan, template_store(settings, host))
     if plan.why_cold is not None and settings.boot == "clone":
         raise UnsupportedError(

@@ -38,7 +38,7 @@ def with_seed(config: VmConfig, cache: Path, host: Host) -> VmConfig:
         )
     if config.firmware is not None and config.seed_iso is None:
         # Its seed tells it its addresses too, which are not known yet.
-        return config.replace(meta_data=_with_key(config.meta_data, host))
+        return config.replace(meta_data=with_key(config.meta_data, _public_key(host)))
     if not given:
         return config
     key = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:32]
@@ -46,7 +46,7 @@ def with_seed(config: VmConfig, cache: Path, host: Host) -> VmConfig:
 
     def build(directory: Path) -> None:
         # The key is that of the run that makes the seed, as is all of a template's. Root is let in when `ssh_command` is asked.
-        meta = _with_key(config.meta_data, host)
+        meta = with_key(config.meta_data, _public_key(host))
         write_seed(seed_files({**given, "meta-data": meta}, **{"instance-id": f"chvm-{key}"}), directory / SEED_FILE)
 
     built_once(target, build, progress=host.show_progress)
@@ -54,9 +54,9 @@ def with_seed(config: VmConfig, cache: Path, host: Host) -> VmConfig:
     return config.replace(seed_iso=target / SEED_FILE)
 
 
-def _with_key(meta_data: str | None, host: Host) -> str:
+def _public_key(host: Host) -> str | None:
     try:
-        return with_key(meta_data, run_key(host).public)
+        return run_key(host).public
     except MissingRequirementError:
         # Without OpenSSH nobody here could log in by it.
-        return meta_data or ""
+        return None

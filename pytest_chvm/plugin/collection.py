@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pytest_chvm.plugin.expect import expect_vms
 from pytest_chvm.plugin.keys import DEFAULT_ARTIFACTS, VM_FIXTURES, controller_key, in_guest_key, settings_key
 from pytest_chvm.plugin.marker import inside_of
 from pytest_chvm.plugin.run import run_id
@@ -43,7 +44,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         # Under xdist the controller checks.
         if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
             _check_options(session.config)
-        _expect_vms(session.config, session)
+        expect_vms(session.config, session)
         if any(inside_of(item) for item in session.items):
             from pytest_chvm.plugin.inside.runs import InsideRuns
 
@@ -63,13 +64,7 @@ def _check_options(config: pytest.Config) -> None:
 def expect_vms_of_workers(config: pytest.Config) -> None:
     """Prepare for VMs of workers, of which the controller checks the options."""
     _check_options(config)
-    _expect_vms(config)
-
-
-def _expect_vms(config: pytest.Config, session: pytest.Session | None = None) -> None:
-    from pytest_chvm.plugin.sigterm import expect_vms
-
-    expect_vms(config, session)
+    expect_vms(config)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_chvm.plugin.expect import expect_vms
 from pytest_chvm.plugin.keys import factories_key, in_guest_key, item_key, settings_key
 from pytest_chvm.plugin.marker import marker_arguments
 from pytest_chvm.plugin.protocol import at_end_of_caller
@@ -117,7 +118,6 @@ def new_factory(
     from functools import cache
 
     from pytest_chvm.plugin.factory import VmFactory
-    from pytest_chvm.plugin.sigterm import expect_vms
 
     config = session.config
     expect_vms(config, session)

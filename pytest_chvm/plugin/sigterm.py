@@ -6,13 +6,10 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 
 from pytest_chvm.host.keeper.remains import start_time_ticks
-from pytest_chvm.plugin.keys import controller_key, sigterm_key
-from pytest_chvm.plugin.run import worker_input
 
 # As a shell reports it; pytest's own statuses are below.
 STATUS = 128 + signal.SIGTERM
@@ -63,15 +60,3 @@ class OrderlyEnd:
         if self._mine and signal.getsignal(signal.SIGTERM) == self._end:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._mine = False
-
-
-def expect_vms(config: pytest.Config, session: pytest.Session | None = None) -> None:
-    """Have SIGTERM be an orderly end from now on; `session` is that of a worker."""
-    if sigterm_key not in config.stash:
-        controller = config.stash.get(controller_key, None)
-        is_worker = hasattr(config, "workerinput")
-        workers = controller.workers if controller else {}
-        config.stash[sigterm_key] = OrderlyEnd(session if is_worker else None, workers)
-        if journal := worker_input(config).get("journal"):
-            # A worker tells its xdist controller only the names of tests; this value reaches the controller too.
-            Path(journal).write_text(f"{os.getpid()}\n")
