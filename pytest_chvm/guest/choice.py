@@ -7,24 +7,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest.images.initramfs import initramfs_in_front
-from pytest_chvm.guest.images.inspect import KERNEL_FILE, System
 from pytest_chvm.guest.initramfs import WANTED_MODULES, add_words, build_initramfs, find_busybox
 from pytest_chvm.guest.kernel import Kernel, inspect_kernel, modules_of
 from pytest_chvm.guest.kernel_image import check_kernel_image
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
-from pytest_chvm.guest.kinds.firmware import FirmwareGuest
-from pytest_chvm.guest.kinds.host_root import HostRootGuest
-from pytest_chvm.guest.kinds.image import ImageGuest
-from pytest_chvm.guest.kinds.stock import StockGuest
-from pytest_chvm.guest.resident import add_resident
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.model import HostRoot, VmConfig
+
+# What only one kind of guest needs is imported with it: each process that starts a VM would wait for it.
+if TYPE_CHECKING:
+    from pytest_chvm.guest.images.inspect import System
+    from pytest_chvm.guest.kinds.stock import StockGuest
 
 # For a kernel of the user's without a command line of theirs.
 PLAIN_CMDLINE = "console=ttyS0"
@@ -38,7 +37,7 @@ BUILT_IN_CMDLINE = (
 
 
 # Returns the system on a config's root disk, and the directory that has its kernel and modules.
-Inspect = Callable[[VmConfig], tuple[System, Path]]
+Inspect = Callable[[VmConfig], "tuple[System, Path]"]
 
 
 def guest_of(config: VmConfig, built_in: Kernel | None, cache: Path, progress: Progress, inspect: Inspect | None) -> Guest:
@@ -54,8 +53,14 @@ def guest_of(config: VmConfig, built_in: Kernel | None, cache: Path, progress: P
     if config.root_disk is not None and inspect is not None and not prepared:
         return _stock_guest(config, built_in, cache, progress, inspect)
     if config.initramfs is not None or config.root_disk is not None:
-        return ImageGuest(config)
+        return _image_guest(config)
     return _built_in_guest(config, built_in, cache, progress)
+
+
+def _image_guest(config: VmConfig) -> Guest:
+    from pytest_chvm.guest.kinds.image import ImageGuest
+
+    return ImageGuest(config)
 
 
 def _built_in_guest(config: VmConfig, built_in: Kernel | None, cache: Path, progress: Progress) -> BuiltInGuest:
@@ -63,11 +68,15 @@ def _built_in_guest(config: VmConfig, built_in: Kernel | None, cache: Path, prog
     kernel = built_in or inspect_kernel(config.kernel)
     kind: type[BuiltInGuest] = BuiltInGuest
     if config.root is not None:
+        from pytest_chvm.guest.kinds.host_root import HostRootGuest
+
         kind = HostRootGuest
         root = HostRoot() if config.root == "host" else config.root
         config = config.replace(shared_dirs=[root.share(), *config.shared_dirs])
     initramfs = _built_in_initramfs(kernel, cache, progress, kind)
     if isinstance(config.root, HostRoot) and config.root.resident is not None:
+        from pytest_chvm.guest.resident import add_resident
+
         initramfs = add_resident(initramfs, config.root.resident, cache, progress)
     cmdline = config.cmdline
     if cmdline is None:
@@ -80,11 +89,16 @@ def _firmware_guest(config: VmConfig, cache: Path, progress: Progress) -> Guest:
     if config.root_disk is None:
         raise InvalidConfigError(f"VM {config.name!r}: firmware='uefi' boots what is on a root_disk: name one", vm_name=config.name)
     if config.seed_iso is not None:
-        return ImageGuest(config)
+        return _image_guest(config)
+    from pytest_chvm.guest.kinds.firmware import FirmwareGuest
+
     return FirmwareGuest(config, random_hex(8), None, find_busybox(cache, progress))
 
 
 def _stock_guest(config: VmConfig, built_in: Kernel | None, cache: Path, progress: Progress, inspect: Inspect) -> StockGuest:
+    from pytest_chvm.guest.images.inspect import KERNEL_FILE
+    from pytest_chvm.guest.kinds.stock import StockGuest
+
     system, directory = inspect(config)
     image = directory / KERNEL_FILE if built_in is not None else config.kernel
     assert image is not None
@@ -150,4 +164,6 @@ def _built_in_initramfs(kernel: Kernel, cache: Path, progress: Progress, kind: t
 
 @lru_cache(maxsize=16)
 def _initramfs_in_front(system: System, kernel: Kernel, cache: Path, progress: Progress) -> Path:
+    from pytest_chvm.guest.images.initramfs import initramfs_in_front
+
     return initramfs_in_front(system, kernel, cache, progress)

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pytest_chvm.guest import fetch, files
-from pytest_chvm.guest.carried import Carry
+from pytest_chvm.base.steps import Step
 from pytest_chvm.guest.commands import place_of, shown
-from pytest_chvm.machine import waits
-from pytest_chvm.machine.carrier import Carrier
 from pytest_chvm.machine.events import COMMAND, GET, POPEN, PUT, WAIT
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine
-from pytest_chvm.machine.process import GuestProcess
+from pytest_chvm.machine.ports import Ports
 from pytest_chvm.model import CommandResult
+
+# What only some tests use is imported by them: each process that starts a VM would wait for it.
+if TYPE_CHECKING:
+    from pytest_chvm.guest.carried import Carry
+    from pytest_chvm.guest.files import Run
+    from pytest_chvm.machine.carrier import Carrier
+    from pytest_chvm.machine.process import GuestProcess
+    from pytest_chvm.machine.ssh import Ssh
 
 
 class GuestCommands:
     """The part of `Vm` that works in the guest."""
 
     _machine: Machine
-    _carrier: Carrier
+    _ports: Ports
+
+    @cached_property
+    def _carrier(self) -> Carrier:
+        from pytest_chvm.machine.carrier import Carrier
+
+        return Carrier(self._machine, self._ports.address)
+
+    @cached_property
+    def _ssh(self) -> Ssh:
+        from pytest_chvm.machine.ssh import Ssh
+
+        return Ssh(self._machine, self._ports.address)
 
     def run(
         self,
@@ -76,6 +95,8 @@ class GuestCommands:
 
         The arguments are those of `run`, which raises the same. Several may run at once, and other commands beside them.
         """
+        from pytest_chvm.machine.process import GuestProcess
+
         place = place_of(cwd, env, user)
         with self._machine.log.timed(POPEN, command=str(command)):
             process = self._machine.popen(command, input=_bytes(input), place=place)
@@ -95,6 +116,8 @@ class GuestCommands:
         `timeout` is seconds for all of it (None, 0 or infinity: no limit); CommandTimeoutError after it, with the status and the
         outputs of the last attempt. Raises what has become of the guest at once when it dies.
         """
+        from pytest_chvm.machine import waits
+
         with self._machine.log.timed(WAIT, what=str(command)):
             return waits.wait_until(self._machine, command, timeout, place_of(cwd, env, user))
 
@@ -103,6 +126,8 @@ class GuestCommands:
 
         `timeout` as of `wait_until`; the CommandTimeoutError names the ports at which something listens.
         """
+        from pytest_chvm.machine import waits
+
         with self._machine.log.timed(WAIT, what=f"TCP port {port}"):
             waits.wait_for_port(self._machine, port, timeout)
 
@@ -111,6 +136,8 @@ class GuestCommands:
 
         `timeout` as of `wait_until`; the CommandTimeoutError shows the nearest directory that is there, and what is in it.
         """
+        from pytest_chvm.machine import waits
+
         with self._machine.log.timed(WAIT, what=f"file {path}"):
             waits.wait_for_file(self._machine, path, timeout)
 
@@ -120,6 +147,8 @@ class GuestCommands:
         `timeout` as of `wait_until`. The CommandTimeoutError shows the unit's status and journal, and so does the GuestCommandError
         that is raised at once for a unit that has failed or that is not known. UnsupportedError in a guest without systemd.
         """
+        from pytest_chvm.machine import waits
+
         with self._machine.log.timed(WAIT, what=f"unit {unit}"):
             waits.wait_for_unit(self._machine, unit, timeout)
 
@@ -128,6 +157,8 @@ class GuestCommands:
 
         Raises VmIOError, an OSError, where it cannot be read. A large file is faster with `get`.
         """
+        from pytest_chvm.guest import files
+
         name = os.fspath(path)
         with self._machine.log.timed(GET, source=name, destination=None):
             return files.read(self._runner(timeout), name)
@@ -142,6 +173,8 @@ class GuestCommands:
         Directories above it are not made. Raises VmIOError, an OSError, where it cannot be written; a file that it has made is
         removed then. A large file is faster with `put`.
         """
+        from pytest_chvm.guest import files
+
         name = os.fspath(path)
         with self._machine.log.timed(PUT, source=None, destination=name):
             files.write(self._runner(timeout), name, data)
@@ -150,14 +183,28 @@ class GuestCommands:
         """Write a file of the guest's as UTF-8, lone surrogates as the bytes that they stand for; see `write_bytes`."""
         self.write_bytes(path, text.encode(errors="surrogateescape"), timeout=timeout)
 
-    def _runner(self, timeout: float | None) -> files.Run:
+    def _runner(self, timeout: float | None) -> Run:
         return lambda script, data: self._machine.run(script, input=data, timeout=timeout)
+
+    def ssh_command(self, *arguments: str) -> list[str]:
+        """Return the arguments of a program (`subprocess.run`) that logs in as the guest's root over SSH, in each network mode.
+
+        `arguments`: nothing for a login, one line for the guest's shell, several for one program; or, where the first begins with
+        "-", options of ssh(1), as they are. Raises UnsupportedError where the guest has no sshd that root can log into.
+        """
+        return self._ssh.command(*arguments)
+
+    def _closing_ssh(self) -> list[Step]:
+        """Return the steps that end what `ssh_command` has started."""
+        return [*self._ssh.closing()] if "_ssh" in self.__dict__ else []
 
     def put(self, src: str | os.PathLike[str], dst: str, *, timeout: float | None = RUN_TIMEOUT_S, xattrs: bool = False) -> None:
         """Copy a file or directory of the host's into the guest; see `pytest_chvm.guest.files.put`.
 
         `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit). `xattrs`: with extended attributes.
         """
+        from pytest_chvm.guest import files
+
         with self._machine.log.timed(PUT, source=os.fspath(src), destination=os.fspath(dst)):
             files.put(self._runner(timeout), Path(src), os.fspath(dst), carry=self._carry(timeout), xattrs=xattrs)
 
@@ -166,6 +213,8 @@ class GuestCommands:
 
         `timeout`: CommandTimeoutError after so many seconds without progress (None: no limit). `xattrs`: with extended attributes.
         """
+        from pytest_chvm.guest import fetch
+
         with self._machine.log.timed(GET, source=os.fspath(src), destination=os.fspath(dst)):
             return fetch.get(self._runner(timeout), os.fspath(src), Path(dst), carry=self._carry(timeout), xattrs=xattrs)
 

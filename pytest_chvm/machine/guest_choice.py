@@ -6,21 +6,24 @@ import platform
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_chvm.base.cache import default_cache_dir
 from pytest_chvm.base.progress import Progress, show_progress
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.guest.choice import guest_of
-from pytest_chvm.guest.images.inspect import System
 from pytest_chvm.guest.kernel import Kernel, default_kernel
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 
+if TYPE_CHECKING:
+    from pytest_chvm.guest.images.inspect import System
+
 # Returns the system on a config's root disk, and the directory that has its kernel and modules. It looks for it with the kernel of
 # the built-in guest.
-InspectBy = Callable[[Kernel, VmConfig], tuple[System, Path]]
+InspectBy = Callable[[Kernel, VmConfig], "tuple[System, Path]"]
 
 
 def choose_guest(

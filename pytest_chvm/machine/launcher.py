@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.steps import take_all
@@ -29,7 +29,6 @@ from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.machine import saving
 from pytest_chvm.machine.guest_choice import cache_dir
-from pytest_chvm.machine.inspection import inspected_system
 from pytest_chvm.machine.machine import Machine, Origin
 from pytest_chvm.machine.nics import Nics, lease_nics
 from pytest_chvm.machine.plan import FIRST_OF_IMAGE, Plan, make_plan, template_store
@@ -37,6 +36,10 @@ from pytest_chvm.machine.vm import Snapshot, Vm
 from pytest_chvm.model import LAUNCH_FIELDS, VmConfig, VmState, check_argument_names
 from pytest_chvm.model.arguments import VmArguments
 from pytest_chvm.settings import Settings
+
+if TYPE_CHECKING:
+    from pytest_chvm.guest.images.inspect import System
+    from pytest_chvm.guest.kernel import Kernel
 
 
 class Held(Protocol):
@@ -74,7 +77,12 @@ def launch(
     if "name" not in fields:
         fields["name"] = f"vm{next(host.vm_numbers)}"
     config = VmConfig(**_defaults(settings, fields), **fields)
-    inspect = partial(inspected_system, settings, host, launch)
+
+    def inspect(kernel: Kernel, config: VmConfig) -> tuple[System, Path]:
+        from pytest_chvm.machine.inspection import inspected_system
+
+        return inspected_system(settings, host, launch, kernel, config)
+
     plan = make_plan(config, settings, host, wait=wait, longest_boot_s=longest_boot_s, inspect=inspect)
     return Launcher(host, owner).start(plan)
 

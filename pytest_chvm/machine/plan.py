@@ -19,7 +19,6 @@ from pytest_chvm.host.limits import processors
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.machine.guest_choice import InspectBy, cache_dir, choose_guest
 from pytest_chvm.machine.nics import check_networks, network_mode
-from pytest_chvm.machine.seeds import with_seed
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 
@@ -73,7 +72,10 @@ def make_plan(
     UnsupportedError where it is to be a clone and cannot be one.
     """
     driver = driver_for(settings, host)
-    config = with_seed(config, cache_dir(settings), host)
+    if config.seed_texts or config.firmware is not None:
+        from pytest_chvm.machine.seeds import with_seed
+
+        config = with_seed(config, cache_dir(settings), host)
     guest = choose_guest(config, settings, host.show_progress, inspect=inspect)
     config = guest.config
     driver.binary()

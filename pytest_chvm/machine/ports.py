@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pytest_chvm.base.steps import Step
 from pytest_chvm.errors import UnsupportedError
-from pytest_chvm.host.relay import NamespaceRelay
 from pytest_chvm.machine.machine import Machine
 from pytest_chvm.model import check_port
+
+if TYPE_CHECKING:
+    from pytest_chvm.host.relay import NamespaceRelay
 
 HIGHEST_TCP_PORT = (1 << 16) - 1
 
@@ -35,6 +38,8 @@ class Ports:
                 self._forwarded[port] = machine.driver.forward_port(machine.handle, port)
             return self._forwarded[port]
         if machine.config.netns is not None:
+            from pytest_chvm.host.relay import NamespaceRelay
+
             if port not in self._relays:
                 self._relays[port] = NamespaceRelay(machine.config.netns, (machine.ip, port))
             return self._relays[port].address

@@ -13,7 +13,6 @@ from pytest_chvm.drivers.boot import CONSOLE_FILE
 from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.guest import renewal
 from pytest_chvm.guest.channels import RenewingChannel
-from pytest_chvm.machine import hotplug
 from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.machine import Machine
 
@@ -66,6 +65,8 @@ def _save_console(machine: Machine, copy: Path) -> None:
 @contextmanager
 def _without_shares(machine: Machine) -> Iterator[None]:
     """Unplug the shared dirs, which no VMM saves, and plug them in again afterwards."""
+    from pytest_chvm.machine import hotplug
+
     shares = list(machine.health.shares)
     unplugged = []
     try:

@@ -18,17 +18,13 @@ from pytest_chvm.base.untouched import Socket
 from pytest_chvm.drivers.base import logger
 from pytest_chvm.errors import GuestCommandError, InvalidConfigError, StopFailedError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.guest import renewal
-from pytest_chvm.guest.search import ConsoleSearch
 from pytest_chvm.machine import hotplug, starts
-from pytest_chvm.machine.carrier import Carrier
 from pytest_chvm.machine.commands import GuestCommands
 from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.events import CLONE, PAUSED, RESUMED, SNAPSHOT, Event
 from pytest_chvm.machine.health import ends_with
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine, Origin
 from pytest_chvm.machine.ports import Ports
-from pytest_chvm.machine.ssh import Ssh
-from pytest_chvm.machine.testinfra import testinfra_host
 from pytest_chvm.model import SharedDir, Tap, VmConfig, VmHandle, VmState, VmStatus, as_path, check_port
 
 SHUTDOWN_TIMEOUT_S = 30.0
@@ -42,8 +38,6 @@ class Vm(GuestCommands):
     def __init__(self, machine: Machine, *, snapshot: Callable[[Machine], Snapshot], release: Callable[[], list[str]]) -> None:
         self._machine = machine
         self._ports = Ports(machine)
-        self._carrier = Carrier(machine, self._ports.address)
-        self._ssh = Ssh(machine, self._ports.address)
         self._snapshot = snapshot
         self._release = release
         self.closed = False
@@ -145,6 +139,8 @@ class Vm(GuestCommands):
         A match may span many lines, of what came within the last 64 KiB. `timeout` is seconds (None: no limit). Raises VmIOError
         after it, and at once when the VMM ends or the guest panics without a match.
         """
+        from pytest_chvm.guest.search import ConsoleSearch
+
         search = ConsoleSearch(self.serial_log, re.compile(pattern))
         deadline = Deadline.after(checked_timeout(timeout))
 
@@ -176,20 +172,14 @@ class Vm(GuestCommands):
         """
         return self._ports.address(port)
 
-    def ssh_command(self, *arguments: str) -> list[str]:
-        """Return the arguments of a program (`subprocess.run`) that logs in as the guest's root over SSH, in each network mode.
-
-        `arguments`: nothing for a login, one line for the guest's shell, several for one program; or, where the first begins with
-        "-", options of ssh(1), as they are. Raises UnsupportedError where the guest has no sshd that root can log into.
-        """
-        return self._ssh.command(*arguments)
-
     @cached_property
     def testinfra(self) -> Any:
         """The VM as a `testinfra.host.Host`, without a network too; MissingRequirementError where that is missing.
 
         Typed as anything, since that one's types know nothing of its modules.
         """
+        from pytest_chvm.machine.testinfra import testinfra_host
+
         return testinfra_host(self, self.name)
 
     def open_channel(self, name: str) -> socket.socket:
@@ -350,7 +340,15 @@ class Vm(GuestCommands):
         self.closed = True
         machine = self._machine
         ending = [] if self._removed else [lambda: self._end(machine.driver.kill, "close()")]
-        if failures := take_all([*ending, *self._ssh.closing(), *self._ports.closing(), machine.close, self._release]):
+        if failures := take_all(
+            [
+                *ending,
+                *(self._ssh.closing() if "_ssh" in self.__dict__ else ()),
+                *self._ports.closing(),
+                machine.close,
+                self._release,
+            ]
+        ):
             raise StopFailedError("; ".join(failures), vm_name=self.name)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.runs import RunPytest
 
-ROOMS = ("collection", "end", "fixtures", "keys", "marker", "options", "protocol", "run")
+ROOMS = ("collection", "end", "expect", "fixtures", "keys", "marker", "options", "protocol", "run")
 LIGHT = {
     *("pytest_chvm", "pytest_chvm.settings", "pytest_chvm.plugin"),
     *("pytest_chvm.base", "pytest_chvm.base.choices", "pytest_chvm.base.untouched"),
