@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_chvm.base.cache import default_cache_dir
 from pytest_chvm.base.progress import Progress, show_progress
 from pytest_chvm.drivers.preflight import preflight
+from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.choice import guest_of
 from pytest_chvm.guest.kernel import Kernel, default_kernel
 from pytest_chvm.guest.kinds import Guest
@@ -31,8 +32,13 @@ def choose_guest(
 ) -> Guest:
     """Return the guest that a config asks for, complete; see `pytest_chvm.guest.choice.guest_of`.
 
-    This is where `preflight` is asked, as soon as there is a kernel. Raises what both do.
+    This is where `preflight` is asked, as soon as there is a kernel. Raises what both do, and InvalidConfigError for two roots.
     """
+    if config.root is not None and config.initramfs is not None:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: root='host' and an initramfs, and the guest's is the built-in one: leave one of them out",
+            vm_name=config.name,
+        )
     is_named = config.kernel is not None or config.firmware is not None
     kernel = None if is_named else built_in_kernel(settings, progress)
     if kernel is not None:

@@ -119,8 +119,6 @@ class VmConfig:
             raise self._invalid(f"root={self.root!r}, expected 'host' or a HostRoot")
         if self.root is not None and self.root_disk is not None:
             raise self._invalid("root='host' and a root_disk, and a guest has one root: leave one of them out")
-        if self.root is not None and self.initramfs is not None:
-            raise self._invalid("root='host' and an initramfs, and the guest's is the built-in one: leave one of them out")
         if self.firmware not in (None, "uefi"):
             raise self._invalid(f"firmware={self.firmware!r}, expected 'uefi'")
         others = [key for key in ("kernel", "initramfs", "cmdline", "root") if getattr(self, key) is not None]

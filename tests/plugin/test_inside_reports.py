@@ -240,7 +240,9 @@ def test_time_limits_outputs_and_exits_are_as_for_other_tests(pytester: pytest.P
     assert result.ret == pytest.ExitCode.INTERRUPTED
     result.assert_outcomes(failed=1)
     timed_out = "E       Failed: Timeout (>1.0s) from pytest-timeout."
-    result.stdout.fnmatch_lines(["*SETUP *tmp_path *shown at once", ">       time.sleep(60)", timed_out, "*Exit: enough*"])
+    result.stdout.fnmatch_lines(
+        ["*SETUP *tmp_path *", "*test_too_long *shown at once", ">       time.sleep(60)", timed_out, "*Exit: enough*"]
+    )
     stopped = run_inside("-x", "--maxfail=1", "-k", "too_long or never")
     stopped.assert_outcomes(failed=1)
     planned = run_inside("--setup-plan", "-k", "never")

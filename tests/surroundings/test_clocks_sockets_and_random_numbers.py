@@ -34,7 +34,14 @@ REPLACED = {
     "socket.create_server", "socket.create_connection", "uuid.uuid4", "os.urandom",
 }  # fmt: skip
 # In a process of its own, or not in a test's.
-ELSEWHERE = {"base/untouched.py", "host/keeper/keeper.py", "host/keeper/logbound.py", "lab/__init__.py", "lab/agent.py"}
+ELSEWHERE = {
+    "base/untouched.py",
+    "host/keeper/keeper.py",
+    "host/keeper/logbound.py",
+    "lab/__init__.py",
+    "lab/agent.py",
+    "plugin/inside/program.py",
+}
 
 
 @pytest.fixture(params=FREEZERS.values(), ids=FREEZERS.keys())
