@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_chvm.base.cache import default_cache_dir
 from pytest_chvm.base.progress import Progress, show_progress
+from pytest_chvm.drivers.disks import default_cmdline
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.choice import guest_of
@@ -47,7 +49,12 @@ def choose_guest(
     look = None
     if inspect is not None and config.root_disk is not None and config.firmware is None:
         look = partial(inspect, kernel or built_in_kernel(settings, progress))
-    return guest_of(config, kernel, cache_dir(settings), progress, look)
+    guest = guest_of(config, kernel, cache_dir(settings), progress, look)
+    extra = guest.config.cmdline_extra
+    if not extra:
+        return guest
+    cmdline = default_cmdline(guest.config) if guest.config.cmdline is None else guest.config.cmdline
+    return replace(guest, config=guest.config.replace(cmdline=f"{cmdline} {extra}".strip(), cmdline_extra=None))
 
 
 def cache_dir(settings: Settings) -> Path:

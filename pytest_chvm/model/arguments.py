@@ -20,6 +20,7 @@ class ConfigArguments(TypedDict, total=False):
     kernel: StrPath | None
     initramfs: StrPath | None
     cmdline: str | None
+    cmdline_extra: str | None
     cpus: int
     memory_mb: int
     root: Literal["host"] | HostRoot | None

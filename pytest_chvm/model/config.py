@@ -34,6 +34,7 @@ class VmConfig:
     A field that has its default value counts as not given: `launch` and `chvm_vm` then take the value from the marker, the options
     or the test's name. To insist on a default value, give it as an argument: `launch(config, cpus=1)`.
 
+    `cmdline` takes the place of the default kernel command line, `cmdline_extra` is added to the one or the other.
     `root="host"`, or a `HostRoot`: the guest's root is the host's, read-only, below a layer that goes with the VM.
     `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
     `channels` are names of virtio-serial ports: `/dev/virtio-ports/<name>` in the guest where udev runs, `vm.open_channel(name)`
@@ -50,6 +51,7 @@ class VmConfig:
     kernel: Path | None = None
     initramfs: Path | None = None
     cmdline: str | None = None
+    cmdline_extra: str | None = None
     cpus: int = 1
     memory_mb: int = 256
     root: Literal["host"] | HostRoot | None = None
@@ -99,11 +101,12 @@ class VmConfig:
                 raise self._invalid(f"{key}={value!r}, expected a whole number, {least} or more")
         if not isinstance(self.outbound, bool):
             raise self._invalid(f"outbound={self.outbound!r}, expected True or False")
-        if self.cmdline is not None:
-            if not isinstance(self.cmdline, str):
-                raise self._invalid(f"cmdline={self.cmdline!r}, expected a string")
-            if "\n" in self.cmdline or "\0" in self.cmdline:
-                raise self._invalid("cmdline has a newline or NUL, which no kernel command line can have")
+        for key in ("cmdline", "cmdline_extra"):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, str):
+                raise self._invalid(f"{key}={value!r}, expected a string")
+            if value is not None and ("\n" in value or "\0" in value):
+                raise self._invalid(f"{key} has a newline or NUL, which no kernel command line can have")
         if self.netns is not None and (
             not isinstance(self.netns, str) or not re.fullmatch(r"[^/\s\0]{1,255}", self.netns) or self.netns in (".", "..")
         ):

@@ -13,6 +13,7 @@ from pytest_chvm.plugin.end import pytest_terminal_summary as pytest_terminal_su
 from pytest_chvm.plugin.end import pytest_unconfigure as pytest_unconfigure
 from pytest_chvm.plugin.fixtures import chvm_driver as chvm_driver
 from pytest_chvm.plugin.fixtures import chvm_kernel as chvm_kernel
+from pytest_chvm.plugin.fixtures import chvm_ktap as chvm_ktap
 from pytest_chvm.plugin.fixtures import chvm_network as chvm_network
 from pytest_chvm.plugin.fixtures import chvm_settings as chvm_settings
 from pytest_chvm.plugin.fixtures import chvm_vm as chvm_vm

@@ -19,6 +19,7 @@ from pytest_chvm.settings import Settings
 if TYPE_CHECKING:
     from pytest_chvm.drivers.base import VmDriver
     from pytest_chvm.plugin.factory import VmFactory
+    from pytest_chvm.plugin.ktap import Ktap
 
 ONE_KERNEL_ONLY = (
     "gets its VM by getfixturevalue, which pytest does not see when it collects: mark it with @pytest.mark.chvm to have it run "
@@ -76,6 +77,14 @@ def chvm_vm_factory(
 def chvm_network(chvm_vm: VmFactory) -> Any:
     """Factory of isolated networks for several VMs of the test: `chvm_vm(networks=[net])`."""
     return chvm_vm.network
+
+
+@pytest.fixture
+def chvm_ktap(request: pytest.FixtureRequest) -> Ktap:
+    """Runs a test program in a VM that prints KTAP or TAP, and reports each of its results: `chvm_ktap(vm, "/mnt/tests/run")`."""
+    from pytest_chvm.plugin.ktap import Ktap
+
+    return Ktap(request)
 
 
 def _factory(

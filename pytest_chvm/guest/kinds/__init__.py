@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from pytest_chvm.guest.kernel import Kernel
 from pytest_chvm.guest.ready import DEFAULT_MARKER
 from pytest_chvm.model import CommandResult, SharedDir, VmConfig
 
@@ -19,7 +20,7 @@ Run = Callable[[str, bytes | None], CommandResult]
 class Guest(ABC):
     """What is booted: a complete config, and the nonce that its ready line must have, if any.
 
-    `lacks` says in words why it may lack drivers.
+    `lacks` says in words why it may lack drivers. `kernel` is the config's as it was before it was unpacked (None: as it is there).
     """
 
     # Whether its first VM is a clone too: its template is known to boot. Of another guest the first VM shows whether it does.
@@ -36,6 +37,7 @@ class Guest(ABC):
     config: VmConfig
     nonce: str | None = None
     lacks: str | None = None
+    kernel: Kernel | None = None
 
     def words(self, marker: str) -> list[str]:
         """Return what the guest is told beside its networks, on its kernel command line or as a clone."""

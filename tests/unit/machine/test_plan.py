@@ -52,3 +52,17 @@ def test_a_vm_that_must_be_a_clone_and_cannot_be_is_refused(plan):
 def test_networks_that_it_cannot_be_on_are_refused_before_anything_is_taken_from_the_host(plan):
     with pytest.raises(UnsupportedError, match="outbound=False goes with"):
         plan({"network": "tap"}, outbound=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "cmdline"),
+    [
+        ({"cmdline": "quiet", "cmdline_extra": "slub_debug=FZP"}, "quiet slub_debug=FZP"),
+        ({"cmdline": None, "cmdline_extra": "slub_debug=FZP"}, "console=ttyS0 slub_debug=FZP"),
+        ({"cmdline": "", "cmdline_extra": "slub_debug=FZP"}, "slub_debug=FZP"),
+        ({"cmdline": "quiet", "cmdline_extra": ""}, "quiet"),
+        ({"cmdline": "quiet"}, "quiet"),
+    ],
+)
+def test_what_is_extra_is_added_to_the_command_line_that_there_would_be(plan, given, cmdline):
+    assert plan(**given).guest.config.cmdline == cmdline

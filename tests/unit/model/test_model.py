@@ -86,8 +86,9 @@ def test_paths(key, tmp_path):
 
 @pytest.mark.parametrize("value", ["a\nb", "a\0b", 5, ["quiet"]])
 def test_command_lines_that_cannot_be(value):
-    with pytest.raises(InvalidConfigError, match="cmdline"):
-        VmConfig(cmdline=value)
+    for key in ("cmdline", "cmdline_extra"):
+        with pytest.raises(InvalidConfigError, match=f"{key}[= ]"):
+            VmConfig(**{key: value})
 
 
 @pytest.mark.parametrize("tag", ["", "x" * 37, "a b", "a/b", "..", ".a", "-a", "a,b", "größe", "a\n", None, 5, b"a"])
