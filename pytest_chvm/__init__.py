@@ -19,6 +19,7 @@ _HOMES = {
     "GuestOutput": "machine.process",
     "Snapshot": "machine.vm",
     "Device": "machine.device",
+    "GuestKernel": "machine.kernel",
     **dict.fromkeys(("ConfigArguments", "VmArguments"), "model.arguments"),
     "Settings": "settings",
     "VmDriver": "drivers.base",

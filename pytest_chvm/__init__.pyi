@@ -23,6 +23,7 @@ from pytest_chvm.errors import VmError as VmError
 from pytest_chvm.errors import VmIOError as VmIOError
 from pytest_chvm.errors import VmNotFoundError as VmNotFoundError
 from pytest_chvm.machine.device import Device as Device
+from pytest_chvm.machine.kernel import GuestKernel as GuestKernel
 from pytest_chvm.machine.launcher import launch as launch
 from pytest_chvm.machine.process import GuestOutput as GuestOutput
 from pytest_chvm.machine.process import GuestProcess as GuestProcess

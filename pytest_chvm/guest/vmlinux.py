@@ -27,7 +27,7 @@ def unpacked_kernel(image: Path, cache: Path) -> Path:
     key = hashlib.sha256(f"{image}\0{found.st_size}\0{found.st_mtime_ns}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     def build(directory: Path) -> None:
-        kernel = _payload(image)
+        kernel = kernel_inside(image)
         if kernel is not None and _has_pvh_entry(kernel):
             (directory / "vmlinux").write_bytes(kernel)
 
@@ -35,7 +35,8 @@ def unpacked_kernel(image: Path, cache: Path) -> Path:
     return unpacked if unpacked.exists() else image
 
 
-def _payload(image: Path) -> bytes | None:
+def kernel_inside(image: Path) -> bytes | None:
+    """Return the kernel inside a bzImage; None where it is no bzImage, or packed in a way that is not known."""
     data = image.read_bytes()
     if data[0x202:0x206] != b"HdrS":
         return None

@@ -34,7 +34,8 @@ class VmFactory:
 
     `defaults` are arguments of every call (a marker's); logs go below `log_dir`. VMs without a name get `name` and a number. No
     boot is waited for longer than `longest_boot_s`, whoever asks for more. `at_end_of_caller` has something done at the end of the
-    fixture or test that runs. Only the process that made it ends anything, not one that was forked from that.
+    fixture or test that runs. `check` is called with each VM that is ready. Only the process that made it ends anything, not one
+    that was forked from that.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class VmFactory:
         longest_boot_s: float | None = None,
         at_end_of_caller: Callable[[Callable[[], None]], None] | None = None,
         test: str | None = None,
+        check: Callable[[Vm], None] | None = None,
     ) -> None:
         self.settings = settings
         self._host = host
         self._test = test or name
+        self._check = check
         self._leases: list[Lease] = []
         self.vms: list[Vm] = []
         self._snapshots: list[Snapshot] = []
@@ -81,7 +84,10 @@ class VmFactory:
         if given.get("serial_log") is None and isinstance(given["name"], str) and NAME_PATTERN.fullmatch(given["name"]):
             given["serial_log"] = self.new_log(given["name"])
         settings = self.settings.with_arguments({"boot_timeout": given.pop("boot_timeout", None)})
-        return launch(settings=settings, owner=self, host=self._host, longest_boot_s=self._longest_boot_s, **given)
+        vm = launch(settings=settings, owner=self, host=self._host, longest_boot_s=self._longest_boot_s, **given)
+        if self._check is not None and given.get("wait", True):
+            self._check(vm)
+        return vm
 
     def new_log(self, name: str) -> Path:
         """Return where the serial log of a VM goes; an earlier one's of that name is left as it is."""

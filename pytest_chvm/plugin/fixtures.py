@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,14 @@ import pytest
 
 from pytest_chvm.plugin.expect import expect_vms
 from pytest_chvm.plugin.keys import factories_key, in_guest_key, item_key, settings_key
-from pytest_chvm.plugin.marker import marker_arguments
+from pytest_chvm.plugin.marker import OF_KERNEL, marker_arguments, vm_arguments
 from pytest_chvm.plugin.protocol import at_end_of_caller
 from pytest_chvm.plugin.run import begin_host, worker_of
 from pytest_chvm.settings import Settings
 
 if TYPE_CHECKING:
     from pytest_chvm.drivers.base import VmDriver
+    from pytest_chvm.machine.vm import Vm
     from pytest_chvm.plugin.factory import VmFactory
     from pytest_chvm.plugin.ktap import Ktap
 
@@ -55,13 +56,24 @@ def chvm_vm(
     request: pytest.FixtureRequest, chvm_settings: Settings, chvm_kernel: Path | None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VmFactory]:
     """Factory of VMs that end with the test: `vm = chvm_vm(kernel=..., shared_dirs=...)` boots one and blocks until it is ready."""
-    defaults = marker_arguments(request.node)
-    defaults.pop("inside", None)
+    defaults = vm_arguments(request.node)
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if len(chvm_settings.kernel) > 1 and "kernel" not in defaults and "chvm_kernel" not in parameters:
         request.node.warn(pytest.PytestWarning(f"{request.node.nodeid} {ONE_KERNEL_ONLY}: {chvm_kernel}"))
     longest_boot_s = _longest_boot_s(request.config, request.node)
-    yield from _factory(request, chvm_settings, chvm_kernel, tmp_path_factory, request.node.name, defaults, longest_boot_s)
+    check = _kernel_check(request.node)
+    yield from _factory(request, chvm_settings, chvm_kernel, tmp_path_factory, request.node.name, defaults, longest_boot_s, check)
+
+
+def _kernel_check(item: pytest.Item) -> Callable[[Vm], None] | None:
+    """Return what looks at the kernel of a test's VM, where its marker says that it has to be of some kind."""
+    if not OF_KERNEL & marker_arguments(item).keys():
+        return None
+    from functools import partial
+
+    from pytest_chvm.plugin.kernel_needs import check_kernel_of
+
+    return partial(check_kernel_of, item)
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +107,7 @@ def _factory(
     name: str,
     defaults: dict[str, Any],
     longest_boot_s: float | None,
+    check: Callable[[Vm], None] | None = None,
 ) -> Iterator[VmFactory]:
     if in_guest_key in request.config.stash:
         from pytest_chvm.errors import UnsupportedError
@@ -107,7 +120,7 @@ def _factory(
     if kernel is not None:
         defaults = {"kernel": kernel, **defaults}
     test = getattr(request.node, "nodeid", None) or "(session)"
-    factory = new_factory(request.session, settings, tmp_path_factory, name, test, defaults, longest_boot_s)
+    factory = new_factory(request.session, settings, tmp_path_factory, name, test, defaults, longest_boot_s, check)
     try:
         yield factory
     finally:
@@ -122,6 +135,7 @@ def new_factory(
     test: str,
     defaults: dict[str, Any],
     longest_boot_s: float | None,
+    check: Callable[[Vm], None] | None = None,
 ) -> VmFactory:
     """Return a factory of VMs for a test, which its reports know of; whoever asks for it closes it."""
     from functools import cache
@@ -140,6 +154,7 @@ def new_factory(
         longest_boot_s=longest_boot_s,
         at_end_of_caller=lambda end: at_end_of_caller(config, end),
         test=test,
+        check=check,
     )
     config.stash[factories_key].append(factory)
     return factory

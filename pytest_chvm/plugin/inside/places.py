@@ -14,7 +14,7 @@ from pytest_chvm.plugin.inside import coverage_home
 from pytest_chvm.plugin.inside.resident import resident_pytest
 from pytest_chvm.plugin.inside.session import GuestPytest, Runs
 from pytest_chvm.plugin.keys import settings_key
-from pytest_chvm.plugin.marker import inside_of, marker_arguments
+from pytest_chvm.plugin.marker import inside_of, marker_arguments, vm_arguments
 from pytest_chvm.plugin.run import begin_host
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def place_for(item: pytest.Item) -> Place:
     settings = config.stash[settings_key]
     kernel = _kernel(item)
     defaults: dict[str, Any] = {"memory_mb": max(settings.memory_mb, MEMORY_MB), **({"kernel": kernel} if kernel else {})}
-    defaults |= marker_arguments(item)
-    defaults.pop("inside", None)
+    defaults |= vm_arguments(item)
     temporary = config._tmp_path_factory  # type: ignore[attr-defined]
     factory = new_factory(item.session, settings, temporary, item.name, item.nodeid, defaults, None)
     return Place(kind_of_place(item), config, factory)

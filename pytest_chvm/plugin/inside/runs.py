@@ -16,6 +16,7 @@ from pytest_chvm.plugin.inside.checks import check_inside
 from pytest_chvm.plugin.inside.places import Place, follower, kind_of_place, place_for
 from pytest_chvm.plugin.inside.session import GuestPytest
 from pytest_chvm.plugin.inside.wire import relay_warning, unpack_report
+from pytest_chvm.plugin.kernel_needs import check_kernel
 from pytest_chvm.plugin.marker import inside_of
 
 # The guest's own time limit is to end a test first: its report shows where that was.
@@ -145,6 +146,7 @@ class InsideRuns:
 
     def _set_up(self, item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestReport:
         check_inside(item)
+        check_kernel(item)
         if self._place is not None and self._place.what != kind_of_place(item):
             self._leave()
         if self._place is None:

@@ -1,0 +1,58 @@
+"""`GuestKernel`: the kernel that a guest runs."""
+
+from __future__ import annotations
+
+from pytest_chvm.errors import UnsupportedError
+from pytest_chvm.guest.kernel import Kernel, inspect_kernel
+from pytest_chvm.guest.kernel_config import KernelConfig, config_of, unpacked_config
+from pytest_chvm.machine.machine import Machine
+
+
+class GuestKernel:
+    """The kernel of a VM's guest, as `Vm.kernel` returns it: asked each time, since it may be another one after a reboot."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    @property
+    def release(self) -> str:
+        """Its release, as `uname -r` says it: "6.1.0-18-amd64"."""
+        return self._said("uname -r").strip()
+
+    @property
+    def version(self) -> str:
+        """Which build of it this is, as `uname -v` says it: "#1 SMP Debian 6.1.76-1 (2024-02-01)"."""
+        return self._said("uname -v").strip()
+
+    @property
+    def config(self) -> KernelConfig:
+        """How it was configured, from `/proc/config.gz`, what belongs to its file on the host, or what its image has in `/boot`.
+
+        Raises UnsupportedError where none of these has it.
+        """
+        packed = self._machine.run("cat /proc/config.gz 2>/dev/null", input=None).stdout_bytes
+        if packed and (text := unpacked_config(packed)):
+            return KernelConfig(text)
+        if (found := config_of(self._kernel)) is not None:
+            return found
+        release = self.release
+        script = "r=$(uname -r); cat /boot/config-$r 2>/dev/null || cat /lib/modules/$r/config 2>/dev/null"
+        if config := KernelConfig(self._machine.run(script, input=None).stdout):
+            return config
+        name = self._machine.name
+        raise UnsupportedError(
+            f"VM {name!r}: how its kernel {release} was configured is not known: it has no /proc/config.gz "
+            f"(CONFIG_IKCONFIG_PROC), and beside its file {str(self._kernel.image)!r} is no config-{release}",
+            vm_name=name,
+        )
+
+    @property
+    def _kernel(self) -> Kernel:
+        guest = self._machine.guest
+        assert guest.config.kernel is not None
+        return guest.kernel or inspect_kernel(guest.config.kernel)
+
+    def _said(self, command: str) -> str:
+        done = self._machine.run(command, input=None)
+        self._machine.check_succeeded(done)
+        return done.stdout
