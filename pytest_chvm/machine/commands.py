@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_chvm.base.steps import Step
+from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.commands import place_of, shown
 from pytest_chvm.machine.events import COMMAND, GET, POPEN, PUT, WAIT
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine
@@ -81,6 +82,35 @@ class GuestCommands:
         done = self.run(command, timeout=timeout, input=input, cwd=cwd, env=env, user=user)
         self._machine.check_succeeded(done)
         return done.stdout
+
+    def run_host_binary(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        timeout: float | None = RUN_TIMEOUT_S,
+        input: str | bytes | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+    ) -> CommandResult:
+        """Run a program of the host's in the built-in guest, which gets it and the libraries that it loads (`ldd`) first.
+
+        `command` has its path, or its name on the host's PATH, and its arguments; the rest is as of `run`. Files that it reads and
+        plugins that it loads have to be put there too, or are there with `root="host"`. Raises InvalidConfigError where
+        there is no such program, UnsupportedError for an image, and what `run` and `put` do.
+        """
+        from pytest_chvm.guest.host_binary import host_binary
+        from pytest_chvm.machine import host_binaries
+
+        if isinstance(command, str | bytes) or not command:
+            raise InvalidConfigError(f"command {command!r}: expected a list of one program's arguments")
+        arguments = [os.fsdecode(word) for word in command]
+        if self._machine.guest.has_host_files:
+            return self.run(arguments, timeout=timeout, input=input, cwd=cwd, env=env, user=user)
+        binary = host_binary(arguments[0])
+        host_binaries.bring(self._machine, binary, lambda source, place: self.put(source, place))
+        given = {**({"LD_LIBRARY_PATH": binary.library_path} if binary.libraries else {}), **(env or {})}
+        return self.run([binary.place, *arguments[1:]], timeout=timeout, input=input, cwd=cwd, env=given, user=user)
 
     def popen(
         self,

@@ -33,24 +33,26 @@ class GuestKernel:
         packed = self._machine.run("cat /proc/config.gz 2>/dev/null", input=None).stdout_bytes
         if packed and (text := unpacked_config(packed)):
             return KernelConfig(text)
-        if (found := config_of(self._kernel)) is not None:
+        if (kernel := self._kernel) is not None and (found := config_of(kernel)) is not None:
             return found
         release = self.release
         script = "r=$(uname -r); cat /boot/config-$r 2>/dev/null || cat /lib/modules/$r/config 2>/dev/null"
         if config := KernelConfig(self._machine.run(script, input=None).stdout):
             return config
         name = self._machine.name
+        beside = f", and beside its file {str(kernel.image)!r} is no config-{release}" if kernel is not None else ""
         raise UnsupportedError(
-            f"VM {name!r}: how its kernel {release} was configured is not known: it has no /proc/config.gz "
-            f"(CONFIG_IKCONFIG_PROC), and beside its file {str(self._kernel.image)!r} is no config-{release}",
+            f"VM {name!r}: how its kernel {release} was configured is not known: the guest has neither /proc/config.gz "
+            f"(CONFIG_IKCONFIG_PROC) nor /boot/config-{release}{beside}",
             vm_name=name,
         )
 
     @property
-    def _kernel(self) -> Kernel:
+    def _kernel(self) -> Kernel | None:
+        """Its kernel's file on the host; None where that is the image's affair."""
         guest = self._machine.guest
-        assert guest.config.kernel is not None
-        return guest.kernel or inspect_kernel(guest.config.kernel)
+        image = guest.config.kernel
+        return guest.kernel or (inspect_kernel(image) if image is not None else None)
 
     def _said(self, command: str) -> str:
         done = self._machine.run(command, input=None)

@@ -31,6 +31,9 @@ class Guest(ABC):
     boot_timeout_s: ClassVar[float] = 60.0
     # A shell script that says what a boot is still waiting for, where there is more to say than the console does.
     boot_state: ClassVar[str | None] = None
+    # Whether the host's programs run in it as they are, and whether their libraries may be put where the host has them.
+    has_host_files: ClassVar[bool] = False
+    takes_host_libraries: ClassVar[bool] = False
     # What runs its commands, a kind of `pytest_chvm.guest.channels`.
     channel: ClassVar[str] = "console"
 

@@ -32,6 +32,7 @@ LONGEST_ARGUMENT = 100_000
 class HostRootGuest(BuiltInGuest):
     """The built-in guest, whose first shared dir becomes the root of its commands."""
 
+    has_host_files: ClassVar[bool] = True
     more_modules: ClassVar[tuple[str, ...]] = ("overlay",)
 
     @staticmethod
