@@ -39,6 +39,7 @@ BAIL_OUT = re.compile(r"Bail out!\s*(.*)", re.I)
 END = re.compile(r"Kernel panic - not syncing|reboot: System halted|List of all partitions:")
 # The runner of kselftest puts this before what a test program says.
 QUOTE = "# "
+NOTHING = "it says nothing of any test: expected lines like 'ok 1 name', in KTAP or TAP"
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +264,7 @@ class _Parser:
         results = tuple(result for test in top.tests for result in _results(test, ()))
         skipped = top.skipped if not results else None
         if not results and skipped is None and not self._problems:
-            self._problem("it says nothing of any test: expected lines like 'ok 1 name', in KTAP or TAP")
+            self._problem(NOTHING)
         return KtapReport(results, tuple(self._problems), skipped)
 
 

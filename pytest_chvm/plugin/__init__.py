@@ -7,6 +7,7 @@ from pytest_chvm.plugin.collection import pytest_collection_finish as pytest_col
 from pytest_chvm.plugin.collection import pytest_collection_modifyitems as pytest_collection_modifyitems
 from pytest_chvm.plugin.collection import pytest_configure_node as pytest_configure_node
 from pytest_chvm.plugin.collection import pytest_generate_tests as pytest_generate_tests
+from pytest_chvm.plugin.collection import pytest_ignore_collect as pytest_ignore_collect
 from pytest_chvm.plugin.collection import pytest_report_collectionfinish as pytest_report_collectionfinish
 from pytest_chvm.plugin.end import pytest_sessionfinish as pytest_sessionfinish
 from pytest_chvm.plugin.end import pytest_terminal_summary as pytest_terminal_summary

@@ -7,15 +7,28 @@ from typing import Any
 import pytest
 
 from pytest_chvm.plugin.expect import expect_vms
-from pytest_chvm.plugin.keys import DEFAULT_ARTIFACTS, VM_FIXTURES, controller_key, in_guest_key, settings_key
+from pytest_chvm.plugin.keys import DEFAULT_ARTIFACTS, KSELFTEST, KUNIT, VM_FIXTURES, controller_key, in_guest_key, settings_key
 from pytest_chvm.plugin.marker import inside_of
 from pytest_chvm.plugin.run import run_id
 from pytest_chvm.settings import Settings
 
 
+def _has_kernel_tests(config: pytest.Config) -> bool:
+    return in_guest_key not in config.stash and bool(config.getoption(KSELFTEST) or config.getoption(KUNIT))
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Leave out the tests that a run without arguments would have, where it is one of the kernel's tests."""
+    return True if _has_kernel_tests(config) and config.args_source is not pytest.Config.ArgsSource.ARGS else None
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test that uses a VM, before -m selects."""
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """Add the kernel's own tests, and mark each test that uses a VM, before -m selects."""
+    if _has_kernel_tests(session.config):
+        from pytest_chvm.plugin.kernel_tests import collect
+
+        items.extend(collect(session))
     for item in items:
         if VM_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("chvm")

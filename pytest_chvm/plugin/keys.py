@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pytest_chvm.plugin.xdist import Controller
 
 VM_FIXTURES = {"chvm_vm", "chvm_vm_factory", "chvm_network"}
+# The options that name tests of the kernel's own.
+KSELFTEST, KUNIT = "chvm_kselftest", "chvm_kunit"
 DEFAULT_ARTIFACTS = "chvm-artifacts"
 
 settings_key = pytest.StashKey[Settings]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,13 +37,15 @@ class Ktap:
         cwd: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         user: str | None = None,
+        by_status: bool = False,
     ) -> KtapReport:
         """Run a command in a VM that prints KTAP or TAP to its standard output, and return what it said.
 
         The arguments are those of `Vm.run`. Each result is a subtest of the test's where pytest has subtests (from 9 on, or with
         pytest-subtests), else all that failed are one failure. The test fails as well where a plan was not finished, where the
         program ended with an error that no result shows, and after `timeout` seconds, with the results that came before. It is
-        skipped where the program says that there is nothing to run.
+        skipped where the program says that there is nothing to run. `by_status`: it need not print any result, its exit status is
+        one: 0 for passed, 4 for skipped.
         """
         __tracebackhide__ = True
         from pytest_chvm.errors import VmError
@@ -56,21 +59,36 @@ class Ktap:
             end = error
             if not lines:
                 raise
-        return self._report(lines, returncode, end)
+        return self._report(lines, returncode, end, by_status=by_status)
 
     def parse(self, text: str) -> KtapReport:
         """Report the results in a text, as of a command that printed it and succeeded: of a log, for instance."""
         __tracebackhide__ = True
         return self._report(text.splitlines(), 0, None)
 
-    def _report(self, lines: Sequence[str], returncode: int | None, end: Exception | None) -> KtapReport:
+    def kunit(self, vm: Vm, module: str | os.PathLike[str] | None = None) -> KtapReport:
+        """Report what KUnit says in a VM's kernel log: of the suites that ran when it booted, or of a module that is loaded for it.
+
+        `module` is a file of the host's. A log that no longer has its beginning is an error: give the VM a larger one
+        (`cmdline_extra="log_buf_len=4M"`).
+        """
+        __tracebackhide__ = True
+        from pytest_chvm.machine.kunit import boot_log, log_of_module
+
+        return self.parse(boot_log(vm) if module is None else log_of_module(vm, Path(module)))
+
+    def _report(
+        self, lines: Sequence[str], returncode: int | None, end: Exception | None, *, by_status: bool = False
+    ) -> KtapReport:
         """Report what a program has printed and how it ended; `end` is what befell it."""
         __tracebackhide__ = True
         from pytest_chvm.base.text import clean_text
-        from pytest_chvm.guest.ktap import parse_ktap
+        from pytest_chvm.guest.ktap import NOTHING, KtapReport, parse_ktap
 
         report = parse_ktap(lines)
         output = clean_text("".join(f"{line.rstrip()}\n" for line in lines)[-SHOWN_CHARACTERS:]).strip()
+        if by_status and not report.results and report.problems == (NOTHING,):
+            report = KtapReport()
         if not report.results and (report.skipped is not None or returncode == SKIPPED):
             pytest.skip(report.skipped or output or "the program has skipped itself")
         failures = [_shown(result) for result in report.results if result.outcome == "failed"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pytest_chvm.base.untouched import random_hex
-from pytest_chvm.plugin.keys import factories_key, failures_key, making_key, pid_key, run_key, settings_key
+from pytest_chvm.plugin.keys import KSELFTEST, KUNIT, factories_key, failures_key, making_key, pid_key, run_key, settings_key
 from pytest_chvm.plugin.run import claim_default_host
 from pytest_chvm.settings import OPTIONS, Settings
 
@@ -30,6 +30,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         if option.number is not None:
             kind = _number_kind(option.number)
         parser.addini(option.ini_key, option.help, type=kind, default=None)
+    for dest, metavar, text in (
+        (
+            KSELFTEST,
+            "DIR",
+            "run the programs of a target of kselftest, TREE/tools/testing/selftests/TARGET, each in a VM with the host's files",
+        ),
+        (KUNIT, "MODULE", "run the KUnit tests of a kernel module (a path), or those built into the kernel (boot), in a VM"),
+    ):
+        group.addoption(f"--{dest.replace('_', '-')}", dest=dest, action="append", default=[], metavar=metavar, help=text)
 
 
 def _number_kind(number: type[int | float]) -> Any:
