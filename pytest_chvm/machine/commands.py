@@ -14,7 +14,7 @@ from pytest_chvm.guest.commands import place_of, shown
 from pytest_chvm.machine.events import COMMAND, GET, POPEN, PUT, WAIT
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine
 from pytest_chvm.machine.ports import Ports
-from pytest_chvm.model import CommandResult
+from pytest_chvm.model import CommandResult, as_path
 
 # What only some tests use is imported by them: each process that starts a VM would wait for it.
 if TYPE_CHECKING:
@@ -250,6 +250,19 @@ class GuestCommands:
 
     def _carry(self, timeout: float | None) -> Carry:
         return lambda script: self._carrier.open(script, timeout)
+
+    def collect_gcov(self, directory: str | os.PathLike[str]) -> Path:
+        """Bring what a kernel with CONFIG_GCOV_KERNEL has counted so far into a directory of the host's; returns its path.
+
+        Below it the files (`.gcda`) lie by the paths of the tree that the kernel was built in, as gcov(1) and lcov(1) take them,
+        beside links to that tree's `.gcno` where it is on this host; earlier ones are replaced. Raises UnsupportedError where the
+        kernel counts nothing, and what `get` does.
+        """
+        from pytest_chvm.machine import gcov
+
+        target = as_path("directory", directory)
+        gcov.collect(self._machine, target, lambda source, place: self.get(source, place))
+        return target
 
 
 def _bytes(text: str | bytes | None) -> bytes | None:
