@@ -12,6 +12,7 @@ from pytest_chvm.errors import GuestOopsError as GuestOopsError
 from pytest_chvm.errors import GuestPanicError as GuestPanicError
 from pytest_chvm.errors import GuestRebootError as GuestRebootError
 from pytest_chvm.errors import GuestShutdownError as GuestShutdownError
+from pytest_chvm.errors import GuestSplatError as GuestSplatError
 from pytest_chvm.errors import HostError as HostError
 from pytest_chvm.errors import HypervisorError as HypervisorError
 from pytest_chvm.errors import InvalidConfigError as InvalidConfigError
@@ -31,10 +32,12 @@ from pytest_chvm.machine.vm import Snapshot as Snapshot
 from pytest_chvm.machine.vm import Vm as Vm
 from pytest_chvm.model import CommandResult as CommandResult
 from pytest_chvm.model import HostRoot as HostRoot
+from pytest_chvm.model import KernelMessage as KernelMessage
 from pytest_chvm.model import Network as Network
 from pytest_chvm.model import ProcessIdentity as ProcessIdentity
 from pytest_chvm.model import SharedDir as SharedDir
 from pytest_chvm.model import SocketPairFd as SocketPairFd
+from pytest_chvm.model import Splat as Splat
 from pytest_chvm.model import Tap as Tap
 from pytest_chvm.model import UserNetwork as UserNetwork
 from pytest_chvm.model import VmConfig as VmConfig

@@ -80,7 +80,11 @@ class GuestShutdownError(GuestError):
     """The guest powered itself off without being asked to."""
 
 
-class GuestOopsError(GuestError):
+class GuestSplatError(GuestError):
+    """The guest's kernel has reported that something is wrong with it, and went on; the message has the whole report."""
+
+
+class GuestOopsError(GuestSplatError):
     """The guest's kernel had an oops and went on."""
 
 

@@ -139,6 +139,7 @@ class Settings:
     accel: str = _choice(get_args(Accel), "how QEMU runs guests (default: auto: KVM where it works, else in software)")
     network: str = _choice(get_args(NetworkMode), "network of a VM (default: auto: a TAP where one can be made)")
     boot: str = _choice(get_args(BootWay), "whether a VM may be a copy of a booted one (default: auto)")
+    kernel_splat: str = _choice(("warn", "fail", "ignore"), "what a test does when a guest's kernel reports a bug (default: warn)")
     missing: str = _choice(("fail", "skip"), "what a test does when a VM cannot be had on this machine (default: fail)")
     keep: str = _choice(("never", "failed", "always"), "whose logs to keep below --chvm-artifacts (default: never)")
     artifacts: Path | None = _option(_path, None, "directory for the logs that --chvm-keep keeps (default: chvm-artifacts)", "DIR")

@@ -17,6 +17,8 @@ from pytest_chvm.model import VmConfig
 # In a snapshot's directory, beside the VMM's own: the memory where it is a file, and the console's log up to then.
 MEMORY_FILE = "memory"
 CONSOLE_FILE = "console.log"
+# The time of the last message of the kernel's by then.
+KERNEL_TIME_FILE = "kernel-time"
 # What a VM writes to its root disk: in its run directory, and in a snapshot's, where it is never written again.
 ROOT_FILE = "root.qcow2"
 

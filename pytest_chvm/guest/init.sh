@@ -4,8 +4,11 @@
 export PATH=/sbin:/bin:/usr/sbin:/usr/bin HOME=/root TERM=dumb
 mount -t devtmpfs dev /dev 2>/dev/null
 mkdir -p /dev/pts /dev/shm
-# In one process, as it takes milliseconds of an emulated guest.
-mount -a -T /lib/chvm/fstab
+# In one process, as it takes milliseconds of an emulated guest. Not every kernel has all of them.
+mount -a -T /lib/chvm/fstab 2>/dev/null
+# What the kernel warns of is on its console too, from where the host reads it while it can: also with `quiet`.
+read -r level _ </proc/sys/kernel/printk
+[ $level -ge 5 ] || echo 5 >/proc/sys/kernel/printk
 mount -t cgroup2 cgroup /sys/fs/cgroup 2>/dev/null
 ln -s /proc/self/fd /dev/fd
 ln -s fd/0 /dev/stdin

@@ -38,8 +38,6 @@ PANIC = re.compile(
     rb"(?:(?:^|[\r\n])(?:<\d>)?(?:\[ *[TC]\d+\] )?|%s)(Kernel panic - not syncing: (?:[^\r\n]{0,199}(?=[\r\n])|[^\r\n]{200}))"
     % STAMP
 )
-# "Oops: 0002 [#1] PREEMPT SMP" of x86 (arch/x86/kernel/dumpstack.c), "Internal error: Oops: 96000004 [#1]" of arm64.
-OOPS = re.compile(rb"%s((?:Internal error: )?Oops: [^\r\n]{0,60}\[#\d+\])" % STAMP)
 
 
 @dataclass
@@ -159,10 +157,9 @@ def _address(text: str) -> str | None:
 
 @dataclass
 class PanicScanner:
-    """Looks for the text of a kernel panic in a serial log, as it grows, from byte `start` on; `what` is the text's pattern."""
+    """Looks for the text of a kernel panic in a serial log, as it grows, from byte `start` on."""
 
     log: Path
-    what: re.Pattern[bytes] = PANIC
     start: int = 0
     panic: str | None = None
     _reader: LogReader = field(init=False)
@@ -174,7 +171,7 @@ class PanicScanner:
         """Read what is new and return the panic's message if there was one, now or before."""
         if self.panic is None:
             for piece in self._reader.pieces():
-                if match := self.what.search(piece):
+                if match := PANIC.search(piece):
                     self.panic = clean(match[1])
                     break
         return self.panic

@@ -14,7 +14,7 @@ from pytest_chvm.guest.commands import place_of, shown
 from pytest_chvm.machine.events import COMMAND, GET, POPEN, PUT, WAIT
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine
 from pytest_chvm.machine.ports import Ports
-from pytest_chvm.model import CommandResult, as_path
+from pytest_chvm.model import CommandResult, KernelMessage, as_path
 
 # What only some tests use is imported by them: each process that starts a VM would wait for it.
 if TYPE_CHECKING:
@@ -250,6 +250,13 @@ class GuestCommands:
 
     def _carry(self, timeout: float | None) -> Carry:
         return lambda script: self._carrier.open(script, timeout)
+
+    def dmesg(self) -> list[KernelMessage]:
+        """Return the messages in the log of the guest's kernel, in order, those of its boot too.
+
+        Raises GuestCommandError where the guest has no `dmesg`.
+        """
+        return self._machine.dmesg()
 
     def collect_gcov(self, directory: str | os.PathLike[str]) -> Path:
         """Bring what a kernel with CONFIG_GCOV_KERNEL has counted so far into a directory of the host's; returns its path.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pytest_chvm.base.untouched import monotonic_s, wall_clock_s
 from pytest_chvm.drivers.base import logger
-from pytest_chvm.errors import GuestOopsError, GuestPanicError, GuestRebootError, GuestShutdownError, VmError
+from pytest_chvm.errors import GuestPanicError, GuestRebootError, GuestShutdownError, VmError
 from pytest_chvm.model import VmHandle
 
 # The kinds of events, and what their details have.
@@ -42,7 +42,7 @@ PAUSED = "paused"
 RESUMED = "resumed"
 REBOOT = "reboot"  # text, where nobody asked for it
 PANIC = "panic"  # text
-OOPS = "oops"  # text
+SPLAT = "splat"  # text, commands; when a test is told of it
 TROUBLE = "trouble"  # text; a virtiofsd that ended, for instance
 ENDED = "ended"  # how
 
@@ -163,7 +163,7 @@ class EventLog:
         """Add an error of the guest or its VMM, once for each start of the guest."""
         # Without the log lines that follow it in the message.
         text = str(error).partition("\n")[0].partition(". Its ")[0].removeprefix(f"VM {error.vm_name!r}: ")
-        kinds = ((PANIC, GuestPanicError), (OOPS, GuestOopsError), (REBOOT, GuestRebootError), (ENDED, GuestShutdownError))
+        kinds = ((PANIC, GuestPanicError), (REBOOT, GuestRebootError), (ENDED, GuestShutdownError))
         kind = next((kind for kind, errors in kinds if isinstance(error, errors)), ENDED if vmm_ended else TROUBLE)
         # The words for a panic change once its text is on the console.
         what = text if kind == TROUBLE else kind

@@ -15,7 +15,6 @@ from pytest_chvm.drivers.base import Reboots, VmDriver, Watches, method_of
 from pytest_chvm.errors import (
     BootFailedError,
     EarlyGuestPanicError,
-    GuestOopsError,
     GuestPanicError,
     HostError,
     HypervisorError,
@@ -23,7 +22,7 @@ from pytest_chvm.errors import (
     VmIOError,
 )
 from pytest_chvm.guest.kernel_image import why_silent
-from pytest_chvm.guest.ready import OOPS, PanicScanner, ReadyScanner
+from pytest_chvm.guest.ready import PanicScanner, ReadyScanner
 from pytest_chvm.host.keeper.remains import start_time_ticks
 from pytest_chvm.host.keeper_client import Keeper
 from pytest_chvm.host.virtiofsd import ServedShare
@@ -33,8 +32,6 @@ Found = TypeVar("Found")
 EMPTY = "is empty."
 VMM_END_S = 0.5
 VMM_OUT_S = 2.0
-# Of the kernel's Documentation/admin-guide/tainted-kernels: it had an oops.
-TAINT_DIE = 1 << 7
 
 
 class Health:
@@ -73,7 +70,6 @@ class Health:
         self._answers = answers
         self._noticed = noticed
         self._panic = PanicScanner(first.serial_log, start=console_start)
-        self._oops = PanicScanner(first.serial_log, OOPS, console_start)
         # Where a panic is expected its text is enough: a crash kernel takes over before the panic device can report it.
         self.expects_panic = False
         self._expected: GuestPanicError | None = None
@@ -98,31 +94,15 @@ class Health:
         self._watch.clear()
         self._raise_trouble()
 
-    def check_up(self, tainted: Callable[[], int | None]) -> VmError | None:
-        """Return an error of the guest that the test has not been told of yet, an oops too; None where there is none.
-
-        `tainted` asks the guest for `/proc/sys/kernel/tainted`; None where it does not say.
-        """
+    def check_up(self) -> VmError | None:
+        """Return an error of the guest that the test has not been told of yet; None where there is none."""
         if self.told:
             return None
         try:
             self.check()
         except VmError as error:
             return error
-        if (text := self._oops.scan()) is None:
-            return None
-        # Reported once, also for a VM that many tests use; the lines that follow belong to the same oops.
-        self._oops.forget()
-        taint = tainted()
-        if taint is not None and not taint & TAINT_DIE:
-            return None
-        log = self._handle().serial_log
-        oops = GuestOopsError(
-            f"VM {self._config.name!r}: the guest's kernel had an oops and went on: {text}. Its console {log} {ends_with(log)}",
-            vm_name=self._config.name,
-        )
-        self._noticed(oops)
-        return oops
+        return None
 
     def explain(self, error: VmError) -> None:
         """Raise the cause of an answer's not coming in time; where none is known, add to `error` what the VMM says."""
@@ -186,8 +166,7 @@ class Health:
     def start_anew(self, nonce: str | None) -> None:
         """Forget what the guest has printed: it is about to start again, and its ready line must then have this nonce, if any."""
         self.ready.expect_again(nonce)
-        for scanner in (self._panic, self._oops):
-            scanner.forget()
+        self._panic.forget()
 
     def started_anew(self) -> None:
         """Treat all that happened before the guest started again as handled."""

@@ -11,21 +11,27 @@ from typing import cast
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.text import read_tail, shown_outputs
 from pytest_chvm.drivers.base import AbleDriver, VmDriver
-from pytest_chvm.drivers.boot import CONSOLE_FILE
+from pytest_chvm.drivers.boot import CONSOLE_FILE, KERNEL_TIME_FILE
 from pytest_chvm.errors import CommandTimeoutError, GuestCommandError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.guest.channels import Channel, Line, Process, StartingChannel, open_channel
 from pytest_chvm.guest.commands import Place, Script, script_of, shown
+from pytest_chvm.guest.kernel_log import parse_dmesg
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.machine import liveness
 from pytest_chvm.machine.device import Device
-from pytest_chvm.machine.events import EventLog
+from pytest_chvm.machine.events import SPLAT, EventLog
 from pytest_chvm.machine.health import Health, Telling
-from pytest_chvm.model import CommandResult, VmConfig, VmHandle
+from pytest_chvm.machine.splats import SplatWatch, saved_time_s
+from pytest_chvm.model import CommandResult, KernelMessage, Splat, VmConfig, VmHandle, VmState
 
 RUN_TIMEOUT_S = 60.0
 # How long a guest has to show that it is alive, once there is reason to doubt it.
 ANSWER_TIMEOUT_S = 5.0
+# Of the kernel's Documentation/admin-guide/tainted-kernels: it had an oops.
+TAINT_DIE = 1 << 7
+# BusyBox and util-linux.
+DMESG = "dmesg -r"
 # What is read of a console at most, from its end.
 CONSOLE_LIMIT = 16 << 20
 
@@ -66,6 +72,7 @@ class Machine:
     health: Health = field(init=False)
     driver: AbleDriver = field(init=False)
     channel: Channel = field(init=False)
+    splats: SplatWatch = field(init=False)
     # Devices that were plugged in, by their ids.
     plugged: dict[str, Device] = field(default_factory=dict)
     resized: bool = False
@@ -101,7 +108,19 @@ class Machine:
                 vmm_driver.abilities.console_piece,
             )
             self.channel = open_channel(self.guest.channel, line)
+            self.splats = self._new_splat_watch()
             undo.pop_all()
+
+    def _new_splat_watch(self) -> SplatWatch:
+        saved = self.origin.saved
+        return SplatWatch(
+            self.handle.serial_log,
+            start=_size(saved / CONSOLE_FILE) if saved else 0,
+            since_s=saved_time_s(saved / KERNEL_TIME_FILE) if saved else -1.0,
+            ask=self._kernel_log,
+            # A shell that no test has used may be somebody's login prompt.
+            asks=lambda: not self.guest.warns_on_console and self.channel.is_connected,
+        )
 
     def close(self) -> None:
         """Let go of what is watched, and of the event log's file."""
@@ -134,11 +153,26 @@ class Machine:
         self.health.check()
 
     def check_up(self) -> VmError | None:
-        """Return an error that the test has not been told of: a panic, an oops, the end of the VMM or of a sidecar.
+        """Return an error that the test has not been told of: a panic, the end of the VMM or of a sidecar.
 
         None where it is well, and of a VM that the test has ended.
         """
-        return None if self.ended else self.health.check_up(self._taint)
+        return None if self.ended else self.health.check_up()
+
+    def take_splats(self) -> list[Splat]:
+        """Return the splats that nobody has been told of, of a VM that has ended too."""
+        if not self.ended:
+            self.splats.collect()
+        taken = self.splats.take()
+        for splat in taken:
+            self.log.add(SPLAT, text=splat.title, commands=list(splat.commands))
+        return taken
+
+    def dmesg(self) -> list[KernelMessage]:
+        """Return the messages in the log of the guest's kernel; raises GuestCommandError where the guest has no `dmesg`."""
+        done = self.run(DMESG, input=None)
+        self.check_succeeded(done)
+        return parse_dmesg(done.stdout_bytes)
 
     def run(
         self,
@@ -155,7 +189,8 @@ class Machine:
         self._check_shell()
         told = self._told(command, place)
         try:
-            done = self.channel.run(told, timeout=timeout, input=input)
+            with self.splats.during(str(shown(command))):
+                done = self.channel.run(told, timeout=timeout, input=input)
         except (CommandTimeoutError, VmIOError) as error:
             # Where another thread has ended the VM, the error says so already; the VMM's end explains nothing then.
             if not self.ended:
@@ -222,11 +257,23 @@ class Machine:
         # Cloud Hypervisor has made a new console with the new boot.
         self.channel.close()
 
-    def _taint(self) -> int | None:
+    def had_oops(self) -> bool:
+        """Tell whether the guest's kernel says of itself that it had an oops; True where it does not answer."""
+        said = self._ask("cat /proc/sys/kernel/tainted")
+        return said is None or not said.strip().isdigit() or bool(int(said) & TAINT_DIE)
+
+    def _kernel_log(self) -> bytes | None:
+        return self._ask(DMESG)
+
+    def _ask(self, command: str) -> bytes | None:
+        """Return what a short command prints; None where the guest does not run it, or cannot now."""
         try:
-            return int(self.channel.run("cat /proc/sys/kernel/tainted", timeout=ANSWER_TIMEOUT_S, input=None).stdout)
-        except (VmError, ValueError):
+            if self.health.has_ended() or self.health.panicked or self.driver.state(self.handle).state is VmState.PAUSED:
+                return None
+            done = self.channel.run(command, timeout=ANSWER_TIMEOUT_S, input=None)
+        except VmError:
             return None
+        return done.stdout_bytes if done.returncode == 0 else None
 
     def _answers(self) -> bool | None:
         line, token = liveness.question()

@@ -40,6 +40,7 @@ class GuestProcess:
         self._machine = machine
         self._process = process
         self._started_s = monotonic_s()
+        self._watched = machine.splats.begin(str(command))
         self._returncode: int | None = None
         self._lock = Lock()
 
@@ -124,6 +125,7 @@ class GuestProcess:
             if returncode is None or self._returncode is not None:
                 return
             self._returncode = returncode
+        self._machine.splats.end(self._watched)
         duration_s = round(monotonic_s() - self._started_s, 3)
         self._machine.log.add(PROCESS_ENDED, command=str(self.command), returncode=returncode, duration_s=duration_s)
 

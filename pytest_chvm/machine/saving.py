@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from pytest_chvm.drivers.base import share_id
-from pytest_chvm.drivers.boot import CONSOLE_FILE
-from pytest_chvm.errors import UnsupportedError
+from pytest_chvm.drivers.boot import CONSOLE_FILE, KERNEL_TIME_FILE
+from pytest_chvm.errors import GuestCommandError, UnsupportedError
 from pytest_chvm.guest import renewal
 from pytest_chvm.guest.channels import RenewingChannel
 from pytest_chvm.machine.device import Device
@@ -27,6 +27,8 @@ def save(machine: Machine, directory: Path, *, go_on: bool = True) -> None:
     set_up = machine.guest.set_up_for_saving(
         lambda script, data: machine.run(script, input=data), lambda: machine.ip, told, trial=not go_on
     )
+    if not machine.guest.warns_on_console:
+        _save_kernel_time(machine, directory / KERNEL_TIME_FILE)
     with _without_shares(machine), _renewing(machine).waiting(lambda token: renewal.waiting_line(set_up, token)):
         machine.driver.pause(machine.handle)
         try:
@@ -60,6 +62,13 @@ def _save_console(machine: Machine, copy: Path) -> None:
     lines = io.BytesIO(machine.serial_text())
     with copy.open("wb") as saved:
         saved.writelines(line for line in lines if marker not in line)
+
+
+def _save_kernel_time(machine: Machine, file: Path) -> None:
+    """Write down how far the kernel's log was: what it said before is no news of a clone's."""
+    with suppress(GuestCommandError):
+        times = [message.time_s for message in machine.dmesg() if message.time_s is not None]
+        file.write_text(f"{times[-1] if times else -1}")
 
 
 @contextmanager

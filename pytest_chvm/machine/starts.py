@@ -1,10 +1,11 @@
-"""Waiting for a guest to be ready, and guests that start again: a reboot, or a panic that the test expects."""
+"""Waiting for a guest to be ready, and guests that start again: a reboot, or a panic or splat that the test expects."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.text import clean_text
@@ -12,6 +13,7 @@ from pytest_chvm.errors import BootFailedError, GuestPanicError, VmError, VmIOEr
 from pytest_chvm.machine.events import REBOOT
 from pytest_chvm.machine.health import console_ends_with, ends_with
 from pytest_chvm.machine.machine import Machine
+from pytest_chvm.model import Splat
 
 # A guest that was not ready in time may answer all the same.
 BOOT_STATE_TIMEOUT_S = 20.0
@@ -61,6 +63,7 @@ def reboot(machine: Machine, timeout: float | None) -> None:
     machine.allow_reboot()
     machine.handle = replace(machine.handle, nonce=machine.guest.nonce_after_reboot(machine.handle.nonce))
     machine.log.add(REBOOT)
+    machine.splats.start_anew()
     machine.health.start_anew(machine.handle.nonce)
     machine.channel.tell("sync; reboot -f", timeout)
     wait_ready(machine, timeout)
@@ -82,11 +85,16 @@ def expect_panic(machine: Machine, timeout: float) -> Iterator[None]:
     machine.check_alive()
     machine.allow_reboot()
     health.expects_panic = True
+    machine.splats.collect()
+    before = machine.splats.untaken
     try:
         yield
         health.wait_for(lambda: None, Deadline.after(timeout), none)
     except GuestPanicError as error:
         health.panic_was_expected(error)
+        machine.splats.start_anew()
+        # What it died of is expected too.
+        machine.splats.take(lambda splat: splat not in before)
         health.start_anew(machine.handle.nonce)
         machine.channel.close()
     except BaseException:
@@ -95,3 +103,34 @@ def expect_panic(machine: Machine, timeout: float) -> Iterator[None]:
         raise
     finally:
         health.expects_panic = False
+
+
+@dataclass
+class ExpectedSplat:
+    """What `Vm.expect_splat` gives its block: `splat` is there after it."""
+
+    splat: Splat | None = None
+
+
+@contextmanager
+def expect_splat(machine: Machine, pattern: re.Pattern[str], timeout: float) -> Iterator[ExpectedSplat]:
+    """Expect a splat in the block or soon after it; see `Vm.expect_splat`."""
+    machine.check_alive()
+    expected = ExpectedSplat()
+    others: list[str] = []
+
+    def look() -> Splat | None:
+        machine.splats.collect()
+        others[:] = [splat.title for splat in machine.splats.untaken]
+        return next(iter(machine.splats.take(lambda splat: pattern.search(splat.text) is not None)), None)
+
+    def none() -> VmIOError:
+        came = f"What came was: {'; '.join(others)}" if others else "Its kernel has reported nothing"
+        return VmIOError(
+            f"VM {machine.name!r}: no splat that matches {pattern.pattern!r} came within {timeout:g} s, and one was expected to. "
+            f"{came}. Its console {ends_with(machine.handle.serial_log)}",
+            vm_name=machine.name,
+        )
+
+    yield expected
+    expected.splat = machine.health.wait_for(look, Deadline.after(timeout), none)

@@ -26,6 +26,7 @@ from pytest_chvm.machine.health import ends_with
 from pytest_chvm.machine.kernel import GuestKernel
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine, Origin
 from pytest_chvm.machine.ports import Ports
+from pytest_chvm.machine.starts import ExpectedSplat
 from pytest_chvm.model import SharedDir, Tap, VmConfig, VmHandle, VmState, VmStatus, as_path, check_port
 
 SHUTDOWN_TIMEOUT_S = 30.0
@@ -169,6 +170,15 @@ class Vm(GuestCommands):
         Afterwards `wait_ready()` blocks until the guest has started again, where it does. Raises VmIOError where it does not panic.
         """
         return starts.expect_panic(self._machine, timeout)
+
+    def expect_splat(self, pattern: str | re.Pattern[str], timeout: float = RUN_TIMEOUT_S) -> AbstractContextManager[ExpectedSplat]:
+        """Expect the guest's kernel to report something wrong with itself in the block, or within `timeout` seconds of its end.
+
+        `pattern` is searched for in the whole report, a WARNING or a KASAN report for instance, which is no error then, and is the
+        `splat` of what the block is given. Raises VmIOError where none matches; one that kills the guest is a matter of
+        `expect_panic`.
+        """
+        return starts.expect_splat(self._machine, re.compile(pattern), timeout)
 
     def address(self, port: int) -> tuple[str, int]:
         """Return a host and port reachable from the test that lead to a TCP port of the guest's.
@@ -324,6 +334,7 @@ class Vm(GuestCommands):
             self._machine.log.add_ended(how)
             # The log may go with the run directory.
             self._machine.last_console = self._machine.last_console or self.console
+            self._machine.splats.collect(trusts_console=True)
         finally:
             self._machine.ended = True
             try:
@@ -346,15 +357,7 @@ class Vm(GuestCommands):
         self.closed = True
         machine = self._machine
         ending = [] if self._removed else [lambda: self._end(machine.driver.kill, "close()")]
-        if failures := take_all(
-            [
-                *ending,
-                *(self._ssh.closing() if "_ssh" in self.__dict__ else ()),
-                *self._ports.closing(),
-                machine.close,
-                self._release,
-            ]
-        ):
+        if failures := take_all([*ending, *self._closing_ssh(), *self._ports.closing(), machine.close, self._release]):
             raise StopFailedError("; ".join(failures), vm_name=self.name)
 
 

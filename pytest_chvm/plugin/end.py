@@ -28,6 +28,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if used and config.pluginmanager.hasplugin("dsession"):
         for line in choices(config.stash[settings_key]).splitlines():
             terminalreporter.write_line(line)
+    if used:
+        from pytest_chvm.plugin.splats import summary
+
+        summary(terminalreporter)
     _say_what_is_left(config)
 
 

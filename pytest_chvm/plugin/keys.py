@@ -25,6 +25,8 @@ failed_key = pytest.StashKey[bool]()
 item_key = pytest.StashKey[pytest.Item]()
 summed_up_key = pytest.StashKey[bool]()
 failures_key = pytest.StashKey[list[str]]()
+# What the kernels of a test's VMs have reported in the phase that runs, a line each.
+splats_key = pytest.StashKey[list[str]]()
 attempt_key = pytest.StashKey[int]()
 making_key = pytest.StashKey[list[pytest.FixtureRequest]]()
 teardown_key = pytest.StashKey[ExitStack]()

@@ -10,7 +10,7 @@ import pytest
 Inside = Literal["test", "module"]
 # Arguments that say something of the test, not of its VMs.
 OF_KERNEL = {"kernel_config", "kernel_min"}
-OF_TEST = {"inside", *OF_KERNEL}
+OF_TEST = {"inside", "allow_splats", *OF_KERNEL}
 
 
 def marker_arguments(item: pytest.Item) -> dict[str, Any]:

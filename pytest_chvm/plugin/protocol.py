@@ -18,12 +18,14 @@ from pytest_chvm.plugin.keys import (
     item_key,
     making_key,
     settings_key,
+    splats_key,
     teardown_key,
 )
 from pytest_chvm.plugin.marker import OF_KERNEL, inside_of, marker_arguments
 from pytest_chvm.plugin.run import worker_of
 
 if TYPE_CHECKING:
+    from pytest_chvm.errors import VmError
     from pytest_chvm.plugin.factory import VmFactory
 
 
@@ -31,41 +33,56 @@ if TYPE_CHECKING:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Have a test fail for what has befallen its VMs after its last call."""
     __tracebackhide__ = True
-    factories: list[VmFactory] = item.config.stash[factories_key]
     try:
         result = yield
     except Exception as error:
-        if factories:
-            from pytest_chvm.plugin.checkup import check_up
-
-            if (trouble := check_up(factories)) is not None:
-                error.add_note(f"{type(trouble).__name__}: {trouble}")
+        if (trouble := _trouble(item)) is not None:
+            error.add_note(f"{type(trouble).__name__}: {trouble}")
         raise
-    if factories:
-        from pytest_chvm.plugin.checkup import check_up
-
-        if (trouble := check_up(factories)) is not None:
-            raise trouble
+    if (trouble := _trouble(item)) is not None:
+        raise trouble
     return result
+
+
+def _trouble(item: pytest.Item) -> VmError | None:
+    if not item.config.stash[factories_key]:
+        return None
+    from pytest_chvm.plugin.checkup import check_up
+
+    return check_up(item)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """End whatever a test's VMs have left, and have the test fail for it."""
+    """End whatever a test's VMs have left, and have the test fail for it, and for what their kernels have reported meanwhile."""
     factories: list[VmFactory] = item.config.stash[factories_key]
     try:
         with ExitStack() as ends:
             item.config.stash[teardown_key] = ends
             result = yield
     except BaseException as error:
-        if left := _end_what_is_left(factories):
-            error.add_note(_left_behind(item, left))
+        for wrong in _wrong_after(item, factories):
+            error.add_note(str(wrong))
         raise
-    if left := _end_what_is_left(factories):
-        from pytest_chvm.errors import StopFailedError
-
-        raise StopFailedError(_left_behind(item, left))
+    first, *others = [*_wrong_after(item, factories), None]
+    if first is not None:
+        for other in others:
+            if other is not None:
+                first.add_note(str(other))
+        raise first
     return result
+
+
+def _wrong_after(item: pytest.Item, factories: list[VmFactory]) -> list[VmError]:
+    """Return what is wrong after a test's fixtures are gone."""
+    if not factories:
+        return []
+    from pytest_chvm.errors import StopFailedError
+    from pytest_chvm.plugin.splats import splats_of
+
+    splats = splats_of(item)
+    left = _end_what_is_left(factories)
+    return [*([StopFailedError(_left_behind(item, left))] if left else []), *splats]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -99,9 +116,12 @@ def _left_behind(item: pytest.Item, left: list[str]) -> str:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Remember the test that runs: a clone of a snapshot ends with it, whichever fixture the snapshot is from."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    """Remember the test that runs: a clone of a snapshot ends with it, whichever fixture the snapshot is from.
+
+    Have it fail for what its VMs' kernels have reported meanwhile.
+    """
     item.config.stash[item_key] = item
     if teardown_key in item.config.stash:
         del item.config.stash[teardown_key]
@@ -113,6 +133,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         from pytest_chvm.plugin.kernel_needs import check_kernel
 
         check_kernel(item)
+    result = yield
+    if item.config.stash[factories_key]:
+        from pytest_chvm.plugin.splats import splats_of
+
+        if errors := splats_of(item):
+            raise errors[0]
+    return result
 
 
 @pytest.hookimpl(wrapper=True)
@@ -125,6 +152,9 @@ def pytest_runtest_makereport(
         _skip_where_asked_for(item, call, report)
     # Not its keywords: a directory's name is among them as well. Attributes reach xdist's controller.
     report.chvm_used = item.get_closest_marker("chvm") is not None  # type: ignore[attr-defined]
+    if splats := item.stash.get(splats_key, None):
+        report.chvm_splats = [*splats]  # type: ignore[attr-defined]
+        splats.clear()
     factories = item.config.stash[factories_key]
     if report.failed:
         item.stash[failed_key] = True
