@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field, replace
@@ -119,7 +120,15 @@ class Machine:
             since_s=saved_time_s(saved / KERNEL_TIME_FILE) if saved else -1.0,
             ask=self._kernel_log,
             # A shell that no test has used may be somebody's login prompt.
-            asks=lambda: not self.guest.warns_on_console and self.channel.is_connected,
+            asks=lambda: not self.warns_on_console and self.channel.is_connected,
+        )
+
+    @property
+    def warns_on_console(self) -> bool:
+        """Whether all that the guest's kernel warns of is in the serial log."""
+        consoles = re.findall(r"(?:^|\s)console=(\S+)", self.config.cmdline or "")
+        return self.guest.warns_on_console and (
+            not consoles or any(name.startswith("tty") and name[3:4].isupper() for name in consoles)
         )
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ def save(machine: Machine, directory: Path, *, go_on: bool = True) -> None:
     set_up = machine.guest.set_up_for_saving(
         lambda script, data: machine.run(script, input=data), lambda: machine.ip, told, trial=not go_on
     )
-    if not machine.guest.warns_on_console:
+    if not machine.warns_on_console:
         _save_kernel_time(machine, directory / KERNEL_TIME_FILE)
     with _without_shares(machine), _renewing(machine).waiting(lambda token: renewal.waiting_line(set_up, token)):
         machine.driver.pause(machine.handle)

@@ -41,6 +41,9 @@ cloud_init_failed() {
     [ -e /run/cloud-init/result.json ] && tr -d ' \n' </run/cloud-init/result.json | grep -q '"errors":\["'
 }
 ready() {
+    # What the kernel warns of is on its console too, also with `quiet`.
+    read -r level _ </proc/sys/kernel/printk
+    [ $level -ge 5 ] || echo 5 >/proc/sys/kernel/printk
     failed=
     number=0 shares=0
     for word in $chvm_words; do

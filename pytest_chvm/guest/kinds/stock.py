@@ -26,6 +26,7 @@ class StockGuest(Guest):
 
     cloned_at_once: ClassVar[bool] = False
     reads_words_of_file: ClassVar[bool] = True
+    warns_on_console: ClassVar[bool] = True
     # A whole system, which software may have to run.
     boot_timeout_s: ClassVar[float] = 300.0
     boot_state: ClassVar[str | None] = BOOT_STATE
