@@ -48,7 +48,7 @@ def test_a_splat_fails_the_test_in_which_it_came(pytester, run_pytest):
             "FAILED *::test_allowed_another*",
             "FAILED *::test_fails_anyway*",
             "E *GuestSplatError: *reported: WARNING: CPU: 0 PID: 2 at kernel/test.c:2 test+0x1/0x2",
-            'E *While "echo \'WARNING: CPU: 0 PID: 2 *" ran*',
+            '*While "echo \'WARNING: CPU: 0 PID: 2 *" ran*',
         ]
     )
 
