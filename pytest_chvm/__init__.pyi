@@ -23,6 +23,9 @@ from pytest_chvm.errors import UnsupportedError as UnsupportedError
 from pytest_chvm.errors import VmError as VmError
 from pytest_chvm.errors import VmIOError as VmIOError
 from pytest_chvm.errors import VmNotFoundError as VmNotFoundError
+from pytest_chvm.guest.kernel_config import KernelConfig as KernelConfig
+from pytest_chvm.guest.ktap import KtapReport as KtapReport
+from pytest_chvm.guest.ktap import KtapResult as KtapResult
 from pytest_chvm.machine.device import Device as Device
 from pytest_chvm.machine.kernel import GuestKernel as GuestKernel
 from pytest_chvm.machine.launcher import launch as launch
@@ -47,6 +50,7 @@ from pytest_chvm.model import VmStatus as VmStatus
 from pytest_chvm.model.arguments import ConfigArguments as ConfigArguments
 from pytest_chvm.model.arguments import VmArguments as VmArguments
 from pytest_chvm.plugin.factory import VmFactory as VmFactory
+from pytest_chvm.plugin.ktap import Ktap as Ktap
 from pytest_chvm.settings import Settings as Settings
 
 __version__: str

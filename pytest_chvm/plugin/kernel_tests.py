@@ -123,7 +123,6 @@ def kselftest_timeout_s(directory: Path) -> int | None:
 
 def _kselftest(program: Path, timeout_s: int | None) -> Test:
     def run(chvm_vm: VmFactory, chvm_ktap: Ktap) -> None:
-        __tracebackhide__ = True
         if not program.is_file():
             pytest.fail(f"{program} is not there: build it (make -C {program.parent})", pytrace=False)
         chvm_ktap(chvm_vm(root="host"), _command(program), timeout=timeout_s, cwd=program.parent, by_status=True)
@@ -154,7 +153,6 @@ def kunit_tests(modules: list[str], place: Path) -> dict[str, Test]:
 
 def _kunit(module: Path | None) -> Test:
     def run(chvm_vm: VmFactory, chvm_ktap: Ktap) -> None:
-        __tracebackhide__ = True
         chvm_ktap.kunit(chvm_vm(), module)
 
     return run
