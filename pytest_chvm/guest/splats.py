@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from pytest_chvm.model import KernelMessage, Splat
 
 PANIC, OOPS = "panic", "Oops"
 LONGEST_SPLAT = 400
 MOST_SPLATS = 50
+MOST_MODULES = 500
 # A message so much later than the one before is no part of what that one belongs to.
 GAP_S = 2.0
 CUT_HERE = "------------[ cut here ]------------"
@@ -166,6 +168,11 @@ def _splat(current: _Open) -> Splat:
     assert current.kind is not None
     text = "\n".join(current.lines)
     taint, modules = TAINT.search(text), MODULES.search(text)
-    names = [found[1] for word in (modules[1].split() if modules else ()) if (found := MODULE.fullmatch(word))]
+    names = module_names(modules[1].split() if modules else ())
     said = None if taint is None else " ".join(taint[0].split())
-    return Splat(current.kind, current.title, current.time_s, text, said, tuple(names))
+    return Splat(current.kind, current.title, current.time_s, text, said, names)
+
+
+def module_names(words: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of modules among words that a guest has said, without their flags, the first 500."""
+    return tuple(found[1] for word in islice(words, MOST_MODULES) if (found := MODULE.fullmatch(word)))

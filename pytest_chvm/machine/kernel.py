@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytest_chvm.errors import UnsupportedError
+from pytest_chvm.errors import UnsupportedError, VmError
 from pytest_chvm.guest.kernel import Kernel, inspect_kernel
 from pytest_chvm.guest.kernel_config import KernelConfig, config_of, unpacked_config
 from pytest_chvm.machine.machine import Machine
@@ -50,11 +50,27 @@ class GuestKernel:
     @property
     def _kernel(self) -> Kernel | None:
         """Its kernel's file on the host; None where that is the image's affair."""
-        guest = self._machine.guest
-        image = guest.config.kernel
-        return guest.kernel or (inspect_kernel(image) if image is not None else None)
+        return kernel_of(self._machine)
 
     def _said(self, command: str) -> str:
         done = self._machine.run(command, input=None)
         self._machine.check_succeeded(done)
         return done.stdout
+
+
+def kernel_of(machine: Machine) -> Kernel | None:
+    """Return the file on the host of the kernel that a VM boots; None where that is its image's affair."""
+    image = machine.guest.config.kernel
+    return machine.guest.kernel or (inspect_kernel(image) if image is not None else None)
+
+
+def with_source(machine: Machine, text: str) -> str:
+    """Return what a VM's kernel has said with files and lines behind its functions, where its debug information is known."""
+    from pytest_chvm.guest.symbols import debug_kernel, decoded
+
+    try:
+        kernel = kernel_of(machine)
+    except VmError:
+        kernel = None
+    vmlinux = None if kernel is None else debug_kernel(kernel)
+    return text if vmlinux is None else decoded(text, vmlinux)

@@ -18,6 +18,7 @@ from pytest_chvm.guest.channels import Channel, Line, Process, StartingChannel, 
 from pytest_chvm.guest.commands import Place, Script, script_of, shown
 from pytest_chvm.guest.kernel_log import parse_dmesg
 from pytest_chvm.guest.kinds import Guest
+from pytest_chvm.guest.splats import module_names
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.machine import liveness
 from pytest_chvm.machine.device import Device
@@ -173,9 +174,19 @@ class Machine:
         if not self.ended:
             self.splats.collect()
         taken = self.splats.take()
+        if any(splat.taint is None or not splat.modules for splat in taken) and not self.ended:
+            taken = self._with_state(taken)
         for splat in taken:
             self.log.add(SPLAT, text=splat.title, commands=list(splat.commands))
         return taken
+
+    def _with_state(self, splats: list[Splat]) -> list[Splat]:
+        """Return splats with the taint and the modules that their kernel has now, where they do not say."""
+        said = (self._ask("cat /proc/sys/kernel/tainted && cut -d' ' -f1 /proc/modules") or b"").decode(errors="replace").split()
+        if not said or not said[0].isdecimal():
+            return splats
+        taint, modules = "Not tainted" if said[0] == "0" else f"Tainted: {said[0][:20]}", module_names(said[1:])
+        return [replace(splat, taint=splat.taint or taint, modules=splat.modules or modules) for splat in splats]
 
     def dmesg(self) -> list[KernelMessage]:
         """Return the messages in the log of the guest's kernel; raises GuestCommandError where the guest has no `dmesg`."""

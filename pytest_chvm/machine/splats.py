@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
 
-from pytest_chvm.guest.kernel_log import located_messages, parse_dmesg
+from pytest_chvm.base.text import read_tail
+from pytest_chvm.guest.kernel_log import located_messages, parse_console, parse_dmesg
 from pytest_chvm.guest.ready import LogReader
 from pytest_chvm.guest.splats import LONGEST_TITLE, PANIC, TITLE_ON_CONSOLE, find_splats, located_splats
 from pytest_chvm.model import Splat
@@ -16,6 +17,9 @@ from pytest_chvm.model import Splat
 # Of a console with a splat so much is read again: from a little before its title, where "cut here" stands, on.
 BEFORE, LONGEST_READ = 4096, 8 << 20
 MOST_PLACES = 1000
+LONGEST_PANIC = 1 << 20
+PANIC_TEXT = "Kernel panic - not syncing: "
+JUST_BEFORE_S = 2.0
 # Times of the console and the log are of the same clock, in microseconds.
 SAME_TIME_S = 1e-5
 
@@ -155,6 +159,21 @@ def _is_same(one: Splat, other: Splat) -> bool:
     if one.title != other.title:
         return False
     return one.time_s is None or other.time_s is None or abs(one.time_s - other.time_s) < SAME_TIME_S
+
+
+def panic_on_console(log: Path) -> str | None:
+    """Return a kernel's panic as a serial log has it, with what it reported just before; None where none is there."""
+    try:
+        splats = find_splats(parse_console(read_tail(log, LONGEST_PANIC)))
+    except OSError:
+        return None
+    last = next((number for number in reversed(range(len(splats))) if PANIC_TEXT in splats[number].text), None)
+    if last is None:
+        return None
+    panic, before = splats[last], splats[last - 1] if last else None
+    if before is None or before.time_s is None or panic.time_s is None or not 0 <= panic.time_s - before.time_s < JUST_BEFORE_S:
+        return panic.text
+    return f"{before.text}\n{panic.text}"
 
 
 def saved_time_s(file: Path) -> float:

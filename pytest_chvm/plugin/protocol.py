@@ -26,6 +26,7 @@ from pytest_chvm.plugin.run import worker_of
 
 if TYPE_CHECKING:
     from pytest_chvm.errors import VmError
+    from pytest_chvm.machine.vm import Vm
     from pytest_chvm.plugin.factory import VmFactory
 
 
@@ -178,13 +179,25 @@ def _skip_where_asked_for(item: pytest.Item, call: pytest.CallInfo[None], report
         report.longrepr = (os.fspath(path), (line or 0) + 1, f"Skipped: no VM here: {error}")
 
 
+def _panic_of(vm: Vm) -> str | None:
+    from pytest_chvm.machine.events import PANIC, last_of
+    from pytest_chvm.machine.kernel import with_source
+    from pytest_chvm.machine.splats import panic_on_console
+
+    text = panic_on_console(vm.serial_log) if last_of(vm.events, PANIC) else None
+    return text and with_source(vm.machine, text)
+
+
 def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[VmFactory]) -> None:
     from pytest_chvm.report.sections import VmRecord, directory_of, keep_logs, sections_of
 
     settings = item.config.stash[settings_key]
     # A template and the VM that it was built for share a log.
     vms = {vm.serial_log: vm for factory in factories for vm in factory.vms}
-    records = [VmRecord(vm.name, vm.serial_log, vm.vmm_log, vm.handle.event_log, vm.events) for vm in vms.values()]
+    records = [
+        VmRecord(vm.name, vm.serial_log, vm.vmm_log, vm.handle.event_log, vm.events, _panic_of(vm) if report.failed else None)
+        for vm in vms.values()
+    ]
     if report.failed:
         report.sections.extend(sections_of(records))
     if report.when == "teardown":

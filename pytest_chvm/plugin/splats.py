@@ -67,12 +67,13 @@ def _is_oops(vm: Vm, splat: Splat) -> bool:
 
 def _error(vm: Vm, splat: Splat, *, is_oops: bool) -> GuestSplatError:
     from pytest_chvm.errors import GuestOopsError, GuestSplatError
+    from pytest_chvm.machine.kernel import with_source
 
     kind = GuestOopsError if is_oops else GuestSplatError
     known = [splat.taint, splat.modules and f"modules: {' '.join(splat.modules)}"]
     return kind(
         f"VM {vm.name!r}: the guest's kernel {'had an oops and went on' if is_oops else 'reported'}: {splat.title}\n"
-        f"{'; '.join([_when(splat), *(each for each in known if each)])}\n{splat.text}\n"
+        f"{'; '.join([_when(splat), *(each for each in known if each)])}\n{with_source(vm.machine, splat.text)}\n"
         "Where it is meant to be: vm.expect_splat(PATTERN), or allow_splats=[PATTERN] of the marker chvm. Its console: "
         f"{vm.serial_log}",
         vm_name=vm.name,

@@ -30,11 +30,18 @@ class VmRecord:
     vmm_log: Path
     event_log: Path
     events: tuple[Event, ...]
+    # What its kernel said when it gave up.
+    panic: str | None = None
 
 
 def sections_of(records: Iterable[VmRecord]) -> Iterator[tuple[str, str]]:
-    """Yield title and text of the report sections for VMs: the console, the last events, the VMM's log where it has anything."""
+    """Yield title and text of the sections of a report: of each VM its kernel's panic, its console, the last events, the VMM's log.
+
+    What is empty is left out.
+    """
     for record in records:
+        if record.panic:
+            yield f"kernel panic of VM {record.name}", record.panic
         yield (
             ", ".join([f"console of VM {record.name}", *how_it_started(record.events)]),
             last_lines(record.serial_log, CONSOLE_LINES) or f"(nothing in {record.serial_log})",

@@ -29,6 +29,7 @@ def test_a_bug_that_the_kernel_reports_is_known_whole_with_the_command_that_ran(
     assert "rps_sock_flow_sysctl" in splat.text
     assert "Mem-Info:" in splat.text
     assert (splat.kind, splat.commands, splat.taint) == ("page allocation failure", (SPLAT,), "Not tainted")
+    assert "virtio_console" in splat.modules
     assert vm.machine.take_splats() == []
     # It is no news of a clone's, and the clone's is none of its own.
     with vm.snapshot().clone() as clone:

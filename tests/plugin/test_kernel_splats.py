@@ -76,3 +76,18 @@ def test_a_pattern_that_is_none_is_an_error(pytester, run_pytest):
     pytester.makepyfile(TESTS.replace("PID: 4 at", "(PID"))
     result = run_pytest("-k", "test_allowed_another")
     result.stdout.fnmatch_lines(["*InvalidConfigError: allow_splats=*'(PID' is no regular expression: missing )*"])
+
+
+def test_a_panic_is_in_the_report_with_its_reason_and_its_stack(pytester, run_pytest):
+    pytester.makepyfile(
+        """
+        def test_panic(chvm_vm):
+            chvm_vm(network="none").run("echo 1 >/proc/sys/kernel/panic_on_warn; echo c >/proc/sysrq-trigger; sleep 60")
+        """
+    )
+    result = run_pytest()
+    result.assert_outcomes(failed=1)
+    section = result.stdout.str().partition("- kernel panic of VM test-panic -")[2].partition("console of VM")[0]
+    assert "Kernel panic - not syncing: sysrq triggered crash" in section
+    assert "sysrq_handle_crash+0x" in section
+    assert "---[ end Kernel panic" in section
