@@ -8,7 +8,7 @@ import pytest
 
 from pytest_chvm.plugin.expect import expect_vms
 from pytest_chvm.plugin.keys import DEFAULT_ARTIFACTS, KSELFTEST, KUNIT, VM_FIXTURES, controller_key, in_guest_key, settings_key
-from pytest_chvm.plugin.marker import inside_of
+from pytest_chvm.plugin.marker import OF_KERNEL, inside_of, marker_arguments
 from pytest_chvm.plugin.run import run_id
 from pytest_chvm.settings import Settings
 
@@ -58,6 +58,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
             _check_options(session.config)
         expect_vms(session.config, session)
+        if any(OF_KERNEL & marker_arguments(item).keys() for item in session.items):
+            from pytest_chvm.plugin import kernel_needs
+
+            session.config.pluginmanager.register(kernel_needs, "chvm-kernel-needs")
         if any(inside_of(item) for item in session.items):
             from pytest_chvm.plugin.inside.runs import InsideRuns
 

@@ -1,4 +1,7 @@
-"""What a test's marker says that it needs of its kernel (`kernel_config`, `kernel_min`): it is skipped where that is not so."""
+"""What a test's marker says that it needs of its kernel (`kernel_config`, `kernel_min`): it is skipped where that is not so.
+
+Registered as a plugin of its own in a run that has such tests.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_chvm.plugin.keys import in_guest_key, settings_key
+from pytest_chvm.plugin.keys import settings_key
 from pytest_chvm.plugin.marker import marker_arguments
 from pytest_chvm.plugin.run import begin_host
 
@@ -17,14 +20,18 @@ if TYPE_CHECKING:
     from pytest_chvm.machine.vm import Vm
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose kernel is not what its marker asks for."""
+    check_kernel(item)
+
+
 def check_kernel(item: pytest.Item) -> None:
     """Skip a test whose kernel is not what its marker asks for, as far as that is known before a VM is booted.
 
     Raises InvalidConfigError for what no kernel could have, MissingRequirementError where nothing says how it was configured.
     """
-    if in_guest_key in item.config.stash or not (needs := _needs(item)):
-        return
-    if (kernel := _kernel_of(item)) is None:
+    if not (needs := _needs(item)) or (kernel := _kernel_of(item)) is None:
         return
     if kernel.release is not None:
         _skip_if(needs.why_not_version(kernel.release))

@@ -21,7 +21,6 @@ from pytest_chvm.plugin.keys import (
     splats_key,
     teardown_key,
 )
-from pytest_chvm.plugin.marker import OF_KERNEL, inside_of, marker_arguments
 from pytest_chvm.plugin.run import worker_of
 
 if TYPE_CHECKING:
@@ -129,11 +128,6 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     # It may be run again, by pytest-rerunfailures for instance.
     item.stash[attempt_key] = item.stash.get(attempt_key, 0) + 1
     item.stash[failed_key] = False
-    # With an `inside` it is looked at where its guest is begun.
-    if OF_KERNEL & marker_arguments(item).keys() and inside_of(item) is None:
-        from pytest_chvm.plugin.kernel_needs import check_kernel
-
-        check_kernel(item)
     result = yield
     if item.config.stash[factories_key]:
         from pytest_chvm.plugin.splats import splats_of
