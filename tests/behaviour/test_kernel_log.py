@@ -121,3 +121,16 @@ def test_what_an_expected_panic_brings_with_it_is_expected(boot):
     with vm.expect_panic():
         vm.run(f"{said(11)}; echo c >/proc/sysrq-trigger; sleep 60")
     assert titles(vm) == ["WARNING: CPU: 0 PID: 10 at kernel/test.c:10 test+0x1/0x2"]
+
+
+def test_a_task_that_hangs_is_reported_by_the_kernel_itself(boot, tmp_path):
+    image = tmp_path / "data.img"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    vm = boot(network="none", data_disk=image)
+    vm.check_output("mke2fs /dev/vda && mkdir /data && mount -t ext4 /dev/vda /data")
+    vm.check_output("cd /proc/sys/kernel && echo 1 >hung_task_warnings && echo 1 >hung_task_timeout_secs")
+    with vm.expect_splat(r"INFO: task touch:\d+ blocked for more than") as expected:
+        vm.run("fsfreeze --freeze /data; touch /data/file & sleep 4; fsfreeze --unfreeze /data; wait")
+    assert (expected.splat.kind, len(expected.splat.commands)) == ("hung task", 1)
+    assert "Call Trace:" in expected.splat.text
