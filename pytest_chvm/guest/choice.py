@@ -85,7 +85,7 @@ def _built_in_guest(config: VmConfig, built_in: Kernel | None, cache: Path, prog
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = PLAIN_CMDLINE if built_in is None else BUILT_IN_CMDLINE
-    return kind(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(kernel), kernel)
+    return kind(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(kernel), kernel=kernel)
 
 
 def _firmware_guest(config: VmConfig, cache: Path, progress: Progress) -> Guest:
@@ -119,7 +119,7 @@ def _stock_guest(config: VmConfig, built_in: Kernel | None, cache: Path, progres
     initramfs = _initramfs_in_front(system, known, cache, progress)
     cmdline = system.cmdline if config.cmdline is None else config.cmdline
     config = config.replace(kernel=unpacked_kernel(known.image, cache), initramfs=initramfs, cmdline=cmdline)
-    return StockGuest(config, random_hex(8), None if built_in is not None else _lacks(known), known)
+    return StockGuest(config, random_hex(8), None if built_in is not None else _lacks(known), kernel=known)
 
 
 def _lacks(kernel: Kernel) -> str | None:

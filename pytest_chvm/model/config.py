@@ -124,7 +124,7 @@ class VmConfig:
             raise self._invalid("root='host' and a root_disk, and a guest has one root: leave one of them out")
         if self.firmware not in (None, "uefi"):
             raise self._invalid(f"firmware={self.firmware!r}, expected 'uefi'")
-        others = [key for key in ("kernel", "initramfs", "cmdline", "root") if getattr(self, key) is not None]
+        others = [key for key in ("kernel", "initramfs", "cmdline", "cmdline_extra", "root") if getattr(self, key) is not None]
         if self.firmware is not None and others:
             raise self._invalid(f"firmware='uefi' boots what is on the root_disk: leave out {' and '.join(others)}")
         for key in SEED_FIELDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,7 +42,7 @@ class Guest(ABC):
     config: VmConfig
     nonce: str | None = None
     lacks: str | None = None
-    kernel: Kernel | None = None
+    kernel: Kernel | None = field(default=None, kw_only=True)
 
     def words(self, marker: str) -> list[str]:
         """Return what the guest is told beside its networks, on its kernel command line or as a clone."""
