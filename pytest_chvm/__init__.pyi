@@ -35,12 +35,10 @@ from pytest_chvm.machine.vm import Snapshot as Snapshot
 from pytest_chvm.machine.vm import Vm as Vm
 from pytest_chvm.model import CommandResult as CommandResult
 from pytest_chvm.model import HostRoot as HostRoot
-from pytest_chvm.model import KernelMessage as KernelMessage
 from pytest_chvm.model import Network as Network
 from pytest_chvm.model import ProcessIdentity as ProcessIdentity
 from pytest_chvm.model import SharedDir as SharedDir
 from pytest_chvm.model import SocketPairFd as SocketPairFd
-from pytest_chvm.model import Splat as Splat
 from pytest_chvm.model import Tap as Tap
 from pytest_chvm.model import UserNetwork as UserNetwork
 from pytest_chvm.model import VmConfig as VmConfig
@@ -49,6 +47,8 @@ from pytest_chvm.model import VmState as VmState
 from pytest_chvm.model import VmStatus as VmStatus
 from pytest_chvm.model.arguments import ConfigArguments as ConfigArguments
 from pytest_chvm.model.arguments import VmArguments as VmArguments
+from pytest_chvm.model.kernel_log import KernelMessage as KernelMessage
+from pytest_chvm.model.kernel_log import Splat as Splat
 from pytest_chvm.plugin.factory import VmFactory as VmFactory
 from pytest_chvm.plugin.ktap import Ktap as Ktap
 from pytest_chvm.settings import Settings as Settings

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from pytest_chvm.base.text import clean
-from pytest_chvm.model import KernelMessage
+from pytest_chvm.model.kernel_log import KernelMessage
 
 # The longest text of a message (LOG_LINE_MAX and PRINTKRB_RECORD_MAX of kernel/printk are 1 KiB).
 LONGEST_MESSAGE = 4096

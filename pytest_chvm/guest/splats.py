@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pytest_chvm.model import KernelMessage, Splat
+from pytest_chvm.model.kernel_log import KernelMessage, Splat
 
 PANIC, OOPS = "panic", "Oops"
 LONGEST_SPLAT = 400
@@ -48,7 +48,6 @@ KINDS = {
 HEADER = re.compile("|".join(f"({pattern})" for pattern in KINDS.values()))
 # On a serial console, where times stand before messages; found fast in much other text.
 TITLE_ON_CONSOLE = re.compile((r"\[ *(\d{1,12}\.\d{1,9})\](?:\[ *[TC]\d+\])? {1,3}(?:" + "|".join(KINDS.values()) + ")").encode())
-LONGEST_TITLE = 400
 # Which of the kinds go on with what another one has begun.
 INNER = (OOPS, PANIC)
 # "Oops: 0002 [#1] PREEMPT SMP" of x86 (arch/x86/kernel/dumpstack.c), "Internal error: Oops: 96000004 [#1]" of arm64.

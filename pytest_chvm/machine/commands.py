@@ -14,15 +14,17 @@ from pytest_chvm.guest.commands import place_of, shown
 from pytest_chvm.machine.events import COMMAND, GET, POPEN, PUT, WAIT
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine
 from pytest_chvm.machine.ports import Ports
-from pytest_chvm.model import CommandResult, KernelMessage, as_path
+from pytest_chvm.model import CommandResult, as_path
 
 # What only some tests use is imported by them: each process that starts a VM would wait for it.
 if TYPE_CHECKING:
     from pytest_chvm.guest.carried import Carry
     from pytest_chvm.guest.files import Run
     from pytest_chvm.machine.carrier import Carrier
+    from pytest_chvm.machine.kernel import GuestKernel
     from pytest_chvm.machine.process import GuestProcess
     from pytest_chvm.machine.ssh import Ssh
+    from pytest_chvm.model.kernel_log import KernelMessage
 
 
 class GuestCommands:
@@ -250,6 +252,13 @@ class GuestCommands:
 
     def _carry(self, timeout: float | None) -> Carry:
         return lambda script: self._carrier.open(script, timeout)
+
+    @property
+    def kernel(self) -> GuestKernel:
+        """The kernel that the guest runs: its release, version and configuration."""
+        from pytest_chvm.machine.kernel import GuestKernel
+
+        return GuestKernel(self._machine)
 
     def dmesg(self) -> list[KernelMessage]:
         """Return the messages in the log of the guest's kernel, in order, those of its boot too.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.text import read_tail, shown_outputs
@@ -16,16 +16,18 @@ from pytest_chvm.drivers.boot import CONSOLE_FILE, KERNEL_TIME_FILE
 from pytest_chvm.errors import CommandTimeoutError, GuestCommandError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.guest.channels import Channel, Line, Process, StartingChannel, open_channel
 from pytest_chvm.guest.commands import Place, Script, script_of, shown
-from pytest_chvm.guest.kernel_log import parse_dmesg
 from pytest_chvm.guest.kinds import Guest
-from pytest_chvm.guest.splats import module_names
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.machine import liveness
 from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.events import SPLAT, EventLog
 from pytest_chvm.machine.health import Health, Telling
 from pytest_chvm.machine.splats import SplatWatch, saved_time_s
-from pytest_chvm.model import CommandResult, KernelMessage, Splat, VmConfig, VmHandle, VmState
+from pytest_chvm.model import CommandResult, VmConfig, VmHandle, VmState
+
+# What only some tests use is imported by them: each process that starts a VM would wait for it.
+if TYPE_CHECKING:
+    from pytest_chvm.model.kernel_log import KernelMessage, Splat
 
 RUN_TIMEOUT_S = 60.0
 # How long a guest has to show that it is alive, once there is reason to doubt it.
@@ -182,6 +184,8 @@ class Machine:
 
     def _with_state(self, splats: list[Splat]) -> list[Splat]:
         """Return splats with the taint and the modules that their kernel has now, where they do not say."""
+        from pytest_chvm.guest.splats import module_names
+
         said = (self._ask("cat /proc/sys/kernel/tainted && cut -d' ' -f1 /proc/modules") or b"").decode(errors="replace").split()
         if not said or not said[0].isdecimal():
             return splats
@@ -190,6 +194,8 @@ class Machine:
 
     def dmesg(self) -> list[KernelMessage]:
         """Return the messages in the log of the guest's kernel; raises GuestCommandError where the guest has no `dmesg`."""
+        from pytest_chvm.guest.kernel_log import parse_dmesg
+
         done = self.run(DMESG, input=None)
         self.check_succeeded(done)
         return parse_dmesg(done.stdout_bytes)

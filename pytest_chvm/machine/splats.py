@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
+from typing import TYPE_CHECKING
 
 from pytest_chvm.base.text import read_tail
-from pytest_chvm.guest.kernel_log import located_messages, parse_console, parse_dmesg
 from pytest_chvm.guest.ready import LogReader
-from pytest_chvm.guest.splats import LONGEST_TITLE, PANIC, TITLE_ON_CONSOLE, find_splats, located_splats
-from pytest_chvm.model import Splat
 
+# What reads a kernel's log is imported where there is one to read: each process that starts a VM would wait for it.
+if TYPE_CHECKING:
+    from pytest_chvm.model.kernel_log import Splat
+
+LONGEST_TITLE = 400
+# What stands before each message, splats' titles too; a clone's console has none until its kernel says something.
+STAMP = re.compile(rb"\[ *\d{1,12}\.\d{1,9}\]")
 # Of a console with a splat so much is read again: from a little before its title, where "cut here" stands, on.
 BEFORE, LONGEST_READ = 4096, 8 << 20
 MOST_PLACES = 1000
@@ -79,6 +85,10 @@ class SplatWatch:
                 if begin + len(piece) < self._seen:
                     # The log was truncated when the guest rebooted.
                     self._seen = 0
+                if not STAMP.search(piece):
+                    continue
+                from pytest_chvm.guest.splats import TITLE_ON_CONSOLE
+
                 for match in TITLE_ON_CONSOLE.finditer(piece):
                     place = begin + match.start(1)
                     if place >= self._seen and len(self._places) < MOST_PLACES:
@@ -92,6 +102,8 @@ class SplatWatch:
             places, self._places = self._places, []
             if not places and (trusts_console or not self.asks()):
                 return
+            from pytest_chvm.guest.splats import PANIC
+
             found = self._on_console(places)
             said = None if trusts_console else self.ask()
             if said is not None:
@@ -105,6 +117,9 @@ class SplatWatch:
     def _on_console(self, places: list[tuple[int, tuple[str, ...]]]) -> list[Splat]:
         if not places:
             return []
+        from pytest_chvm.guest.kernel_log import located_messages
+        from pytest_chvm.guest.splats import located_splats
+
         begin = max(self.start, places[0][0] - BEFORE)
         try:
             with self.log.open("rb") as file:
@@ -118,6 +133,9 @@ class SplatWatch:
 
     def _checked(self, found: list[Splat], said: bytes) -> list[Splat]:
         """Return the splats as the kernel's log has them, without what only looks like one on the console."""
+        from pytest_chvm.guest.kernel_log import parse_dmesg
+        from pytest_chvm.guest.splats import find_splats
+
         messages = [message for message in parse_dmesg(said) if message.time_s is None or message.time_s > self.since_s]
         logged = find_splats(messages)
         oldest_s = next((message.time_s for message in messages if message.time_s is not None), None)
@@ -163,6 +181,9 @@ def _is_same(one: Splat, other: Splat) -> bool:
 
 def panic_on_console(log: Path) -> str | None:
     """Return a kernel's panic as a serial log has it, with what it reported just before; None where none is there."""
+    from pytest_chvm.guest.kernel_log import parse_console
+    from pytest_chvm.guest.splats import find_splats
+
     try:
         splats = find_splats(parse_console(read_tail(log, LONGEST_PANIC)))
     except OSError:

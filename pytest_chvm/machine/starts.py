@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pytest_chvm.base.deadline import Deadline, checked_timeout
 from pytest_chvm.base.text import clean_text
@@ -13,7 +14,9 @@ from pytest_chvm.errors import BootFailedError, GuestPanicError, VmError, VmIOEr
 from pytest_chvm.machine.events import REBOOT
 from pytest_chvm.machine.health import console_ends_with, ends_with
 from pytest_chvm.machine.machine import Machine
-from pytest_chvm.model import Splat
+
+if TYPE_CHECKING:
+    from pytest_chvm.model.kernel_log import Splat
 
 # A guest that was not ready in time may answer all the same.
 BOOT_STATE_TIMEOUT_S = 20.0

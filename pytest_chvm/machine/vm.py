@@ -23,7 +23,6 @@ from pytest_chvm.machine.commands import GuestCommands
 from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.events import CLONE, PAUSED, RESUMED, SNAPSHOT, Event
 from pytest_chvm.machine.health import ends_with
-from pytest_chvm.machine.kernel import GuestKernel
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine, Origin
 from pytest_chvm.machine.ports import Ports
 from pytest_chvm.machine.starts import ExpectedSplat
@@ -89,11 +88,6 @@ class Vm(GuestCommands):
     def ip(self) -> str:
         """The guest's address, as its ready line said; raises VmIOError before that."""
         return self._machine.ip
-
-    @property
-    def kernel(self) -> GuestKernel:
-        """The kernel that the guest runs: its release, version and configuration."""
-        return GuestKernel(self._machine)
 
     @property
     def status(self) -> VmStatus:

@@ -21,8 +21,6 @@ from pytest_chvm.model.handle import VmStatus as VmStatus
 from pytest_chvm.model.host_root import HOST_ROOT_TAG as HOST_ROOT_TAG
 from pytest_chvm.model.host_root import HostRoot as HostRoot
 from pytest_chvm.model.host_root import Resident as Resident
-from pytest_chvm.model.kernel_log import KernelMessage as KernelMessage
-from pytest_chvm.model.kernel_log import Splat as Splat
 from pytest_chvm.model.networks import INTERFACE_PATTERN as INTERFACE_PATTERN
 from pytest_chvm.model.networks import Attachment as Attachment
 from pytest_chvm.model.networks import Network as Network

@@ -13,7 +13,7 @@ from pytest_chvm.plugin.marker import marker_arguments
 if TYPE_CHECKING:
     from pytest_chvm.errors import GuestSplatError
     from pytest_chvm.machine.vm import Vm
-    from pytest_chvm.model import Splat
+    from pytest_chvm.model.kernel_log import Splat
 
 # Of one phase of a test.
 MOST_TOLD = 20

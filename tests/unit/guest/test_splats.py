@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pytest_chvm.guest.kernel_log import parse_console, parse_dmesg
 from pytest_chvm.guest.splats import LONGEST_SPLAT, MOST_SPLATS, find_splats, has_oops
-from pytest_chvm.model import KernelMessage
+from pytest_chvm.model.kernel_log import KernelMessage
 
 SAMPLES = Path(__file__).parent / "samples_of_splats"
 
