@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_chvm import Settings, UnsupportedError, VmConfig
+from pytest_chvm import InvalidConfigError, Settings, UnsupportedError, VmConfig
 from pytest_chvm.host.host import default_host
 from pytest_chvm.machine.plan import FIRST_OF_IMAGE, make_plan, template_store
 
@@ -66,3 +66,14 @@ def test_networks_that_it_cannot_be_on_are_refused_before_anything_is_taken_from
 )
 def test_what_is_extra_is_added_to_the_command_line_that_there_would_be(plan, given, cmdline):
     assert plan(**given).guest.config.cmdline == cmdline
+
+
+def test_the_hosts_root_goes_with_no_initramfs_but_the_built_in_one(plan, fake_kernel, monkeypatch, tmp_path):
+    with pytest.raises(InvalidConfigError, match="'planned': root='host' and an initramfs"):
+        plan(root="host")
+
+    monkeypatch.setattr("pytest_chvm.guest.choice._built_in_initramfs", lambda *_: tmp_path / "initramfs")
+    config = plan(root="host", initramfs=None).guest.config
+
+    assert config.initramfs == tmp_path / "initramfs"
+    assert config.shared_dirs[0].host_path == type(tmp_path)("/")
