@@ -52,11 +52,6 @@ def guest_of(config: VmConfig, built_in: Kernel | None, cache: Path, progress: P
     had, and what `inspect` does.
     """
     # Not a check of the config's own: a complete one has both.
-    if config.root is not None and config.initramfs is not None:
-        raise InvalidConfigError(
-            f"VM {config.name!r}: root='host' and an initramfs, and the guest's is the built-in one: leave one of them out",
-            vm_name=config.name,
-        )
     if config.firmware is not None:
         return _firmware_guest(config, cache, progress)
     prepared = config.initramfs is not None or (built_in is None and config.cmdline is not None)

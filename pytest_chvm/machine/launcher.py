@@ -77,14 +77,16 @@ def launch(
     if "name" not in fields:
         fields["name"] = f"vm{next(host.vm_numbers)}"
     config = VmConfig(**_defaults(settings, fields), **fields)
-
-    def inspect(kernel: Kernel, config: VmConfig) -> tuple[System, Path]:
-        from pytest_chvm.machine.inspection import inspected_system
-
-        return inspected_system(settings, host, launch, kernel, config)
-
+    inspect = partial(_inspected, settings, host)
     plan = make_plan(config, settings, host, wait=wait, longest_boot_s=longest_boot_s, inspect=inspect)
     return Launcher(host, owner).start(plan)
+
+
+def _inspected(settings: Settings, host: Host, kernel: Kernel, config: VmConfig) -> tuple[System, Path]:
+    # Few VMs have a stock image.
+    from pytest_chvm.machine.inspection import inspected_system
+
+    return inspected_system(settings, host, launch, kernel, config)
 
 
 def _defaults(settings: Settings, fields: dict[str, Any]) -> dict[str, Any]:
