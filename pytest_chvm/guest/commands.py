@@ -132,5 +132,7 @@ def script_of(command: str | Sequence[str]) -> str:
 
 
 def shown(command: str | Sequence[str]) -> str | tuple[str, ...]:
-    """Return a command as results and messages have it."""
-    return command if isinstance(command, str) else tuple(os.fsdecode(word) for word in command)
+    """Return a command as results and messages have it, also one that cannot be run."""
+    if isinstance(command, str):
+        return command
+    return tuple(os.fsdecode(word) if isinstance(word, str | bytes | os.PathLike) else repr(word) for word in command)

@@ -34,6 +34,7 @@ VALUES = {
     "network": ("auto", "user", "none", "tap"),
     "boot": ("auto", "cold", "clone", "auto"),
     "missing": ("fail", "skip", "fail", "skip"),
+    "kernel_splat": ("warn", "ignore", "fail", "warn"),
     "keep": ("never", "failed", "always", "never"),
     "artifacts": (None, "/ini/artifacts", "/env/artifacts", "/line/artifacts"),
     "max_vms": (None, "5", "6", "7"),
