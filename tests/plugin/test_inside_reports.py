@@ -11,7 +11,7 @@ from tests.runs import RunPytest
 
 # Gives the tests a shell of the host's in place of a guest's.
 NO_VM = """
-    import os, signal, subprocess
+    import os, re, shutil, signal, subprocess
 
     from pytest_chvm.model import CommandResult
     from pytest_chvm.plugin.inside import places
@@ -19,10 +19,11 @@ NO_VM = """
 
     class HostShell:
         def __init__(self, factory):
-            self.groups = set()
+            self.groups, self.places = set(), set()
             factory.close = self.close
 
         def run(self, command, *, timeout=60, input=b""):
+            self.places.update(re.findall("/tmp/chvm-inside-[0-9a-f]+", command))
             data = input.encode(errors="surrogateescape") if isinstance(input, str) else input
             process = subprocess.Popen(["sh", "-c", command], stdin=-1, stdout=-1, stderr=-1, process_group=0)
             self.groups.add(process.pid)
@@ -35,6 +36,11 @@ NO_VM = """
                     os.killpg(group, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
+            # It goes with a guest.
+            for place in self.places:
+                shutil.rmtree(place, ignore_errors=True)
+                if os.path.exists(place + ".sh"):
+                    os.unlink(place + ".sh")
 
 
     places.boot = lambda config, factory: (HostShell(factory), False)
