@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pytest_chvm import CommandTimeoutError, GuestCommandError, GuestPanicError, InvalidConfigError, UnsupportedError, VmIOError
-from pytest_chvm.guest.channels.console.console import Console
+from pytest_chvm.guest.channels import Line, open_channel
 
 # Far less than what is waited for would take.
 SOON_S = 30
@@ -29,17 +29,32 @@ def test_megabytes_pass_in_both_directions(vm):
     assert vm.run("cat", input=data, timeout=120).stdout_bytes == data
 
 
-def test_outputs_are_whole_however_slowly_they_are_read(vm, monkeypatch):
-    fill = Console._fill
+def test_outputs_are_whole_however_slowly_they_are_read(vm):
+    machine = vm.machine
 
-    def slow(console):
+    def late():
         threading.Event().wait(0.03)
-        fill(console)
+        return machine.health.wake_fds()
 
-    monkeypatch.setattr(Console, "_fill", slow)
-    assert vm.run("head -c 300000 /dev/zero | tr '\\0' x").stdout_bytes == b"x" * 300_000
-    # Hundreds of small writes fill a console's buffers as large ones do.
-    assert vm.run("yes | head -c 20000").stdout_bytes == b"y\n" * 10_000
+    # The VM's own connects again with its next command.
+    machine.channel.close()
+    line = Line(
+        vm.name,
+        lambda: machine.driver.open_console(machine.handle),
+        late,
+        machine.check_alive,
+        machine.health.check_ending,
+        machine.driver.abilities.console_piece,
+    )
+    channel = open_channel(machine.guest.channel, line)
+    try:
+        long = channel.run("head -c 300000 /dev/zero | tr '\\0' x", timeout=60, input=None)
+        assert long.stdout_bytes == b"x" * 300_000
+        # Hundreds of small writes fill a console's buffers as large ones do.
+        small = channel.run("yes | head -c 20000", timeout=60, input=None)
+        assert small.stdout_bytes == b"y\n" * 10_000
+    finally:
+        channel.close()
 
 
 def test_a_list_is_one_programs_arguments(vm):
