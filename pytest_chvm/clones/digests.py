@@ -8,9 +8,9 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from pytest_chvm.base.extents import data_extents
 from pytest_chvm.base.lockfiles import wait_for_lock
 from pytest_chvm.base.progress import Progress, show_progress
-from pytest_chvm.drivers.memory import data_extents
 
 # How near a file's last change may be to the reading of it for another change to have left the file's times as they were: those of
 # some file systems are in whole seconds, two of them at most (FAT).

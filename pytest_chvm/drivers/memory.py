@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from pytest_chvm.base.extents import data_extents
 
 COPY_NAME = "guest-memory"
 
@@ -53,22 +53,6 @@ def copy_data(file: Path, copy: Path) -> None:
                     # The file was truncated meanwhile.
                     break
                 position += sent
-
-
-def data_extents(fd: int) -> Iterator[tuple[int, int]]:
-    """Yield where a file has data, as start and end; all of it on a file system without holes."""
-    size = os.fstat(fd).st_size
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                # Nothing but a hole is left.
-                return
-            raise
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
 
 
 def inherited_memory(pid: int) -> Path | None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, Self, cast
 
+from pytest_chvm.base.extents import data_extents
 from pytest_chvm.errors import VmIOError
-from pytest_chvm.guest.tree import BLOCK, PIECE, Tree, data_of
+from pytest_chvm.guest.tree import BLOCK, PIECE, Tree
 
 RUNS_AT_ONCE = 200
 READ_SIZE = 1 << 18
@@ -89,7 +90,7 @@ def _put_with_holes(path: Path, place: str, carry: Carry, check: Callable[[int |
     with path.open("rb") as file:
         fd = file.fileno()
         size = os.fstat(fd).st_size
-        runs = [(start // BLOCK, -(-end // BLOCK)) for start, end in data_of(fd, size)]
+        runs = [(start // BLOCK, -(-end // BLOCK)) for start, end in data_extents(fd, size)]
         for index in range(0, max(1, len(runs)), RUNS_AT_ONCE):
             some = runs[index : index + RUNS_AT_ONCE]
             script = "".join(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from pytest_chvm.base.extents import data_extents
+
 PIECE = 1 << 20
 BLOCK = 4096
 AT_ONCE = 200
@@ -115,21 +117,8 @@ def _ended(archive: bytearray) -> bytes:
 def _put_data(file: BinaryIO, size: int, mtime_s: int, place: str) -> Iterator[tuple[str, bytes]]:
     """Yield the commands that write a file's data where it has some, and its length."""
     yield f"truncate -s {size} {place}", b""
-    for start, end in data_of(file.fileno(), size):
+    for start, end in data_extents(file.fileno(), size):
         for offset in range(start // BLOCK * BLOCK, end, PIECE):
             piece = os.pread(file.fileno(), min(PIECE, end - offset), offset)
             yield f"dd of={place} bs={BLOCK} seek={offset // BLOCK} conv=notrunc 2>/dev/null", piece
     yield f"touch -d @{mtime_s} {place}", b""
-
-
-def data_of(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield where a file has data, from and to (lseek(2), SEEK_DATA)."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-            end = min(size, os.lseek(fd, start, os.SEEK_HOLE))
-        except OSError:
-            # Nothing but a hole is left.
-            return
-        yield start, end
