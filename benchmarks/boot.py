@@ -175,10 +175,10 @@ def _tree_with_index(directory: Path) -> Path:
     from pytest_chvm.machine.guest_choice import built_in_kernel
 
     kernel = built_in_kernel(Settings.resolve())
-    assert kernel.modules is not None
-    shutil.copytree(kernel.modules, directory / "lib/modules" / kernel.modules.name, symlinks=True)
+    assert kernel.modules_dir is not None
+    shutil.copytree(kernel.modules_dir, directory / "lib/modules" / kernel.modules_dir.name, symlinks=True)
     (directory / "boot").mkdir()
-    subprocess.run(["depmod", "-b", directory, kernel.modules.name], check=True)
+    subprocess.run(["depmod", "-b", directory, kernel.modules_dir.name], check=True)
     return Path(shutil.copy(kernel.image, directory / "boot"))
 
 

@@ -17,7 +17,7 @@ _HOMES = {
     "VmFactory": "plugin.factory",
     "Ktap": "plugin.ktap",
     **dict.fromkeys(("KtapReport", "KtapResult"), "guest.ktap"),
-    "KernelConfig": "guest.kernel_config",
+    "KernelConfig": "guest.kernels.config",
     "GuestProcess": "machine.process",
     "GuestOutput": "machine.process",
     "Snapshot": "machine.vm",

@@ -23,7 +23,7 @@ from pytest_chvm.errors import UnsupportedError as UnsupportedError
 from pytest_chvm.errors import VmError as VmError
 from pytest_chvm.errors import VmIOError as VmIOError
 from pytest_chvm.errors import VmNotFoundError as VmNotFoundError
-from pytest_chvm.guest.kernel_config import KernelConfig as KernelConfig
+from pytest_chvm.guest.kernels.config import KernelConfig as KernelConfig
 from pytest_chvm.guest.ktap import KtapReport as KtapReport
 from pytest_chvm.guest.ktap import KtapResult as KtapResult
 from pytest_chvm.machine.device import Device as Device

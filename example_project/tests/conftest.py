@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pytest_chvm import Settings, Vm, VmFactory
-from pytest_chvm.guest.kernel import inspect_kernel, modules_in_order
+from pytest_chvm.guest.kernels.kernel import inspect_kernel
+from pytest_chvm.guest.kernels.modules import modules_in_order
 from pytest_chvm.machine.guest_choice import built_in_kernel
 
 PORT = 5140
@@ -57,8 +58,8 @@ def small_volume(shared_vm: Vm) -> Iterator[str]:
 def dummy_module(shared_vm: Vm, chvm_kernel: Path | None, chvm_settings: Settings) -> str:
     """The kernel's module `dummy`, loaded into the shared VM from the tree that came with its kernel."""
     kernel = inspect_kernel(chvm_kernel) if chvm_kernel else built_in_kernel(chvm_settings)
-    assert kernel.modules, f"there are no modules for the kernel {kernel.image}"
+    assert kernel.modules_dir, f"there are no modules for the kernel {kernel.image}"
     # With what it depends on, each after that; none where it is built in.
-    for module in modules_in_order(kernel.modules, ["dummy"]):
+    for module in modules_in_order(kernel.modules_dir, ["dummy"]):
         shared_vm.check_output(f"cat >/tmp/{module.name}.ko && insmod /tmp/{module.name}.ko", input=module.data)
     return "dummy"

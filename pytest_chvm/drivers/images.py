@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pytest_chvm.drivers.disks import LONGEST_NAME, QCOW2_MAGIC, data_format
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest.kernel_image import PACKED
+from pytest_chvm.guest.kernels.image import PACKED
 from pytest_chvm.model import ROOT, SEED, DiskKind, VmDisk
 
 SECTOR = 512

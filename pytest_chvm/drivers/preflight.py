@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pytest_chvm.drivers.images import check_disk
 from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError
-from pytest_chvm.guest.kernel_image import check_kernel_image
+from pytest_chvm.guest.kernels.image import check_kernel_image
 from pytest_chvm.host.limits import memory_limit
 from pytest_chvm.host.namespaces import check_netns
 from pytest_chvm.host.virtiofsd import check_shared_dir

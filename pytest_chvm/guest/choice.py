@@ -15,11 +15,12 @@ from pytest_chvm.base.progress import Progress
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.initramfs import WANTED_MODULES, add_words, build_initramfs, find_busybox
-from pytest_chvm.guest.kernel import Kernel, inspect_kernel, modules_of
-from pytest_chvm.guest.kernel_image import check_kernel_image
+from pytest_chvm.guest.kernels.image import check_kernel_image
+from pytest_chvm.guest.kernels.kernel import Kernel, inspect_kernel
+from pytest_chvm.guest.kernels.modules import modules_of
+from pytest_chvm.guest.kernels.unpacked import unpacked_kernel
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
-from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.model import HostRoot, VmConfig
 
 # What only one kind of guest needs is imported with it: each process that starts a VM would wait for it.
@@ -115,8 +116,8 @@ def _stock_guest(config: VmConfig, built_in: Kernel | None, cache: Path, progres
         )
     known = inspect_kernel(image)
     # One that was copied out of the image has its modules there.
-    if built_in is not None or known.modules is None:
-        known = replace(known, modules=modules_of(directory, known.release))
+    if built_in is not None or known.modules_dir is None:
+        known = replace(known, modules_dir=modules_of(directory, known.release))
     initramfs = _initramfs_in_front(system, known, cache, progress)
     cmdline = system.cmdline if config.cmdline is None else config.cmdline
     config = config.replace(kernel=unpacked_kernel(known.image, cache), initramfs=initramfs, cmdline=cmdline)
@@ -124,7 +125,7 @@ def _stock_guest(config: VmConfig, built_in: Kernel | None, cache: Path, progres
 
 
 def _lacks(kernel: Kernel) -> str | None:
-    if kernel.modules is not None:
+    if kernel.modules_dir is not None:
         return None
     if kernel.release is None:
         return f"no modules, since the release of the kernel {str(kernel.image)!r} cannot be told"

@@ -17,7 +17,9 @@ from pytest_chvm.base.cache import built_once
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.errors import MissingRequirementError
 from pytest_chvm.guest import carry, renew, signals, stream
-from pytest_chvm.guest.kernel import Kernel, Module, PackageError, fetch_package, modules_in_order
+from pytest_chvm.guest.kernels.kernel import Kernel
+from pytest_chvm.guest.kernels.modules import Module, modules_in_order
+from pytest_chvm.guest.packages import PackageError, fetch_package
 
 # Each for a device or file system the built-in guest is promised with; what they depend on is read from the tree.
 WANTED_MODULES = (
@@ -55,7 +57,7 @@ def build_initramfs(
     Raises MissingRequirementError where BusyBox is not to be had or the cache cannot be written.
     """
     busybox = find_busybox(cache, progress)
-    modules = modules_in_order(kernel.modules, wanted) if kernel.modules else []
+    modules = modules_in_order(kernel.modules_dir, wanted) if kernel.modules_dir else []
     files = resources.files("pytest_chvm.guest")
     init = files.joinpath(init_script).read_bytes()
     names = ("configure.sh", "fstab")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.base.deadline import Deadline
-from pytest_chvm.guest.kernel import Kernel
+from pytest_chvm.guest.kernels.kernel import Kernel
 
 # "bar+0x2/0x30" with nothing behind it that says that it is a module's.
 PLACE = re.compile(r"(?<![\w.])([A-Za-z_][\w.]{0,200})\+0x([0-9a-f]{1,8})/0x([0-9a-f]{1,8})(?! \[)")

@@ -28,7 +28,8 @@ from pytest_chvm.base.text import as_one_word
 from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.errors import BootFailedError, InvalidConfigError, UnsupportedError, VmIOError
 from pytest_chvm.guest.initramfs import build_initramfs, find_busybox
-from pytest_chvm.guest.kernel import Kernel, index_modules, inspect_kernel
+from pytest_chvm.guest.kernels.kernel import Kernel, inspect_kernel
+from pytest_chvm.guest.kernels.modules import index_modules
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.lab import agent
 from pytest_chvm.machine.guest_choice import built_in_kernel, cache_dir
@@ -206,7 +207,7 @@ def _busybox() -> Path:
 
 def _modules(kernel: Kernel) -> str | None:
     """Return where the kernel's modules are on the host, with an index for modprobe."""
-    tree = kernel.modules
+    tree = kernel.modules_dir
     if tree is not None:
         index_modules(tree, _busybox())
     return None if tree is None else os.fspath(tree)

@@ -15,9 +15,10 @@ from pytest_chvm.drivers.disks import default_cmdline
 from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.choice import guest_of
-from pytest_chvm.guest.kernel import Kernel, default_kernel
+from pytest_chvm.guest.kernels.default import default_kernel
+from pytest_chvm.guest.kernels.kernel import Kernel
+from pytest_chvm.guest.kernels.unpacked import unpacked_kernel
 from pytest_chvm.guest.kinds import Guest
-from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import Settings
 

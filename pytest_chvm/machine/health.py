@@ -21,7 +21,7 @@ from pytest_chvm.errors import (
     VmError,
     VmIOError,
 )
-from pytest_chvm.guest.kernel_image import why_silent
+from pytest_chvm.guest.kernels.image import why_silent
 from pytest_chvm.guest.ready import PanicScanner, ReadyScanner
 from pytest_chvm.host.keeper.remains import start_time_ticks
 from pytest_chvm.host.keeper_client import Keeper

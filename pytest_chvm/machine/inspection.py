@@ -17,9 +17,9 @@ from pytest_chvm.errors import InvalidConfigError, UnsupportedError
 from pytest_chvm.guest.choice import BUILT_IN_CMDLINE
 from pytest_chvm.guest.images.inspect import FILE_SYSTEM_MODULES, HANDED_OUT_BYTES, SYSTEM_FILE, NoSystemError, System, take_system
 from pytest_chvm.guest.initramfs import WANTED_MODULES, build_initramfs
-from pytest_chvm.guest.kernel import Kernel
+from pytest_chvm.guest.kernels.kernel import Kernel
+from pytest_chvm.guest.kernels.unpacked import unpacked_kernel
 from pytest_chvm.guest.ready import DEFAULT_MARKER
-from pytest_chvm.guest.vmlinux import unpacked_kernel
 from pytest_chvm.host.host import Host
 from pytest_chvm.machine.guest_choice import cache_dir
 from pytest_chvm.machine.vm import Vm

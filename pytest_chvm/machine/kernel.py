@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pytest_chvm.errors import UnsupportedError, VmError
-from pytest_chvm.guest.kernel import Kernel, inspect_kernel
-from pytest_chvm.guest.kernel_config import KernelConfig, config_of, unpacked_config
+from pytest_chvm.guest.kernels.config import KernelConfig, config_of, unpacked_config
+from pytest_chvm.guest.kernels.kernel import Kernel, inspect_kernel
 from pytest_chvm.machine.machine import Machine
 
 

@@ -39,7 +39,7 @@ from pytest_chvm.settings import Settings
 
 if TYPE_CHECKING:
     from pytest_chvm.guest.images.inspect import System
-    from pytest_chvm.guest.kernel import Kernel
+    from pytest_chvm.guest.kernels.kernel import Kernel
 
 
 class Held(Protocol):

@@ -15,8 +15,8 @@ from pytest_chvm.plugin.marker import marker_arguments
 from pytest_chvm.plugin.run import begin_host
 
 if TYPE_CHECKING:
-    from pytest_chvm.guest.kernel import Kernel
-    from pytest_chvm.guest.kernel_config import KernelNeeds
+    from pytest_chvm.guest.kernels.config import KernelNeeds
+    from pytest_chvm.guest.kernels.kernel import Kernel
     from pytest_chvm.machine.vm import Vm
 
 
@@ -38,7 +38,7 @@ def check_kernel(item: pytest.Item) -> None:
     if not needs.options:
         return
     from pytest_chvm.errors import MissingRequirementError
-    from pytest_chvm.guest.kernel_config import config_of
+    from pytest_chvm.guest.kernels.config import config_of
 
     if (config := config_of(kernel)) is None:
         raise MissingRequirementError(
@@ -62,7 +62,7 @@ def _needs(item: pytest.Item) -> KernelNeeds | None:
     given = marker_arguments(item)
     if given.get("kernel_config") is None and given.get("kernel_min") is None:
         return None
-    from pytest_chvm.guest.kernel_config import KernelNeeds
+    from pytest_chvm.guest.kernels.config import KernelNeeds
 
     return KernelNeeds.checked(given.get("kernel_config"), given.get("kernel_min"))
 
@@ -74,7 +74,7 @@ def _skip_if(why: str | None) -> None:
 
 def _kernel_of(item: pytest.Item) -> Kernel | None:
     """Return the kernel that a test's VMs boot, where its markers and the options say it; None where their image does."""
-    from pytest_chvm.guest.kernel import inspect_kernel
+    from pytest_chvm.guest.kernels.kernel import inspect_kernel
     from pytest_chvm.machine.guest_choice import built_in_kernel
 
     settings = item.config.stash[settings_key]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest.kernel_image import check_kernel_image
+from pytest_chvm.guest.kernels.image import check_kernel_image
 from pytest_chvm.host.networks.subnets import parse_pool
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import OPTIONS_BY_NAME, Settings

@@ -7,7 +7,7 @@ from pathlib import Path
 from pytest_chvm import Settings
 from pytest_chvm.base.progress import show_progress
 from pytest_chvm.guest.initramfs import find_busybox
-from pytest_chvm.guest.kernel import modules_in_order
+from pytest_chvm.guest.kernels.modules import modules_in_order
 from pytest_chvm.machine.guest_choice import built_in_kernel, cache_dir
 
 MODULES = (
@@ -63,12 +63,12 @@ def tiny_tree(tree: Path, *, root: str = "/dev/sda1") -> Path:
     (tree / "etc/machine-id").write_text("0" * 32 + "\n")
     shutil.copy(kernel.image, tree / f"boot/vmlinuz-{kernel.release}")
     (tree / "boot/grub/grub.cfg").write_text(GRUB_CFG.format(release=kernel.release, root=root))
-    assert kernel.modules is not None
-    for module in modules_in_order(kernel.modules, MODULES):
-        target = tree / "lib/modules" / kernel.modules.name / module.path.relative_to(kernel.modules)
+    assert kernel.modules_dir is not None
+    for module in modules_in_order(kernel.modules_dir, MODULES):
+        target = tree / "lib/modules" / kernel.modules_dir.name / module.path.relative_to(kernel.modules_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(module.path, target)
-    subprocess.run([tree / "bin/busybox", "depmod", "-b", tree, kernel.modules.name], check=True, capture_output=True)
+    subprocess.run([tree / "bin/busybox", "depmod", "-b", tree, kernel.modules_dir.name], check=True, capture_output=True)
     return tree
 
 

@@ -14,7 +14,8 @@ import pytest
 from pytest_chvm import GuestCommandError, Tap, UnsupportedError, VmIOError, VmState
 from pytest_chvm.base.cache import default_cache_dir
 from pytest_chvm.base.progress import show_progress
-from pytest_chvm.guest.kernel import PackageError, fetch_kernel_package
+from pytest_chvm.guest.kernels.default import fetch_kernel_package
+from pytest_chvm.guest.packages import PackageError
 
 KERNEL_WITH_VMGENID = "linux-image-6.12-cloud-amd64"
 # Of a machine with much to do; `benchmarks/clones.py` measures it on an idle one.

@@ -11,7 +11,7 @@ from pytest_chvm.drivers.cloud_hypervisor import firmware as ch_firmware
 from pytest_chvm.drivers.qemu import firmware as qemu_firmware
 from pytest_chvm.guest.builders.disk import LOADER, Layout, make_disk
 from pytest_chvm.guest.builders.tools import check_tools
-from pytest_chvm.guest.kernel import PackageError, fetch_package
+from pytest_chvm.guest.packages import PackageError, fetch_package
 from pytest_chvm.machine.guest_choice import built_in_kernel
 from tests.relay import CLOUD_HYPERVISOR
 

@@ -7,7 +7,8 @@ import pytest
 
 from pytest_chvm.base.cache import default_cache_dir
 from pytest_chvm.base.progress import show_progress
-from pytest_chvm.guest.kernel import PackageError, fetch_kernel_package
+from pytest_chvm.guest.kernels.default import fetch_kernel_package
+from pytest_chvm.guest.packages import PackageError
 from pytest_chvm.host.kvm import why_no_kvm
 from tests.relay import require_binary
 

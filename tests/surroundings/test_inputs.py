@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pytest_chvm import BootFailedError, InvalidConfigError, MissingRequirementError, Settings, VmConfig, launch
 from pytest_chvm.drivers.images import check_disk
 from pytest_chvm.drivers.preflight import preflight
-from pytest_chvm.guest.kernel_image import DEFAULT_CMDLINE_BYTES, check_kernel_image, why_silent
+from pytest_chvm.guest.kernels.image import DEFAULT_CMDLINE_BYTES, check_kernel_image, why_silent
 from pytest_chvm.host.limits import memory_limit, processors
 from pytest_chvm.machine.guest_choice import built_in_kernel
 from pytest_chvm.model.disks import DATA, DISK_KINDS, ROOT, SEED, VmDisk

@@ -9,7 +9,7 @@ from pathlib import Path
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.guest.images.inspect import MODULES, MODULES_OF, System
 from pytest_chvm.guest.initramfs import Entry, build_initramfs
-from pytest_chvm.guest.kernel import Kernel
+from pytest_chvm.guest.kernels.kernel import Kernel
 
 UNITS = ("chvm-console.service", "chvm-ready.service", "chvm-setup.service")
 

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.images.boot_entries import BootEntry, chosen_entry, newest
 from pytest_chvm.guest.images.superblocks import HEAD_BYTES, FileSystem, identify, what_else
-from pytest_chvm.guest.kernel import inspect_kernel
+from pytest_chvm.guest.kernels.kernel import inspect_kernel
 from pytest_chvm.guest.kinds import Run
 
 # What the VM that looks at images needs beside what every guest does.

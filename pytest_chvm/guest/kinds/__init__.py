@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from pytest_chvm.guest.kernel import Kernel
+from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.ready import DEFAULT_MARKER
 from pytest_chvm.model import CommandResult, SharedDir, VmConfig
 

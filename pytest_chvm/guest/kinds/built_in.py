@@ -11,7 +11,7 @@ from typing import ClassVar
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.guest.initramfs import Entry
-from pytest_chvm.guest.kernel import Kernel
+from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.kinds import Guest, Run
 from pytest_chvm.model import SharedDir, VmConfig
 

@@ -18,7 +18,8 @@ from pytest_chvm.errors import HostError
 from pytest_chvm.guest import enter
 from pytest_chvm.guest.commands import script_of
 from pytest_chvm.guest.initramfs import Entry, find_busybox
-from pytest_chvm.guest.kernel import Kernel, index_modules
+from pytest_chvm.guest.kernels.kernel import Kernel
+from pytest_chvm.guest.kernels.modules import index_modules
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
 from pytest_chvm.model import HOST_ROOT_TAG, SharedDir
 
@@ -67,8 +68,8 @@ class HostRootGuest(BuiltInGuest):
 
 def _modules_link(kernel: Kernel, cache: Path, progress: Progress) -> bytes:
     """Return where a link to the kernel's modules is to be, for modprobe, and what it leads to; empty for none."""
-    tree = kernel.modules
-    if tree is None:
+    tree = kernel.modules_dir
+    if tree is None or tree.name != kernel.release:
         return b""
     places = Path("/lib/modules").resolve()
     if places / tree.name == tree.resolve():

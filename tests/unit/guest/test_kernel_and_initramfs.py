@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pytest_chvm import HostError, InvalidConfigError
 from pytest_chvm.guest.initramfs import Entry, is_static_executable, write_cpio
-from pytest_chvm.guest.kernel import find_modules, inspect_kernel, modules_in_order
+from pytest_chvm.guest.kernels.kernel import inspect_kernel
+from pytest_chvm.guest.kernels.modules import find_modules, modules_in_order
 
 
 def bzimage(release=b"6.1.0-test (builder) #1 SMP"):
@@ -54,7 +55,7 @@ def order(tree, *wanted):
 
 def test_release_and_modules_of_a_bzimage(tree):
     kernel = inspect_kernel(tree.parents[2] / "boot" / "vmlinuz")
-    assert (kernel.release, kernel.modules) == ("6.1.0-test", tree)
+    assert (kernel.release, kernel.modules_dir) == ("6.1.0-test", tree)
 
 
 def test_release_of_an_uncompressed_kernel(tmp_path):

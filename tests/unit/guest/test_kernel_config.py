@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_chvm import InvalidConfigError
-from pytest_chvm.guest.kernel import inspect_kernel
-from pytest_chvm.guest.kernel_config import KernelConfig, KernelNeeds, config_of, version_of
+from pytest_chvm.guest.kernels.config import KernelConfig, KernelNeeds, config_of, version_of
+from pytest_chvm.guest.kernels.kernel import inspect_kernel
 
 TEXT = """\
 #

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from pytest_chvm.guest.kernel import Kernel
+from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.symbols import debug_kernel, decoded
 
 SOURCE = """\

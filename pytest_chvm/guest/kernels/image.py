@@ -68,6 +68,19 @@ def check_kernel_image(image: Path, machine: str = platform.machine()) -> Kernel
     return found
 
 
+def machine_of(head: bytes) -> str | None:
+    """Return the machine that a kernel image is for, by its first 64 bytes or more; None where it is no image.
+
+    An ELF file that does not say is one of this machine's.
+    """
+    if head[0x202:0x206] == b"HdrS":
+        return "x86_64"
+    if head[:4] == b"\x7fELF":
+        code = int.from_bytes(head[18:20], "little")
+        return MACHINES.get(code, f"machine {code} (elf(5))") if code else platform.machine()
+    return {b"ARM\x64": "aarch64", b"RSC\x05": "riscv64"}.get(head[56:60])
+
+
 class _NoKernelError(Exception):
     """The file cannot be booted; the message continues after the file's name."""
 

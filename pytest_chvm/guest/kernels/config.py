@@ -16,8 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest.kernel import Kernel, modules_in_order
-from pytest_chvm.guest.vmlinux import kernel_inside
+from pytest_chvm.guest.kernels.kernel import Kernel
+from pytest_chvm.guest.kernels.modules import modules_in_order
+from pytest_chvm.guest.kernels.unpacked import kernel_inside
 
 PREFIX = "CONFIG_"
 # kernel/configs.c has the file, packed with gzip, between these.
@@ -146,8 +147,8 @@ def _built_in_config(kernel: Kernel) -> str | None:
         inside = kernel_inside(kernel.image)
         if (text := _embedded(kernel.image.read_bytes() if inside is None else inside)) is not None:
             return text
-    if kernel.modules is not None and any(kernel.modules.glob("kernel/kernel/configs.ko*")):
-        for module in modules_in_order(kernel.modules, ["configs"]):
+    if kernel.modules_dir is not None and any(kernel.modules_dir.glob("kernel/kernel/configs.ko*")):
+        for module in modules_in_order(kernel.modules_dir, ["configs"]):
             if (text := _embedded(module.data)) is not None:
                 return text
     return None
@@ -169,8 +170,8 @@ def _places(kernel: Kernel) -> Iterator[Path]:
         for tree in (directory, *directory.parents[:3]):
             if (tree / "Kconfig").exists() or tree == directory:
                 yield tree / ".config"
-    if kernel.modules is not None:
-        yield kernel.modules / "config"
-        yield kernel.modules / "build" / ".config"
+    if kernel.modules_dir is not None:
+        yield kernel.modules_dir / "config"
+        yield kernel.modules_dir / "build" / ".config"
     if kernel.release is not None and os.sep not in kernel.release:
         yield Path(f"/boot/config-{kernel.release}")

@@ -1,0 +1,141 @@
+"""The modules of a kernel: where they are, which depend on which, and their plain data.
+
+Everything works without root.
+"""
+
+from __future__ import annotations
+
+import lzma
+import re
+import subprocess
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_chvm.base.cache import locked
+from pytest_chvm.errors import HostError, VmError
+
+# In a tree where a kernel was built, and in what was installed of it, a line for each module.
+ORDER_FILE = "modules.order"
+
+
+def find_modules(image: Path, release: str | None) -> Path | None:
+    """Return the module tree that belongs to a kernel image, or None where there is none.
+
+    Looked for beside the image and beside the target of a link, as in an unpacked package (`boot/` next to `lib/modules/`), then
+    below the image's directory, then among the host's own.
+    """
+    if release is None or "/" in release:
+        return None
+    places = dict.fromkeys((image.parent, image.resolve().parent))
+    roots = [root for place in places for root in (place.parent, place.parent / "usr", place)]
+    roots += [Path("/"), Path("/usr")]
+    for root in roots:
+        tree = root / "lib" / "modules" / release
+        if (tree / "kernel").is_dir():
+            return tree
+    return None
+
+
+def modules_of(root: Path, release: str | None) -> Path | None:
+    """Return the module tree of a release below a root, and nowhere else."""
+    tree = root / "lib" / "modules" / (release or "")
+    return tree if release and "/" not in release and (tree / "kernel").is_dir() else None
+
+
+def module_files(modules_dir: Path) -> dict[str, Path]:
+    """Return the files of a kernel's modules by their names, with underscores; they may be compressed (`.ko.xz`).
+
+    `modules_dir`: see `pytest_chvm.guest.kernels.kernel.Kernel`. Of several of one name the first counts.
+    """
+    files: dict[str, Path] = {}
+    if is_build_tree(modules_dir):
+        # "kernel/fs/ext4/ext4.ko" before Linux 5.3, "fs/ext4/ext4.ko", "fs/ext4/ext4.o" since 6.3.
+        lines = (modules_dir / ORDER_FILE).read_text(errors="replace").split()
+        built = (modules_dir / line.removeprefix("kernel/") for line in lines)
+        paths = [path for each in built if (path := each.with_suffix(".ko")).is_file()]
+    else:
+        paths = sorted(modules_dir.glob("kernel/**/*.ko*"))
+    for path in paths:
+        files.setdefault(_module_name(path), path)
+    return files
+
+
+def is_build_tree(directory: Path) -> bool:
+    """Tell whether a kernel was built in a directory, its modules too."""
+    return (directory / ORDER_FILE).is_file() and (directory / "include" / "config").is_dir()
+
+
+def index_modules(tree: Path, busybox: Path) -> None:
+    """Write the index that modprobe reads into a module tree that has none; raises HostError where it cannot be."""
+    if (tree / "modules.dep").exists():
+        return
+    try:
+        with locked(tree):
+            if not (tree / "modules.dep").exists():
+                base = tree.parents[2]
+                subprocess.run([busybox, "depmod", "-b", base, tree.name], check=True, capture_output=True, timeout=120)
+    except VmError:
+        raise
+    except (OSError, subprocess.SubprocessError) as error:
+        raise HostError(f"the modules in {str(tree)!r} have no index, and none can be written: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One kernel module: `data` is the plain ELF file, decompressed where the tree has it compressed."""
+
+    name: str
+    path: Path
+    data: bytes
+
+
+def modules_in_order(tree: Path, wanted: Iterable[str]) -> list[Module]:
+    """Return the wanted modules and all they depend on, each after what it depends on.
+
+    Read from the modules themselves (`depends=` and `softdep=pre:` in their `.modinfo`, see modinfo(8)),
+    so that no depmod is needed. Modules that the tree does not have are left out: they are built in or do not exist.
+    """
+    paths = module_files(tree)
+    ordered: dict[str, Module] = {}
+
+    def visit(name: str, ancestors: tuple[str, ...]) -> None:
+        path = paths.get(name.replace("-", "_"))
+        if path is None or name in ordered or name in ancestors:
+            return
+        data = _decompressed(path)
+        for needed in _dependencies(data):
+            visit(needed, (*ancestors, name))
+        ordered[name] = Module(name, path, data)
+
+    for name in wanted:
+        visit(name.replace("-", "_"), ())
+    return list(ordered.values())
+
+
+def _module_name(path: Path) -> str:
+    return path.name.split(".ko")[0].replace("-", "_")
+
+
+def _dependencies(data: bytes) -> Iterator[str]:
+    for match in re.finditer(rb"\0(?:depends=([^\0]*)|softdep=pre:([^\0]*))(?=\0)", data):
+        for word in re.split(rb"[,\s]+", match[1] or match[2] or b""):
+            name = word.decode(errors="replace").replace("-", "_")
+            if name.startswith("post:"):
+                break
+            if name and ":" not in name:
+                yield name
+
+
+def _decompressed(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix == ".xz":
+        return lzma.decompress(data)
+    if path.suffix == ".gz":
+        return zlib.decompress(data, wbits=31)
+    if path.suffix == ".zst":
+        import zstandard
+
+        return bytes(zstandard.ZstdDecompressor().stream_reader(data).read())
+    return data
