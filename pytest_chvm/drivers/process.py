@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from pytest_chvm.host.networks.tap import remove_taps
 from pytest_chvm.host.processes import end_all, end_process, is_running
 from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
 from pytest_chvm.host.virtiofsd import ServedShare, find_virtiofsd, serve_share, start_share
-from pytest_chvm.model import VmConfig, VmHandle, VmState, VmStatus
+from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle, VmState, VmStatus
 
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 2.0
@@ -54,6 +55,7 @@ class VmmProcess:
         self._scanners: dict[str, ReadyScanner] = {}
         self._paused: set[str] = set()
         self._booted_here: set[str] = set()
+        self._ends: dict[str, threading.RLock] = {}
 
     def boot(
         self,
@@ -155,14 +157,19 @@ class VmmProcess:
     def _end(self, handle: VmHandle, *, term_timeout_s: float) -> None:
         if handle.process is None:
             raise VmNotFoundError(f"VM {handle.name!r} has no process: it was never started", vm_name=handle.name)
-        logger.info("%s: ending pid %d", handle.name, handle.process.pid)
+        # Of two threads that end it the second would find a TAP in use, by the first.
+        with self._ends.setdefault(handle.machine_id, threading.RLock()):
+            self._end_alone(handle, handle.process, term_timeout_s=term_timeout_s)
+
+    def _end_alone(self, handle: VmHandle, process: ProcessIdentity, *, term_timeout_s: float) -> None:
+        logger.info("%s: ending pid %d", handle.name, process.pid)
         refused: StateFailedError | None = None
         failures = []
         try:
-            killed = end_process(handle.process, self.programs, term_timeout_s=term_timeout_s, kill_timeout_s=KILL_TIMEOUT_S)
+            killed = end_process(process, self.programs, term_timeout_s=term_timeout_s, kill_timeout_s=KILL_TIMEOUT_S)
             # For a handle of another process a failure is only that its VMM outlives SIGKILL.
             if killed and term_timeout_s > 0 and handle.machine_id in self._booted_here:
-                failures.append(f"the VMM (pid {handle.process.pid}) ignored SIGTERM for {term_timeout_s:g} s and was killed")
+                failures.append(f"the VMM (pid {process.pid}) ignored SIGTERM for {term_timeout_s:g} s and was killed")
         except StateFailedError as error:
             refused = error
         except TimeoutError as error:
@@ -191,6 +198,7 @@ class VmmProcess:
         self._scanners.pop(handle.machine_id, None)
         self._paused.discard(handle.machine_id)
         self._booted_here.discard(handle.machine_id)
+        self._ends.pop(handle.machine_id, None)
 
     def state(self, handle: VmHandle) -> VmStatus:
         """STOPPED when the process is gone or another one; READY once the marker was seen; else RUNNING."""

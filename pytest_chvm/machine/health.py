@@ -62,6 +62,8 @@ class Health:
         self.shares = _served(config, first)
         # Whether the test has already been told of the error.
         self.told = False
+        # By the test: whatever waits, in another thread, is told so then.
+        self.ended = False
         self.lacks = lacks
         self._config = config
         self._handle = handle
@@ -91,7 +93,8 @@ class Health:
 
     def check(self) -> None:
         """Raise the error that the guest is in, if any: a panic, an event of the VMM, the end of the VMM or of a sidecar."""
-        self._watch.clear()
+        if not self.ended:
+            self._watch.clear()
         self._raise_trouble()
 
     def check_up(self) -> VmError | None:
@@ -184,6 +187,8 @@ class Health:
         self._expected, self.told = error, True
 
     def _raise_trouble(self) -> None:
+        if self.ended:
+            raise VmIOError(f"VM {self._config.name!r} was ended by the test", vm_name=self._config.name)
         if self._asking:
             return
         # Until `started_anew` is called the driver still reports the panic.
@@ -298,6 +303,15 @@ class Health:
 
     def wait_for(self, look: Callable[[], Found | None], deadline: Deadline, gave_up: Callable[[], VmError]) -> Found:
         """Block until `look` finds something on the console; raises what `check` does, and `gave_up()` at the deadline."""
+        try:
+            return self._wait_for(look, deadline, gave_up)
+        except (OSError, ValueError):
+            # Where another thread ends the VM, what is waited for here is closed at any line.
+            if self.ended:
+                self._raise_trouble()
+            raise
+
+    def _wait_for(self, look: Callable[[], Found | None], deadline: Deadline, gave_up: Callable[[], VmError]) -> Found:
         while True:
             # Cleared before the look, so that what is written between the look and the wait still wakes.
             self._watch.clear()
@@ -313,11 +327,16 @@ class Health:
 
     def wait_ended(self, deadline: Deadline) -> bool:
         """Block until the VMM is gone; tells whether it is."""
-        while not self.has_ended():
-            if deadline.expired:
-                return False
-            self._watch.wait(deadline, self.process.pid)
-        return True
+        try:
+            pidfd = os.pidfd_open(self.process.pid)
+        except ProcessLookupError:
+            return True
+        try:
+            while not self.has_ended() and not deadline.expired:
+                wait_readable([pidfd], deadline)
+        finally:
+            os.close(pidfd)
+        return self.has_ended()
 
 
 class Telling:

@@ -82,7 +82,6 @@ class Machine:
     resized: bool = False
     # How often the guest has started again.
     starts: int = 0
-    ended: bool = False
     last_console: str | None = None
 
     def __post_init__(self, vmm_driver: VmDriver) -> None:
@@ -158,10 +157,17 @@ class Machine:
         """Return what the guest has written to its serial console, the last 16 MiB."""
         return read_tail(self.handle.serial_log, CONSOLE_LIMIT)
 
+    def console_text(self) -> str:
+        """Return that as text, undecodable bytes replaced; of a VM that has ended too."""
+        return self.serial_text().decode(errors="replace") if self.last_console is None else self.last_console
+
+    @property
+    def ended(self) -> bool:
+        """Whether the test has ended it, or is about to."""
+        return self.health.ended
+
     def check_alive(self) -> None:
         """Raise the guest's error if it is not alive: a GuestError, BootFailedError or HypervisorError."""
-        if self.ended:
-            raise VmIOError(f"VM {self.name!r} was ended by the test", vm_name=self.name)
         self.health.check()
 
     def check_up(self) -> VmError | None:

@@ -13,14 +13,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from pytest_chvm.base.deadline import Deadline, checked_timeout
-from pytest_chvm.base.steps import take_all
 from pytest_chvm.base.untouched import Socket
 from pytest_chvm.drivers.base import logger
-from pytest_chvm.errors import GuestCommandError, InvalidConfigError, StopFailedError, UnsupportedError, VmError, VmIOError
+from pytest_chvm.errors import GuestCommandError, InvalidConfigError, VmIOError
 from pytest_chvm.guest import renewal
 from pytest_chvm.machine import hotplug, starts
 from pytest_chvm.machine.commands import GuestCommands
 from pytest_chvm.machine.device import Device
+from pytest_chvm.machine.ending import Ending
 from pytest_chvm.machine.events import CLONE, PAUSED, RESUMED, SNAPSHOT, Event
 from pytest_chvm.machine.health import ends_with
 from pytest_chvm.machine.machine import RUN_TIMEOUT_S, Machine, Origin
@@ -40,10 +40,7 @@ class Vm(GuestCommands):
         self._machine = machine
         self._ports = Ports(machine)
         self._snapshot = snapshot
-        self._release = release
-        self.closed = False
-        self._owner_pid = os.getpid()
-        self._removed = False
+        self._ending = Ending(machine, lambda: [*self._closing_ssh(), *self._ports.closing(), machine.close, release])
 
     def __repr__(self) -> str:
         return f"<Vm {self.name!r} {self.handle.vmm} pid {self.pid}>"
@@ -53,6 +50,11 @@ class Vm(GuestCommands):
 
     def __exit__(self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended and given back all it had."""
+        return self._ending.closed
 
     @property
     def machine(self) -> Machine:
@@ -113,9 +115,7 @@ class Vm(GuestCommands):
     @property
     def console(self) -> str:
         """What the guest has written to its serial console so far, undecodable bytes replaced (the last 16 MiB)."""
-        if self._machine.last_console is not None:
-            return self._machine.last_console
-        return self._machine.serial_text().decode(errors="replace")
+        return self._machine.console_text()
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -283,76 +283,22 @@ class Vm(GuestCommands):
         Asked over its shell where it has one, else with the power button. Raises StopFailedError where it does not within `timeout`
         seconds; the VM then still runs.
         """
-        self._require_owner()
-        deadline = Deadline.after(checked_timeout(timeout))
-        self._machine.check_alive()
-        try:
-            self._machine.channel.tell("sync; poweroff -f || poweroff", deadline.remaining_s)
-        except (VmIOError, UnsupportedError):
-            self._machine.driver.power_button(self._machine.handle)
-        if not self._machine.health.wait_ended(deadline):
-            raise StopFailedError(
-                f"VM {self.name!r} did not power off within {deadline.total_s:g} s; its console {ends_with(self.serial_log)}\n"
-                "stop() ends the VMM without asking the guest.",
-                vm_name=self.name,
-            )
-        self._finish(self._machine.driver.kill, "shutdown()")
+        self._ending.shutdown(timeout)
 
     def stop(self) -> None:
         """End the VMM with SIGTERM, without asking the guest; raises StopFailedError where it needed SIGKILL."""
-        self._finish(self._machine.driver.stop, "stop()")
+        self._ending.end(self._machine.driver.stop, "stop()")
 
     def kill(self) -> None:
         """End the VMM with SIGKILL."""
-        self._finish(self._machine.driver.kill, "kill()")
-
-    def _require_owner(self) -> None:
-        if os.getpid() != self._owner_pid:
-            raise UnsupportedError(
-                f"VM {self.name!r} is process {self._owner_pid}'s, and this process ({os.getpid()}) was forked from it: end the VM "
-                "there, or as another process does, by a driver's stop(vm.handle) or kill(vm.handle)",
-                vm_name=self.name,
-            )
-
-    def _finish(self, end: Callable[[VmHandle], None], how: str) -> None:
-        self._require_owner()
-        if not self._machine.ended:
-            try:
-                self._end(end, how)
-            finally:
-                self.close()
-
-    def _end(self, end: Callable[[VmHandle], None], how: str) -> None:
-        """Take each step whatever becomes of those before it: the test may be interrupted in any of them."""
-        try:
-            self._machine.log.add_ended(how)
-            # The log may go with the run directory.
-            self._machine.last_console = self._machine.last_console or self.console
-            self._machine.splats.collect(trusts_console=True)
-        finally:
-            self._machine.ended = True
-            try:
-                self._machine.channel.close()
-            finally:
-                try:
-                    end(self._machine.handle)
-                except VmError:
-                    self._removed = True
-                    raise
-                self._removed = True
+        self._ending.end(self._machine.driver.kill, "kill()")
 
     def close(self) -> None:
         """End the VM if it still runs and give back all it had; called by the fixture. Raises StopFailedError for what is left.
 
         In a process that was forked from the VM's it does nothing: whatever ends there, the VM is not its own.
         """
-        if self.closed or os.getpid() != self._owner_pid:
-            return
-        self.closed = True
-        machine = self._machine
-        ending = [] if self._removed else [lambda: self._end(machine.driver.kill, "close()")]
-        if failures := take_all([*ending, *self._closing_ssh(), *self._ports.closing(), machine.close, self._release]):
-            raise StopFailedError("; ".join(failures), vm_name=self.name)
+        self._ending.close()
 
 
 class Snapshot:

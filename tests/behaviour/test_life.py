@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,6 +15,7 @@ from pytest_chvm import (
     HypervisorError,
     InvalidConfigError,
     VmHandle,
+    VmIOError,
     VmState,
 )
 from pytest_chvm.base.deadline import Deadline, wait_readable
@@ -133,6 +136,34 @@ def test_stop_ends_the_vmm_and_its_run_directory(boot):
     assert start_time_ticks(pid) is None
     assert not run_dir.exists()
     assert vm.status.state is VmState.STOPPED
+
+
+def test_a_vm_that_several_threads_end_ends_once_and_each_returns_when_it_has(boot):
+    vm = boot()
+    pid, run_dir, all_at_once = vm.pid, vm.handle.run_dir, threading.Barrier(5)
+
+    def end(how):
+        all_at_once.wait()
+        how()
+        return start_time_ticks(pid), run_dir.exists()
+
+    with ThreadPoolExecutor(6) as executor:
+        waiting = executor.submit(vm.wait_for_console, "never")
+        assert list(executor.map(end, [vm.kill, vm.stop, vm.close, vm.shutdown, vm.kill])) == [(None, False)] * 5
+        with pytest.raises(VmIOError, match="was ended by the test"):
+            waiting.result()
+    assert [event.kind for event in vm.events].count("ended") == 1
+    assert vm.closed
+
+
+def test_a_reboot_that_another_thread_ends_says_so(boot):
+    vm = boot()
+    with ThreadPoolExecutor(1) as executor:
+        rebooting = executor.submit(vm.reboot)
+        vm.wait_for_console("Restarting system")
+        vm.kill()
+        with pytest.raises(VmIOError, match="was ended by the test"):
+            rebooting.result()
 
 
 def test_stop_needs_no_agreement_of_a_hung_guest(boot):

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -162,6 +164,19 @@ def test_ending_it_twice_is_no_error(vmm, end):
     handle = vmm.boot()
     vmm.driver.kill(handle)
     getattr(vmm.driver, end)(handle)
+
+
+def test_threads_that_end_it_all_return_when_it_has_ended(vmm, settled, tap_name, link_exists):
+    handle = settled(vmm.boot(networks=[Tap(tap_name)]))
+    together = threading.Barrier(6)
+
+    def end(how):
+        together.wait()
+        how(handle)
+        return os.path.exists(f"/proc/{handle.process.pid}"), link_exists(tap_name), handle.run_dir.exists()
+
+    with ThreadPoolExecutor(6) as executor:
+        assert list(executor.map(end, [vmm.driver.kill, vmm.driver.stop] * 3)) == [(False, False, False)] * 6
 
 
 @pytest.mark.parametrize("ignores", [False, True])
@@ -335,8 +350,6 @@ def test_vm_that_has_died_holds_no_name(vmm, wait_ended):
 
 
 def test_of_two_threads_that_want_a_name_one_gets_it(ch):
-    import threading
-
     barrier, outcomes = threading.Barrier(4), []
 
     def boot():
