@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from pytest_chvm import __version__
 from pytest_chvm.clones.digests import digest_of
@@ -17,7 +16,7 @@ from pytest_chvm.drivers.base import SAVE, Saves, VmDriver
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.errors import UnsupportedError
 from pytest_chvm.guest.kinds import Guest
-from pytest_chvm.model import Tap, VmConfig, VmDisk
+from pytest_chvm.model import DISK_KINDS, MEMORY_BUSES, SEED, AnyDisk, EmptyDisk, Tap, VmConfig, plugged_into_clones
 
 # Of /proc/cpuinfo.
 PROCESSOR_FACTS = ("model name", "flags", "microcode")
@@ -35,8 +34,8 @@ def why_no_clone(guest: Guest, driver: VmDriver, *, network_mode: str) -> str | 
     if (why := guest.why_no_clone(network_mode)) is not None:
         return why
     try:
-        for disk in config.all_disks:
-            if disk.kind.throwaway:
+        for disk in config.disks_with_images:
+            if not disk.written and disk.kind is not SEED:
                 plain_images(disk.image)
     except (OSError, UnsupportedError) as error:
         return str(error)
@@ -45,24 +44,28 @@ def why_no_clone(guest: Guest, driver: VmDriver, *, network_mode: str) -> str | 
     if config.channels:
         return "it has channels"
     slots = driver.abilities.spare_slots
-    if len(config.shared_dirs) + len(_plugged_disks(config)) > slots:
+    plugged = plugged_into_clones(config.all_disks)
+    if memory := [each for each in plugged if each.kind.bus in MEMORY_BUSES]:
+        return f"{memory[0]} is on bus {memory[0].kind.bus!r}, and a clone would have to have it plugged in"
+    if len(config.shared_dirs) + len(plugged) > slots:
         return f"it has more shared dirs and disks than the {slots} for which a clone has places"
     if not all(network.clonable for network in config.networks or ()):
         return "it has a network that is not a TAP's"
     return None
 
 
-def why_no_snapshot(config: VmConfig, driver: VmDriver, plugged: Iterable[str], *, is_clone: bool) -> str | None:
+def why_no_snapshot(config: VmConfig, driver: VmDriver, devices: Iterable[str], *, is_clone: bool) -> str | None:
     """Return why a running VM of a kind that can be cloned cannot be saved, or None where it can."""
     if any(disk.kind.throwaway for disk in config.all_disks) and not driver.abilities.live_root_disk:
         return f"{driver.vmm} has all of a root disk in its file only when it has ended"
-    for disk in _plugged_disks(config):
-        return f"it has a {disk.kind.field}, which would be its clones' too"
+    if plugged := plugged_into_clones(config.all_disks):
+        why = "which would be its clones' too" if plugged[0].written else "whose state is not saved"
+        return f"it has {plugged[0]}, {why}"
     if config.root is not None:
         return "its root is the host's, which cannot be unplugged while it is the root: make clones with boot='clone'"
     if config.shared_dirs and not is_clone:
         return "its shared dirs cannot be unplugged: start it with boot='clone' or 'auto'"
-    if names := ", ".join(plugged):
+    if names := ", ".join(devices):
         return f"{names} was plugged in: remove it first"
     return None
 
@@ -70,18 +73,15 @@ def why_no_snapshot(config: VmConfig, driver: VmDriver, plugged: Iterable[str], 
 def template_config(config: VmConfig) -> VmConfig:
     """Return the config of a VM's template: the VM without what each clone gets fresh."""
     networks = None if config.networks is None else [Tap() for _ in config.networks]
-    no_disks: Any = {disk.kind.field: None for disk in _plugged_disks(config)}
-    return clone_config(config).replace(networks=networks, shared_dirs=(), netns=None, **no_disks)
+    plugged = plugged_into_clones(config.all_disks)
+    further = [disk for disk in config.all_disks if disk.kind not in DISK_KINDS]
+    disks = [disk for disk, found in zip(config.disks, further, strict=True) if found not in plugged]
+    return clone_config(config).replace(networks=networks, shared_dirs=(), netns=None, data_disk=None, disks=disks)
 
 
 def clone_config(config: VmConfig) -> VmConfig:
     """Return a clone's config: disks and shared dirs are plugged in, for which the template needs places too."""
-    return config.replace(hotplug=config.hotplug or bool(_plugged_disks(config) or config.shared_dirs))
-
-
-def _plugged_disks(config: VmConfig) -> list[VmDisk]:
-    """Return the disks that each clone has plugged in, since it is its own image that the guest writes to."""
-    return [disk for disk in config.all_disks if disk.written]
+    return config.replace(hotplug=config.hotplug or bool(plugged_into_clones(config.all_disks) or config.shared_dirs))
 
 
 def made_of(
@@ -100,7 +100,7 @@ def made_of(
         "guest": guest.clone_key(ready_marker),
         "kernel": identify(config.kernel) if config.kernel else None,
         "initramfs": identify(config.initramfs) if config.initramfs else None,
-        "disks": [_disk_identity(disk, identify) for disk in config.all_disks],
+        "disks": [[*_disk_words(disk), *_disk_identity(disk, identify)] for disk in config.all_disks],
         "cmdline": config.cmdline,
         "processors": [config.cpus, config.max_cpus, config.cpu_model],
         "memory_mb": [config.memory_mb, config.max_memory_mb],
@@ -109,10 +109,17 @@ def made_of(
     }
 
 
-def _disk_identity(disk: VmDisk, identify: Callable[[Path], str]) -> list[list[str]]:
+def _disk_words(disk: AnyDisk) -> list[object]:
+    kind = disk.kind
+    return [kind.id, kind.bus, kind.block_size, kind.serial, kind.read_only]
+
+
+def _disk_identity(disk: AnyDisk, identify: Callable[[Path], str]) -> list[object]:
     """Return what identifies a disk that a template has; of a seed, which each test may make anew, its content alone."""
-    if disk.kind.read_only:
-        return [[digest_of(disk.image)]]
+    if isinstance(disk, EmptyDisk):
+        return [disk.size_mb]
+    if disk.kind is SEED:
+        return [digest_of(disk.image)]
     # Its path too, which is in the template's overlay.
     return [[os.fspath(image), identify(image)] for image in plain_images(disk.image)]
 

@@ -32,6 +32,7 @@ class Abilities:
 
     `user_network`, `multicast_network`: networks that need nothing of the host's. `cpu_models`: `cpu_model` chooses one.
     `live_root_disk`: all of a root disk is in its file while the VM is paused, so that it can go on after a snapshot.
+    `disk_buses`: the buses that a `Disk` can be on. `block_sizes`: blocks of a disk may be larger than 512 bytes.
     `spare_slots`: for how many devices a VM with `hotplug` has places.
     `console_piece`: how many bytes of a command's output may be on their way to us over the virtio console at once.
     """
@@ -40,6 +41,8 @@ class Abilities:
     multicast_network: bool = False
     cpu_models: bool = False
     live_root_disk: bool = False
+    disk_buses: frozenset[str] = frozenset({"virtio"})
+    block_sizes: bool = False
     spare_slots: int = 0
     console_piece: int = 1 << 13
 
@@ -286,10 +289,25 @@ def check_abilities(driver: VmDriver, config: VmConfig) -> None:
         raise unsupported(driver.vmm, config.name, IN_WORDS[Channels], "leave out channels")
     if config.firmware is not None and not isinstance(driver, BootsFirmware):
         raise unsupported(driver.vmm, config.name, IN_WORDS[BootsFirmware])
+    _check_disks(driver, config)
     for network in config.networks or ():
         if network.ability is not None and not getattr(able, network.ability):
             raise unsupported(
                 driver.vmm, config.name, "have a network without a TAP", "run as root, which can make TAPs, or use --chvm-vmm=qemu"
+            )
+
+
+def _check_disks(driver: VmDriver, config: VmConfig) -> None:
+    able = driver.abilities
+    for disk in config.all_disks:
+        if disk.kind.bus not in able.disk_buses:
+            there = " or ".join(sorted(able.disk_buses))
+            raise unsupported(
+                driver.vmm, config.name, f"have {disk} on bus {disk.kind.bus!r}", f"use {there}, or another VMM (--chvm-vmm)"
+            )
+        if disk.kind.block_size != 512 and not able.block_sizes:
+            raise unsupported(
+                driver.vmm, config.name, f"give {disk} blocks of {disk.kind.block_size} bytes", "leave out block_size"
             )
 
 

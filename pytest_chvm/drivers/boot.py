@@ -62,6 +62,8 @@ class Boot:
     memory: Memory | None = None
     # The directory of the snapshot that the VM begins with.
     restoring: Path | None = None
+    # A directory for what the guest writes to disks that go with it, elsewhere than in memory.
+    scratch: Path | None = None
 
     def socket(self, name: str) -> Path:
         """Return where a socket of this VM's lives, short enough for any address."""

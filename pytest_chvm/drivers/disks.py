@@ -12,12 +12,14 @@ from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.drivers.boot import ROOT_FILE, Boot
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError, UnsupportedError
-from pytest_chvm.model import ROOT, SEED, VmConfig, VmDisk
+from pytest_chvm.model import ROOT, SEED, AnyDisk, DiskKind, EmptyDisk, VmConfig, VmDisk, plugged_into_clones
 
 QCOW2_MAGIC = b"QFI\xfb"
 # Incompatible feature bits (QEMU's docs/interop/qcow2.txt): dirty (refcounts may be wrong), external data file.
 DIRTY, DATA_IN_ANOTHER_FILE = 1, 4
 OVERLAY_TIMEOUT_S = 30.0
+# Of the file of a disk that was made empty.
+EMPTY_SUFFIX = ".empty.raw"
 # An overlay goes elsewhere than to the disk only where the disk has less.
 ROOM = 1 << 30
 # Cloud Hypervisor follows ten; a name has 1023 bytes at most.
@@ -87,35 +89,74 @@ def image_format(image: Path, *, read_only: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DiskFile:
-    """The file that a VMM opens for a disk: its image, or the overlay that keeps this from being written."""
+    """The file that a VMM opens for a disk: its image, the overlay that keeps this from being written, or one of its own."""
 
-    id: str
+    kind: DiskKind
     path: Path
     format: str
-    read_only: bool
+
+    @property
+    def size(self) -> int:
+        """The bytes that a raw one has."""
+        return self.path.stat().st_size
 
 
 def disk_files(boot: Boot) -> list[DiskFile]:
-    """Return the file of each disk that a VMM is started with, and make the overlays among them; a clone's others are plugged in.
+    """Return the file of each disk that a VMM is started with; a clone's others are plugged in.
 
-    Raises what `make_overlay` does.
+    Makes overlays and empty disks; raises what `make_overlay` does.
     """
-    disks = boot.config.all_disks
-    return [_disk_file(disk, boot) for disk in disks if boot.restoring is None or not disk.written]
+    config = boot.config
+    for disk in config.all_disks:
+        if disk.kind.throwaway and isinstance(disk, VmDisk):
+            _make_root_overlay(disk, boot)
+        elif isinstance(disk, EmptyDisk):
+            _make_empty_disk(disk, boot)
+    plugged = plugged_into_clones(config.all_disks) if boot.restoring is not None else ()
+    place = boot.options.template_dir or boot.lease.directory
+    return [_disk_file(disk, place) for disk in config.all_disks if disk not in plugged]
 
 
-def _disk_file(disk: VmDisk, boot: Boot) -> DiskFile:
+def plugged_files(config: VmConfig, run_dir: Path) -> list[DiskFile]:
+    """Return the file of each disk that a clone has plugged in, in their order."""
+    return [_disk_file(disk, run_dir) for disk in plugged_into_clones(config.all_disks)]
+
+
+def _disk_file(disk: AnyDisk, place: Path) -> DiskFile:
+    if isinstance(disk, EmptyDisk):
+        return DiskFile(disk.kind, place / _file_of(disk), "raw")
     if disk.kind.throwaway:
-        return DiskFile(disk.kind.id, _overlay(disk, boot), "qcow2", read_only=False)
+        return DiskFile(disk.kind, place / ROOT_FILE, "qcow2")
     # A seed is an ISO, and is checked to be one.
     form = "raw" if disk.kind is SEED else image_format(disk.image, read_only=disk.kind.read_only)
-    return DiskFile(disk.kind.id, disk.image, form, disk.kind.read_only)
+    return DiskFile(disk.kind, disk.image, form)
 
 
-def _overlay(disk: VmDisk, boot: Boot) -> Path:
-    overlay = (boot.options.template_dir or _overlay_dir(boot)) / ROOT_FILE
+def _make_root_overlay(disk: VmDisk, boot: Boot) -> None:
+    overlay = (boot.options.template_dir or _scratch(boot, ROOT_FILE)) / ROOT_FILE
     make_overlay(disk.image if boot.restoring is None else boot.restoring / ROOT_FILE, overlay)
-    return overlay
+
+
+def _file_of(disk: EmptyDisk) -> str:
+    """Return the name of an empty disk's file: in a run directory, and in a snapshot's."""
+    return f"{disk.kind.id}{EMPTY_SUFFIX}"
+
+
+def _make_empty_disk(disk: EmptyDisk, boot: Boot) -> None:
+    """Make the file of an empty disk, or a copy of that of the VM that was saved."""
+    name = _file_of(disk)
+    file = (boot.options.template_dir or _scratch(boot, name)) / name
+    with file.open("xb") as made:
+        made.truncate(disk.size_mb << 20)
+        if boot.restoring is not None and (saved := boot.restoring / name).exists():
+            copy_sparse(saved, made.fileno())
+
+
+def save_empty_disks(run_dir: Path, directory: Path) -> None:
+    """Copy what a paused VM has written to disks that were made empty into a snapshot's directory."""
+    for file in run_dir.glob(f"*{EMPTY_SUFFIX}"):
+        with (directory / file.name).open("xb") as copy:
+            copy_sparse(file, copy.fileno())
 
 
 def default_cmdline(config: VmConfig) -> str:
@@ -124,19 +165,20 @@ def default_cmdline(config: VmConfig) -> str:
     return "console=ttyS0 root=/dev/vda1 rw ds=nocloud" if has_root else "console=ttyS0"
 
 
-def _overlay_dir(boot: Boot) -> Path:
-    """Return a directory for the overlay: a new one where snapshots go, linked to from the run directory, which is in memory.
+def _scratch(boot: Boot, name: str) -> Path:
+    """Return a directory for a file that the guest writes: one where snapshots go, linked to from the run directory, in memory.
 
     The run directory itself where there is no such place, or less room.
     """
     own = boot.lease.directory
     if boot.options.snapshots is None or _free(boot.options.snapshots) < min(ROOM, _free(own)):
         return own
-    directory = boot.options.snapshots / random_hex(8)
-    boot.lease.add_path(directory)
-    directory.mkdir(mode=0o700)
-    (own / ROOT_FILE).symlink_to(directory / ROOT_FILE)
-    return directory
+    if boot.scratch is None:
+        boot.scratch = boot.options.snapshots / random_hex(8)
+        boot.lease.add_path(boot.scratch)
+        boot.scratch.mkdir(mode=0o700)
+    (own / name).symlink_to(boot.scratch / name)
+    return boot.scratch
 
 
 def _free(place: Path) -> int:

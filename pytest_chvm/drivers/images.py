@@ -16,7 +16,7 @@ from pathlib import Path
 from pytest_chvm.drivers.disks import LONGEST_NAME, QCOW2_MAGIC, data_format
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.kernels.image import PACKED
-from pytest_chvm.model import ROOT, SEED, DiskKind, VmDisk
+from pytest_chvm.model import MEMORY_BUSES, MEMORY_STEP_MB, ROOT, SEED, DiskKind, VmDisk
 
 SECTOR = 512
 # How much of a file is looked at to tell what it is.
@@ -55,8 +55,21 @@ def check_disk(disk: VmDisk) -> None:
         if stat.S_ISBLK(disk.image.stat().st_mode):
             return
         _check_chain(disk)
+        if disk.kind.bus in MEMORY_BUSES:
+            _check_memory(disk)
     except OSError as error:
         raise InvalidConfigError(f"{disk} cannot be read: {error.strerror or error}") from error
+
+
+def _check_memory(disk: VmDisk) -> None:
+    with disk.image.open("rb") as file:
+        size, head = os.fstat(file.fileno()).st_size, file.read(4)
+    if head == QCOW2_MAGIC or size % (MEMORY_STEP_MB << 20):
+        what = "it is a qcow2 image" if head == QCOW2_MAGIC else f"it has {size} bytes"
+        raise InvalidConfigError(
+            f"{disk} is to be memory (bus {disk.kind.bus!r}), for which a raw image of whole {MEMORY_STEP_MB} MiB is expected, and "
+            f"{what}: run 'qemu-img convert -O raw', 'truncate --size=%{MEMORY_STEP_MB}M'"
+        )
 
 
 def _check_chain(disk: VmDisk) -> None:

@@ -26,9 +26,9 @@ def preflight(config: VmConfig) -> None:
             _check_kernel(config)
         if config.initramfs is not None:
             _check_file("initramfs", config.initramfs)
-        for disk in config.all_disks:
+        for disk in config.disks_with_images:
             _check_file(disk.kind.field, disk.image)
-        for disk in config.all_disks:
+        for disk in config.disks_with_images:
             check_disk(disk)
             if disk.written and not os.access(disk.image, os.W_OK):
                 raise InvalidConfigError(f"{disk} cannot be written, and the guest's writes are to stay on it")

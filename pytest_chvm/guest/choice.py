@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.guest.drivers import modules_for
 from pytest_chvm.guest.initramfs import WANTED_MODULES, add_words, build_initramfs, find_busybox
 from pytest_chvm.guest.kernels.image import check_kernel_image
 from pytest_chvm.guest.kernels.kernel import Kernel, inspect_kernel
@@ -79,7 +80,7 @@ def _built_in_guest(config: VmConfig, built_in: Kernel | None, cache: Path, prog
         kind = HostRootGuest
         root = HostRoot() if config.root == "host" else config.root
         config = config.replace(shared_dirs=[root.share(), *config.shared_dirs])
-    initramfs = _built_in_initramfs(kernel, cache, progress, kind)
+    initramfs = _built_in_initramfs(kernel, cache, progress, kind, modules_for(config))
     if isinstance(config.root, HostRoot) and config.root.resident is not None:
         from pytest_chvm.guest.resident import add_resident
 
@@ -171,9 +172,11 @@ def _with_early_console(cmdline: str | None, room: int) -> str | None:
 
 
 @lru_cache(maxsize=16)
-def _built_in_initramfs(kernel: Kernel, cache: Path, progress: Progress, kind: type[BuiltInGuest]) -> Path:
+def _built_in_initramfs(
+    kernel: Kernel, cache: Path, progress: Progress, kind: type[BuiltInGuest], of_config: tuple[str, ...]
+) -> Path:
     more = kind.more_files(kernel, cache, progress)
-    return build_initramfs(kernel, cache, progress, wanted=(*WANTED_MODULES, *kind.more_modules), more=more)
+    return build_initramfs(kernel, cache, progress, wanted=(*WANTED_MODULES, *kind.more_modules, *of_config), more=more)
 
 
 @lru_cache(maxsize=16)

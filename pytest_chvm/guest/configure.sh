@@ -86,7 +86,7 @@ chvm_configure() {
             chvm_root $value || failed="$failed share$share"
             share=$((share + 1))
             ;;
-        chvm.disk=*) chvm_retry [ -b $value ] || failed="$failed disk" ;;
+        chvm.disk=*) chvm_retry [ -b $value ] || failed="$failed disk${value#/dev/}" ;;
         esac
     done >$chvm_console 2>&1
     [ -z "$chvm_root" ] || chvm_enter_root || failed="$failed share0"

@@ -26,7 +26,7 @@ from pytest_chvm.guest.ready import PanicScanner, ReadyScanner
 from pytest_chvm.host.keeper.remains import start_time_ticks
 from pytest_chvm.host.keeper_client import Keeper
 from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import HOST_ROOT_TAG, ProcessIdentity, VmConfig, VmHandle, VmState
+from pytest_chvm.model import HOST_ROOT_TAG, ProcessIdentity, VmConfig, VmHandle, VmState, names_in_guest
 
 Found = TypeVar("Found")
 EMPTY = "is empty."
@@ -143,8 +143,11 @@ class Health:
         if kind == "share" and int(number) < len(self._config.shared_dirs):
             share = self._config.shared_dirs[int(number)]
             return "the host's root" if share.tag == HOST_ROOT_TAG else f"shared dir {share.tag!r} ({share.host_path})"
-        if kind == "disk":
-            return f"its data disk ({self._config.data_disk})"
+        if word.startswith("disk"):
+            disks = self._config.all_disks
+            named = dict(zip(names_in_guest(disks), disks, strict=True))
+            name = word.removeprefix("disk")
+            return f"{named.get(name, 'a disk')} (/dev/{name})"
         if kind == "cloud-init":
             # Of what is none of the test's own it may fail in an image that is as it should be.
             return "what cloud-init was told to do" if any(self._config.seed_texts.values()) else None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 from pytest_chvm.base.choices import Accel, BootWay, NetworkMode, Vmm
-from pytest_chvm.model import Attachment, HostRoot, SharedDir, StrPath
+from pytest_chvm.model import Attachment, Disk, HostRoot, SharedDir, StrPath
 
 
 class ConfigArguments(TypedDict, total=False):
@@ -30,6 +30,7 @@ class ConfigArguments(TypedDict, total=False):
     meta_data: str | Mapping[str, object] | None
     network_config: str | Mapping[str, object] | None
     data_disk: StrPath | None
+    disks: Sequence[Disk] | Disk
     networks: Sequence[Attachment] | Attachment | None
     netns: str | None
     shared_dirs: Mapping[str, StrPath] | Sequence[SharedDir] | SharedDir

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.model.disks import DISK_KINDS, VmDisk
+from pytest_chvm.model.disks import DISK_KINDS, AnyDisk, Disk, VmDisk, all_disks
 from pytest_chvm.model.host_root import HostRoot
 from pytest_chvm.model.networks import Attachment, SocketPairFd, Tap
 from pytest_chvm.model.seeds import SEED_FIELDS, seed_text
@@ -42,6 +42,8 @@ class VmConfig:
     `vm.resize` can go (None: no further). `outbound=False`: by its user-mode network the guest reaches
     neither the host nor what the host reaches; it can still be reached at `vm.address`.
 
+    `disks` are further disks, each a `Disk`: after the others, in their order.
+
     `user_data`, `meta_data` and `network_config`, text or mapping in and text out, are what an image's cloud-init is told, by a
     NoCloud seed. `firmware="uefi"` boots the boot loader of the `root_disk`.
     """
@@ -61,6 +63,7 @@ class VmConfig:
     meta_data: str | None = None
     network_config: str | None = None
     data_disk: Path | None = None
+    disks: tuple[Disk, ...] = ()
     networks: tuple[Attachment, ...] | None = None
     netns: str | None = None
     shared_dirs: tuple[SharedDir, ...] = ()
@@ -114,6 +117,7 @@ class VmConfig:
         if self.cpu_model is not None and (not isinstance(self.cpu_model, str) or not CPU_MODEL_PATTERN.fullmatch(self.cpu_model)):
             raise self._invalid(f"cpu_model={self.cpu_model!r}, expected a model and its flags: 'EPYC,+svm'")
         object.__setattr__(self, "channels", self._checked_channels())
+        object.__setattr__(self, "disks", self._checked_disks())
         object.__setattr__(self, "networks", self._checked_networks())
         object.__setattr__(self, "shared_dirs", self._checked_shared_dirs())
 
@@ -147,6 +151,22 @@ class VmConfig:
         if len(set(channels)) != len(channels):
             raise self._invalid(f"channels has a name twice: {', '.join(channels)}")
         return tuple(channels)
+
+    def _checked_disks(self) -> tuple[Disk, ...]:
+        disks: Any = self.disks
+        if disks is None:
+            return ()
+        if isinstance(disks, Disk):
+            disks = (disks,)
+        if not isinstance(disks, Sequence) or isinstance(disks, str | bytes):
+            raise self._invalid(f"disks={disks!r}, expected a list of Disk")
+        for disk in disks:
+            if not isinstance(disk, Disk):
+                raise self._invalid(f"disks has {disk!r}, expected a Disk")
+        serials = [disk.serial for disk in disks if disk.serial is not None]
+        if len(set(serials)) != len(serials):
+            raise self._invalid(f"disks has a serial twice: {', '.join(serials)}")
+        return tuple(disks)
 
     def _checked_networks(self) -> tuple[Attachment, ...] | None:
         networks: Any = self.networks
@@ -186,10 +206,16 @@ class VmConfig:
         return tuple(shared)
 
     @property
-    def all_disks(self) -> tuple[VmDisk, ...]:
+    def all_disks(self) -> tuple[AnyDisk, ...]:
         """The disks that a VM is booted with, of every kind, in the order in which the guest sees them."""
         named = ((kind, getattr(self, kind.field)) for kind in DISK_KINDS)
-        return tuple(VmDisk(kind, image) for kind, image in named if image is not None)
+        first = (VmDisk(kind, image) for kind, image in named if image is not None)
+        return all_disks(first, self.disks)
+
+    @property
+    def disks_with_images(self) -> tuple[VmDisk, ...]:
+        """Those of them that are made of an image."""
+        return tuple(disk for disk in self.all_disks if isinstance(disk, VmDisk))
 
     @property
     def seed_texts(self) -> dict[str, str]:

@@ -13,11 +13,13 @@ import pytest
 from pytest_chvm import (
     BootFailedError,
     CloudHypervisorDriver,
+    Disk,
     InvalidConfigError,
     MissingRequirementError,
     SharedDir,
     SocketPairFd,
     Tap,
+    UnsupportedError,
 )
 from pytest_chvm.drivers.cloud_hypervisor import driver as cloud_hypervisor
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
@@ -134,6 +136,26 @@ def test_data_disk_that_a_guest_has_turned_into_a_qcow2_is_refused(ch, tmp_path)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", data, "1M"], check=True)
     with pytest.raises(InvalidConfigError, match=r"begins like a qcow2 image and is named like a raw one"):
         ch.boot(data_disk=data)
+
+
+def test_further_disks_are_what_it_has_of_such(arguments, image):
+    data = image("data.img")
+    words, handle = arguments(disks=[Disk(data, serial="one"), Disk(size_mb=8, bus="pmem"), Disk(data, read_only=True)])
+    assert values_of(words, "--disk") == [f"path={data},image_type=raw,serial=one", f"path={data},readonly=on,image_type=raw"]
+    assert values_of(words, "--pmem") == [f"file={handle.run_dir}/disk0.empty.raw"]
+
+
+@pytest.mark.parametrize(
+    ("disk", "message"),
+    [
+        (Disk(size_mb=8, bus="nvme"), r"cannot have disks\[0\].* on bus 'nvme': use pmem or virtio, or another VMM"),
+        (Disk(size_mb=8, block_size=4096), "blocks of 4096 bytes: leave out block_size"),
+    ],
+)
+def test_what_it_does_not_have_of_disks_is_refused(ch, stand_in_ch, disk, message):
+    with pytest.raises(UnsupportedError, match=message):
+        ch.boot(disks=[disk])
+    assert stand_in_ch.records() == []
 
 
 def test_mac_is_from_the_name_and_the_same_on_every_run(arguments, needs_taps):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pytest_chvm
-from pytest_chvm import HostError, QemuDriver, UnsupportedError, VmConfig
+from pytest_chvm import Disk, HostError, QemuDriver, UnsupportedError, VmConfig
 from pytest_chvm.clones import templates
 from pytest_chvm.clones.digests import content_key, file_identity
 from pytest_chvm.clones.templates import made_of
@@ -89,6 +89,7 @@ def key(guest):
     [
         {"cpus": 2}, {"max_cpus": 2}, {"cpu_model": "Nehalem"}, {"memory_mb": 300}, {"max_memory_mb": 512}, {"hotplug": True},
         {"networks": []}, {"cmdline": "quiet"}, {"kernel": Path(__file__)}, {"initramfs": Path(__file__)}, {"root_disk": Path(__file__)},
+        {"disks": [Disk(size_mb=8)]}, {"disks": [Disk(Path(__file__), read_only=True)]},
     ],
     ids=lambda config: next(iter(config)),
 )  # fmt: skip

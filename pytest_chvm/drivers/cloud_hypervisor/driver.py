@@ -29,11 +29,13 @@ from pytest_chvm.drivers.base import (
 )
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, MEMORY_FILE, Boot, BootOptions, VmmCommand
 from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
+from pytest_chvm.drivers.cloud_hypervisor import disks as ch_disks
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
 from pytest_chvm.drivers.cloud_hypervisor import state
+from pytest_chvm.drivers.cloud_hypervisor.disks import quoted
 from pytest_chvm.drivers.cloud_hypervisor.events import EventMonitor
 from pytest_chvm.drivers.cloud_hypervisor.firmware import find_firmware
-from pytest_chvm.drivers.disks import DiskFile, default_cmdline, disk_files, image_format
+from pytest_chvm.drivers.disks import DiskFile, default_cmdline, disk_files, image_format, plugged_files, save_empty_disks
 from pytest_chvm.drivers.events import event_log, open_event_log
 from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.memory import copy_sparse, inherited_memory
@@ -45,7 +47,7 @@ from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmStatus
+from pytest_chvm.model import DiskKind, SharedDir, VmConfig, VmHandle, VmStatus
 
 PLACES = ("/usr/bin", "/usr/local/bin")
 INSTALL = "install it from https://github.com/cloud-hypervisor/cloud-hypervisor/releases, or name one with --chvm-binary"
@@ -61,7 +63,7 @@ class CloudHypervisorDriver(
     vmm = "cloud-hypervisor"
     # What does not fit into the PTY it keeps until the guest writes more, which it would not. A PTY's buffers take 8 KiB (the
     # limit of pty_common_install(), drivers/tty/pty.c) and what is in the line discipline.
-    abilities = Abilities(spare_slots=8, console_piece=1 << 13)
+    abilities = Abilities(disk_buses=ch_disks.BUSES, spare_slots=8, console_piece=1 << 13)
 
     def __init__(
         self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None, host: Host | None = None
@@ -113,7 +115,7 @@ class CloudHypervisorDriver(
 
     def _command(self, boot: Boot) -> VmmCommand:
         config = boot.config
-        for path in (config.kernel, config.initramfs, *(disk.image for disk in config.all_disks), boot.serial_log):
+        for path in (config.kernel, config.initramfs, *(disk.image for disk in config.disks_with_images), boot.serial_log):
             _check_text(config, path)
         machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), os.fspath(self.binary().path)]
         cmdline = default_cmdline(config) if config.cmdline is None else config.cmdline
@@ -125,17 +127,17 @@ class CloudHypervisorDriver(
             machine += ["--initramfs", os.fspath(config.initramfs)]
         machine += ["--cpus", f"boot={config.cpus}{f',max={config.max_cpus}' if config.max_cpus else ''}"]
         machine += self._memory(boot)
-        machine += [word for file in disk_files(boot) for word in _disk(file)]
+        machine += ch_disks.arguments(disk_files(boot))
         taps = taps_of(boot)
         for tap in taps:
             machine += ["--net", f"tap={tap.name},mac={tap.mac}"]
-        machine += ["--serial", f"file={_quoted(boot.serial_log)}", "--console", "pty" if boot.options.console else "off"]
+        machine += ["--serial", f"file={quoted(boot.serial_log)}", "--console", "pty" if boot.options.console else "off"]
         for share, path in zip(config.shared_dirs, boot.share_sockets, strict=True):
-            machine += ["--fs", f"tag={share.tag},socket={_quoted(path)},num_queues=1,queue_size=512"]
+            machine += ["--fs", f"tag={share.tag},socket={quoted(path)},num_queues=1,queue_size=512"]
         # With it the guest's panic is an event.
         control = [*self._control(boot), *(["--pvpanic"] if boot.options.console else [])]
         if ch_landlock.is_confined(boot):
-            rules = [f"path={_quoted(path)},access={access}" for path, access in ch_landlock.rules(boot, taps)]
+            rules = [f"path={quoted(path)},access={access}" for path, access in ch_landlock.rules(boot, taps)]
             control += ["--landlock", "--landlock-rules", *rules]
         return VmmCommand(machine, control, event_log(boot.lease.directory))
 
@@ -153,7 +155,7 @@ class CloudHypervisorDriver(
                     f"VM {config.name!r}: Cloud Hypervisor cannot add memory to a VM that can be cloned: leave out max_memory_mb",
                     vm_name=config.name,
                 )
-            path = _quoted(Path(boot.memory.path))
+            path = quoted(Path(boot.memory.path))
             return ["--memory", "size=0", "--memory-zone", f"id=memory,size={config.memory_mb}M,file={path},shared=on"]
         room = f",hotplug_size={config.max_memory_mb - config.memory_mb}M" if config.max_memory_mb else ""
         # For vhost-user: a shared dir, now or plugged in later.
@@ -223,10 +225,8 @@ class CloudHypervisorDriver(
 
     def add_disk(self, handle: VmHandle, image: Path, *, read_only: bool) -> str:
         """Plug a disk in; returns its id."""
-        form = image_format(image, read_only=read_only).capitalize()
-        body: dict[str, object] = {"path": os.fspath(image), "readonly": read_only, "image_type": form}
-        body |= {"backing_files": form == "Qcow2"}
-        return self._add(handle, "vm.add-disk", body)
+        kind = DiskKind("image", "", read_only=read_only)
+        return self._add(handle, "vm.add-disk", ch_disks.body(DiskFile(kind, image, image_format(image, read_only=read_only))))
 
     def add_tap(self, handle: VmHandle, tap: str, mac: str) -> str:
         """Plug a NIC in that is attached to a TAP; returns its id."""
@@ -320,6 +320,8 @@ class CloudHypervisorDriver(
 
     def snapshot(self, handle: VmHandle, directory: Path) -> None:
         """Save a paused VM's state and memory to an existing directory, empty but for a memory file; disks are not saved."""
+        assert handle.run_dir is not None
+        save_empty_disks(handle.run_dir, directory)
         self._call(handle, "vm.snapshot", {"destination_url": f"file://{directory}"})
         memory = directory / MEMORY_FILE
         if not memory.exists() and handle.process is not None:
@@ -339,9 +341,8 @@ class CloudHypervisorDriver(
             if shared := inherited_memory(handle.process.pid):
                 state.name_memory(source, shared)
             self._call(handle, "vm.restore", {"source_url": f"file://{source}"})
-            for disk in config.all_disks:
-                if disk.written:
-                    self.add_disk(handle, disk.image, read_only=False)
+            for file in plugged_files(config, handle.run_dir):
+                self._add(handle, "vm.add-disk", ch_disks.body(file))
             for index, share in enumerate(config.shared_dirs):
                 self.add_share(handle, share, handle.run_dir / f"fs{index}.sock")
             if options.console:
@@ -375,19 +376,6 @@ def _check_text(config: VmConfig, path: Path | None) -> None:
             "rename it",
             vm_name=config.name,
         ) from error
-
-
-def _disk(file: DiskFile) -> list[str]:
-    read_only, backing = ",readonly=on" if file.read_only else "", ",backing_files=on" if file.format == "qcow2" else ""
-    return ["--disk", f"path={_quoted(file.path)}{read_only},image_type={file.format}{backing}"]
-
-
-def _quoted(path: Path) -> str:
-    """Return a path as an option's value: quoted where it has a character that would end it (option_parser/src/lib.rs)."""
-    text = os.fspath(path)
-    if not re.search(r'[,"\[\]]', text):
-        return text
-    return '"' + text.replace('"', '""') + '"'
 
 
 DRIVER = CloudHypervisorDriver

@@ -46,7 +46,7 @@ def rules(boot: Boot, taps: list[AttachedTap]) -> list[tuple[Path, str]]:
     # What it is restored from is linked to from its own directory.
     found += [(boot.restoring, "r")] if boot.restoring is not None else []
     # An overlay of ours is on top of the root disk, and is a path of the configuration.
-    for disk in boot.config.all_disks:
+    for disk in boot.config.disks_with_images:
         images = [*([disk.image] if disk.kind.throwaway else []), *backing_files(disk.image)]
         found += [(image, "r") for image in images]
     # Whether it has several queues (net_util/src/open_tap.rs).

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.drivers.boot import Boot
+from pytest_chvm.drivers.cloud_hypervisor import disks as ch_disks
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
 from pytest_chvm.drivers.disks import disk_files
 from pytest_chvm.drivers.taps import AttachedTap
@@ -52,8 +53,7 @@ def _rewrite(config: dict[str, Any], boot: Boot, taps: Sequence[AttachedTap]) ->
     nics = config.get("net") or []
     if len(nics) != len(taps):
         raise HypervisorError(f"the snapshot has {len(nics)} NICs and the VM {len(taps)}")
-    for index, disk in enumerate(disk_files(boot)):
-        config["disks"][index]["path"] = os.fspath(disk.path)
+    ch_disks.rewrite(config, disk_files(boot))
     for nic, tap in zip(nics, taps, strict=True):
         nic.update(tap=tap.name, mac=tap.mac, host_mac=None, fds=None)
     # None where the VM was not booted to be a template: its memory is in the snapshot then.

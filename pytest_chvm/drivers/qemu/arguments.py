@@ -1,4 +1,4 @@
-"""QEMU's arguments for a VM's disks, NICs and shared dirs."""
+"""QEMU's arguments for a VM's NICs and shared dirs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.drivers.boot import Boot
-from pytest_chvm.drivers.disks import DiskFile
 from pytest_chvm.drivers.taps import taps_of
 from pytest_chvm.host.networks.tap import open_tap
 from pytest_chvm.model import Network, UserNetwork, mac_for
-
-
-def disk(file: DiskFile) -> list[str]:
-    """Return the arguments of a disk."""
-    mode = "on" if file.read_only else "off"
-    node = f"node-name={file.id},driver={file.format},read-only={mode},file.driver=file,file.filename={quoted(file.path)}"
-    return ["-blockdev", node, "-device", f"virtio-blk-pci,drive={file.id}"]
 
 
 def shares(boot: Boot) -> list[str]:

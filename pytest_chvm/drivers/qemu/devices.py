@@ -24,17 +24,15 @@ def port_arguments() -> list[str]:
 
 def add_disk(handle: VmHandle, socket_path: Path, image: Path, form: str, *, read_only: bool) -> str:
     """Plug a disk in; returns its id."""
-    name: str = qmp.session(handle.name, socket_path, lambda client: plug_disk(client, handle, image, form, read_only=read_only))
-    return name
-
-
-async def plug_disk(client: Any, handle: VmHandle, image: Path, form: str, *, read_only: bool) -> str:
-    """Plug a disk in, with a QMP client; returns its id."""
     name = _new_id("disk")
-    file = {"driver": "file", "filename": str(image)}
-    port = await _needed_port(client, handle)
-    await client.execute("blockdev-add", {"driver": form, "node-name": name, "read-only": read_only, "file": file})
-    await client.execute("device_add", {"driver": "virtio-blk-pci", "id": name, "drive": name, "bus": port})
+
+    async def work(client: Any) -> None:
+        file = {"driver": "file", "filename": str(image)}
+        port = await needed_port(client, handle)
+        await client.execute("blockdev-add", {"driver": form, "node-name": name, "read-only": read_only, "file": file})
+        await client.execute("device_add", {"driver": "virtio-blk-pci", "id": name, "drive": name, "bus": port})
+
+    qmp.session(handle.name, socket_path, work)
     return name
 
 
@@ -47,7 +45,7 @@ def add_tap(handle: VmHandle, socket_path: Path, tap: str, mac: str) -> str:
 async def plug_nic(client: Any, handle: VmHandle, tap: str, mac: str) -> str:
     """Plug a NIC in that is attached to a TAP, with a QMP client; returns its id."""
     name = _new_id("nic")
-    port = await _needed_port(client, handle)
+    port = await needed_port(client, handle)
     await client.execute("netdev_add", {"type": "tap", "id": name, "ifname": tap, "script": "no", "downscript": "no"})
     device = {"driver": "virtio-net-pci", "id": name, "netdev": name, "mac": mac, "romfile": "", "bus": port}
     await client.execute("device_add", device)
@@ -64,7 +62,7 @@ async def plug_share(client: Any, handle: VmHandle, share: SharedDir, share_sock
     """Plug a shared dir in, with a QMP client; returns its id."""
     name = share_id(share)
     address = {"type": "unix", "data": {"path": str(share_socket)}}
-    port = await _needed_port(client, handle)
+    port = await needed_port(client, handle)
     backend = {"type": "socket", "data": {"addr": address, "server": False}}
     await client.execute("chardev-add", {"id": name, "backend": backend})
     device = {"driver": "vhost-user-fs-pci", "id": name, "chardev": name, "tag": share.tag, "queue-size": 512, "bus": port}
@@ -72,7 +70,8 @@ async def plug_share(client: Any, handle: VmHandle, share: SharedDir, share_sock
     return name
 
 
-async def _needed_port(client: Any, handle: VmHandle) -> str:
+async def needed_port(client: Any, handle: VmHandle) -> str:
+    """Return the id of a free PCIe port, with a QMP client; raises UnsupportedError where there is none."""
     free = await _free_port(client)
     if free is None:
         raise UnsupportedError(

@@ -14,10 +14,11 @@ from typing import Any
 from pytest_chvm.base.untouched import Socket
 from pytest_chvm.drivers.base import Abilities, AbleDriver
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, Boot, BootOptions, VmmCommand
-from pytest_chvm.drivers.disks import copy_overlay, default_cmdline, disk_files, image_format
+from pytest_chvm.drivers.disks import copy_overlay, default_cmdline, disk_files, image_format, plugged_files, save_empty_disks
 from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.drivers.qemu import arguments, devices, qmp
+from pytest_chvm.drivers.qemu import disks as qemu_disks
 from pytest_chvm.drivers.qemu import events as qemu_events
 from pytest_chvm.drivers.qemu import firmware as qemu_firmware
 from pytest_chvm.drivers.qemu import state as qemu_state
@@ -51,6 +52,8 @@ class QemuDriver(AbleDriver):
         multicast_network=True,
         cpu_models=True,
         live_root_disk=True,
+        disk_buses=frozenset(qemu_disks.DRIVERS),
+        block_sizes=True,
         spare_slots=devices.SPARE_PORTS,
         # QEMU drops what does not fit into the socket's buffer.
         console_piece=1 << 15,
@@ -119,10 +122,13 @@ class QemuDriver(AbleDriver):
         machine += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         machine += ["-name", config.name, "-uuid", boot.machine_id, "-sandbox", SYSTEM_CALLS]
         kvm = self._uses_kvm()
-        machine += ["-machine", "q35,memory-backend=ram"]
+        files = disk_files(boot)
+        slots, slots_mb = qemu_disks.memory_slots(files)
+        machine += ["-machine", f"q35,memory-backend=ram{',nvdimm=on' if slots else ''}"]
         machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", config.cpu_model or ("host" if kvm else "max")]
         machine += ["-smp", f"{config.cpus}{f',maxcpus={config.max_cpus}' if config.max_cpus else ''}"]
-        machine += ["-m", f"{config.memory_mb}M{f',slots=8,maxmem={config.max_memory_mb}M' if config.max_memory_mb else ''}"]
+        room = f",slots={8 + slots},maxmem={(config.max_memory_mb or config.memory_mb) + slots_mb}M"
+        machine += ["-m", f"{config.memory_mb}M{room if config.max_memory_mb or slots else ''}"]
         machine += devices.port_arguments() if config.hotplug else []
         machine += self._memory(boot)
         machine += self._boot_source(config) if config.firmware is None else qemu_firmware.firmware_arguments(boot)
@@ -134,7 +140,7 @@ class QemuDriver(AbleDriver):
             number = boot.add_fd(fd)
             machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
             shown[f",vhostfd={number}"] = ""
-        machine += [word for file in disk_files(boot) for word in arguments.disk(file)]
+        machine += qemu_disks.arguments(files)
         # A clone's shared dirs are plugged in before it goes on.
         machine += arguments.shares(boot) if boot.restoring is None else []
         control = ["-incoming", "defer", "-S"] if boot.restoring is not None else []
@@ -332,6 +338,7 @@ class QemuDriver(AbleDriver):
         assert handle.run_dir is not None
         if (written := handle.run_dir / ROOT_FILE).exists():
             copy_overlay(written, directory / ROOT_FILE)
+        save_empty_disks(handle.run_dir, directory)
         qemu_state.save(handle.name, self._socket(handle, "qmp.sock"), directory / "state", memory_is_shared=shared)
 
     def restore(self, config: VmConfig, directory: Path, options: BootOptions = DEFAULT_OPTIONS) -> VmHandle:
@@ -339,10 +346,8 @@ class QemuDriver(AbleDriver):
         handle = self._process.boot(config, self._command, options, directory)
 
         async def go_on(client: Any) -> None:
-            for disk in config.all_disks:
-                if disk.written:
-                    form = image_format(disk.image, read_only=False)
-                    await devices.plug_disk(client, handle, disk.image, form, read_only=False)
+            assert handle.run_dir is not None
+            await qemu_disks.plug(client, handle, plugged_files(config, handle.run_dir))
             for index, share in enumerate(config.shared_dirs):
                 await devices.plug_share(client, handle, share, self._socket(handle, f"fs{index}.sock"))
             await client.execute("cont")

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.ready import DEFAULT_MARKER
-from pytest_chvm.model import CommandResult, SharedDir, VmConfig
+from pytest_chvm.model import CommandResult, SharedDir, VmConfig, names_in_guest
 
 # Runs a command in the guest, with an input.
 Run = Callable[[str, bytes | None], CommandResult]
@@ -50,7 +50,8 @@ class Guest(ABC):
         words += self.own_words()
         if marker != DEFAULT_MARKER:
             words.append(f"chvm.marker={marker}")
-        words += [disk.kind.guest_word for disk in self.config.all_disks if disk.kind.guest_word is not None]
+        disks = self.config.all_disks
+        words += [f"chvm.disk=/dev/{name}" for disk, name in zip(disks, names_in_guest(disks), strict=True) if disk.kind.awaited]
         return words + [self.share_word(share) for share in self.config.shared_dirs]
 
     def share_word(self, share: SharedDir) -> str:
