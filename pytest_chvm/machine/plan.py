@@ -10,6 +10,7 @@ from pathlib import Path
 from pytest_chvm.clones.digests import file_identity
 from pytest_chvm.clones.store import TemplateStore
 from pytest_chvm.clones.templates import made_of, why_no_clone
+from pytest_chvm.clones.truth import why_booted
 from pytest_chvm.drivers import choose_vmm, make_driver
 from pytest_chvm.drivers.base import BootsFirmware, Saves, VmDriver, check_abilities, logger
 from pytest_chvm.errors import HostError, UnsupportedError, VmError
@@ -112,8 +113,9 @@ def _boot_or_clone(plan: Plan, store: TemplateStore) -> Plan:
     boot = plan.settings.boot
     if boot == "cold":
         return replace(plan, why_cold="asked for")
-    if plan.why_no_clone is not None or plan.guest.cloned_at_once:
-        return replace(plan, why_cold=plan.why_no_clone)
+    why = plan.why_no_clone or why_booted(plan.guest)
+    if why is not None or plan.guest.cloned_at_once:
+        return replace(plan, why_cold=why)
     if not plan.wait:
         return replace(plan, why_cold="it is an image of its own, whose boot is not waited for")
     try:

@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 
 from pytest_chvm.base.choices import Accel, BootWay, NetworkMode, Vmm
 from pytest_chvm.model import Attachment, Disk, HostRoot, SharedDir, StrPath
+from pytest_chvm.model.clone_facts import CloneFact
 
 
 class ConfigArguments(TypedDict, total=False):
@@ -42,6 +43,7 @@ class ConfigArguments(TypedDict, total=False):
     firmware: Literal["uefi"] | None
     max_cpus: int | None
     max_memory_mb: int | None
+    clone_must_have: Sequence[CloneFact]
 
 
 class VmArguments(ConfigArguments, total=False):

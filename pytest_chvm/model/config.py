@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.model.clone_facts import CloneFact, checked_facts
 from pytest_chvm.model.disks import DISK_KINDS, AnyDisk, Disk, VmDisk, all_disks
 from pytest_chvm.model.host_root import HostRoot
 from pytest_chvm.model.networks import Attachment, SocketPairFd, Tap
@@ -46,6 +47,8 @@ class VmConfig:
 
     `user_data`, `meta_data` and `network_config`, text or mapping in and text out, are what an image's cloud-init is told, by a
     NoCloud seed. `firmware="uefi"` boots the boot loader of the `root_disk`.
+
+    `clone_must_have`: what has to be as after a boot, of `model.clone_facts`; where a clone's is not, the VM is booted.
     """
 
     name: str = "vm"
@@ -75,6 +78,7 @@ class VmConfig:
     max_memory_mb: int | None = None
     outbound: bool = True
     firmware: str | None = None
+    clone_must_have: tuple[CloneFact, ...] = ()
 
     if TYPE_CHECKING:
         # What comes in is more than what comes out: a `str` is a path too.
@@ -116,6 +120,10 @@ class VmConfig:
             raise self._invalid(f"netns={self.netns!r} cannot be the name of a network namespace")
         if self.cpu_model is not None and (not isinstance(self.cpu_model, str) or not CPU_MODEL_PATTERN.fullmatch(self.cpu_model)):
             raise self._invalid(f"cpu_model={self.cpu_model!r}, expected a model and its flags: 'EPYC,+svm'")
+        try:
+            object.__setattr__(self, "clone_must_have", checked_facts(self.clone_must_have))
+        except InvalidConfigError as error:
+            raise self._invalid(str(error)) from error
         object.__setattr__(self, "channels", self._checked_channels())
         object.__setattr__(self, "disks", self._checked_disks())
         object.__setattr__(self, "networks", self._checked_networks())

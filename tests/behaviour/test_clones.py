@@ -16,6 +16,7 @@ from pytest_chvm.base.cache import default_cache_dir
 from pytest_chvm.base.progress import show_progress
 from pytest_chvm.guest.kernels.default import fetch_kernel_package
 from pytest_chvm.guest.packages import PackageError
+from tests.behaviour.looks import COMPLAINTS, look
 
 KERNEL_WITH_VMGENID = "linux-image-6.12-cloud-amd64"
 # Of a machine with much to do; `benchmarks/clones.py` measures it on an idle one.
@@ -40,6 +41,65 @@ def test_clones_are_machines_of_their_own(clones):
     one, two = (identity(vm) for vm in clones)
     assert all(a != b for a, b in zip(one, two, strict=True)), (one, two)
     assert one[2] == f"{clones[0].name}\n"
+
+
+@pytest.fixture(scope="module")
+def looks(clones, chvm_vm_factory, vmm):
+    """What a booted VM and two clones show of themselves."""
+    with chvm_vm_factory(vmm=vmm, name=f"booted-{vmm}", boot="cold") as booted:
+        shown = look(booted)
+    return [shown, *map(look, clones)]
+
+
+@pytest.mark.parametrize(
+    "fact", ["btf", "clocksource", "devices", "entropy", "interrupts", "kaslr", "modules", "perf", "rcu", "taint", "tsc"]
+)
+def test_a_clone_is_as_a_booted_vm_in(looks, fact):
+    booted, *clones = (shown[fact] for shown in looks)
+    assert booted
+    assert clones == [booted, booted]
+
+
+def test_a_clones_kernel_has_been_told_what_a_booted_ones_has(looks):
+    """But for this plugin's own words on its command line."""
+    booted, *clones = looks
+    for clone in clones:
+        assert clone["cmdline"] == booted["cmdline"] != ""
+        assert clone["dmesg"][0] == booted["dmesg"][0]
+        assert [line for line in clone["dmesg"] if COMPLAINTS.search(line)] == []
+
+
+def test_a_clones_clocks_go_on_from_where_it_was_saved(looks):
+    for shown in looks:
+        (uptime_s, time_s), (later_s, later_time_s) = shown["clocks"], shown["clocks_later"]
+        # However old the template is.
+        assert uptime_s < 300
+        assert later_s - uptime_s >= 0.99
+        assert later_time_s - time_s == pytest.approx(later_s - uptime_s, abs=0.1)
+
+
+def test_a_clone_has_a_boot_id_and_a_mac_of_its_own_and_the_dmi_uuid_of_its_template(looks, vmm):
+    for fact in ("boot_id", "mac"):
+        assert len({shown[fact] for shown in looks}) == 3, looks
+    booted, one, two = (shown["dmi_uuid"] for shown in looks)
+    assert one == two
+    assert (booted != one) == (vmm == "qemu")
+
+
+def test_what_a_clone_is_not_true_in_is_a_reason_for_a_boot(boot):
+    wanted = functools.partial(boot, network="none", clone_must_have=["uptime", "cmdline"])
+    with pytest.raises(UnsupportedError, match=r"cannot be a clone: clone_must_have has 'cmdline': the words for this plugin"):
+        wanted(boot="clone")
+    with wanted(name="true-to-its-words") as vm:
+        assert (vm.origin.boot, vm.origin.why.partition(":")[0]) == ("cold", "clone_must_have has 'cmdline'")
+        assert f"chvm.hostname={vm.name}" in vm.check_output("cat /proc/cmdline").split()
+    with boot(network="none", clone_must_have=["uptime", "boot_id"]) as vm:
+        assert vm.origin.boot == "clone"
+
+
+def test_a_clone_has_all_of_its_own_command_line(boot):
+    with boot(network="none", boot="clone", cmdline_extra="first.option=1 second=two") as vm:
+        assert " first.option=1 second=two " in vm.check_output("cat /proc/cmdline")
 
 
 def test_clones_draw_different_random_numbers_from_the_start(boot):

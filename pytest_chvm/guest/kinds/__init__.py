@@ -36,6 +36,8 @@ class Guest(ABC):
     takes_host_libraries: ClassVar[bool] = False
     # What runs its commands, a kind of `pytest_chvm.guest.channels`.
     channel: ClassVar[str] = "console"
+    # Whether nothing in it has asked its kernel for the boot id when it is ready: the kernel then makes one in each clone.
+    keeps_boot_id_unread: ClassVar[bool] = False
     # Whether all that its kernel warns of is on its serial console.
     warns_on_console: ClassVar[bool] = False
 

@@ -27,6 +27,7 @@ class BuiltInGuest(Guest):
     reads_words_of_file: ClassVar[bool] = True
     takes_host_libraries: ClassVar[bool] = True
     warns_on_console: ClassVar[bool] = True
+    keeps_boot_id_unread: ClassVar[bool] = True
     # What its initramfs has beside that of the built-in guest.
     more_modules: ClassVar[tuple[str, ...]] = ()
 

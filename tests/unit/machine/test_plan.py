@@ -36,6 +36,9 @@ def test_an_image_is_booted_and_cloned_once_its_template_was_wanted(plan):
         ({"boot": "cold"}, {}, "asked for"),
         ({}, {"wait": False}, "whose boot is not waited for"),
         ({}, {"channels": ["one"]}, "it has channels"),
+        ({"boot": "auto"}, {"clone_must_have": ["cmdline"]}, "clone_must_have has 'cmdline'"),
+        ({}, {"clone_must_have": ["uptime", "boot_id"]}, "its image may have read its template's already"),
+        ({}, {"clone_must_have": ["kaslr"]}, "a clone's kernel is at its template's addresses"),
         ({"network": "user"}, {}, "whose addresses are not given by a TAP of ours"),
     ],
 )

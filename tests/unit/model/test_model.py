@@ -91,6 +91,21 @@ def test_command_lines_that_cannot_be(value):
             VmConfig(**{key: value})
 
 
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (["cmd_line"], "has 'cmd_line', which is nothing that a clone is asked for; did you mean 'cmdline'"),
+        (["colour"], "there are: boot_id, btf, "),
+        ([None], "has None"),
+        ("cmdline", "expected a list of words, of boot_id, "),
+        (5, "expected a list of words"),
+    ],
+)
+def test_what_no_clone_is_asked_for(value, why):
+    with pytest.raises(InvalidConfigError, match=f"VM 'vm': clone_must_have.*{why}"):
+        VmConfig(clone_must_have=value)
+
+
 @pytest.mark.parametrize("tag", ["", "x" * 37, "a b", "a/b", "..", ".a", "-a", "a,b", "größe", "a\n", None, 5, b"a"])
 def test_tags_that_cannot_be(tag):
     with pytest.raises(InvalidConfigError, match="cannot be a tag: expected 1 to 36 letters, digits"):
