@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from pytest_chvm.base.choices import Vmm
-from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, UnsupportedError
 
 if TYPE_CHECKING:
     from pytest_chvm.drivers.base import VmDriver
@@ -17,22 +18,36 @@ VMMS: list[str] = [vmm for vmm in get_args(Vmm) if vmm != "auto"]
 
 
 def make_driver(
-    vmm: str, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None, host: Host | None = None
+    vmm: str,
+    *,
+    accel: str = "auto",
+    binary: Path | None = None,
+    virtiofsd: Path | None = None,
+    host: Host | None = None,
+    arch: str | None = None,
 ) -> VmDriver:
-    """Return a driver by its VMM's name, for VMs of `host` (None: the default one).
+    """Return a driver by its VMM's name, for VMs of `host` (None: the default one) and of an architecture (None: this machine's).
 
-    Raises InvalidConfigError for an unknown name.
+    Raises InvalidConfigError for an unknown name, UnsupportedError for an architecture that the VMM does not run.
     """
     from importlib import import_module
 
     if vmm not in VMMS:
         raise InvalidConfigError(f"vmm={vmm!r}: expected one of auto, {', '.join(VMMS)}")
     module = import_module(f"{__name__}.{vmm.replace('-', '_')}.driver")
-    driver: VmDriver = module.DRIVER(accel=accel, binary=binary, virtiofsd=virtiofsd, host=host)
+    kind, more = module.DRIVER, {}
+    if arch is not None and arch != platform.machine():
+        if not kind.abilities.other_architectures:
+            raise UnsupportedError(
+                f"arch={arch!r}: {vmm} runs guests of this machine's architecture only, {platform.machine()}: leave out arch, or the "
+                "VMM (--chvm-vmm)"
+            )
+        more = {"arch": arch}
+    driver: VmDriver = kind(accel=accel, binary=binary, virtiofsd=virtiofsd, host=host, **more)
     return driver
 
 
-def choose_vmm(*, accel: str = "auto", binary: Path | None = None) -> tuple[str, str]:
+def choose_vmm(*, accel: str = "auto", binary: Path | None = None, arch: str | None = None) -> tuple[str, str]:
     """Return the VMM that "auto" means here, and why, in words.
 
     Where `binary` is given, the VMM that its `--version` names. Otherwise the first VMM whose `why_not` has no objection, or the
@@ -43,9 +58,9 @@ def choose_vmm(*, accel: str = "auto", binary: Path | None = None) -> tuple[str,
     reasons: list[str] = []
     for vmm in VMMS:
         try:
-            reason = make_driver(vmm, accel=accel, binary=binary).why_not()
-        except InvalidConfigError as error:
-            # This VMM does not have that accelerator.
+            reason = make_driver(vmm, accel=accel, binary=binary, arch=arch).why_not()
+        except (InvalidConfigError, UnsupportedError) as error:
+            # This VMM does not have that accelerator, or architecture.
             reason = str(error)
         if reason is None:
             return vmm, "; ".join(reasons) or "it and KVM are here"

@@ -30,7 +30,8 @@ MOST_DEVICES, MOST_DEVICES_WITH_HOTPLUG = 22, 14
 class Abilities:
     """What a VMM has that no method of its driver shows.
 
-    `user_network`, `multicast_network`: networks that need nothing of the host's. `cpu_models`: `cpu_model` chooses one.
+    `user_network`, `multicast_network`: networks that need nothing of the host's. `cpu_models`: `cpu_model` chooses one. `other_architectures`: of
+    which it runs guests too.
     `live_root_disk`: all of a root disk is in its file while the VM is paused, so that it can go on after a snapshot.
     `disk_buses`: the buses that a `Disk` can be on. `block_sizes`: blocks of a disk may be larger than 512 bytes.
     `spare_slots`: for how many devices a VM with `hotplug` has places.
@@ -40,6 +41,7 @@ class Abilities:
     user_network: bool = False
     multicast_network: bool = False
     cpu_models: bool = False
+    other_architectures: bool = False
     live_root_disk: bool = False
     disk_buses: frozenset[str] = frozenset({"virtio"})
     block_sizes: bool = False

@@ -14,25 +14,35 @@ from __future__ import annotations
 import struct
 
 from pytest_chvm.guest import elf
+from pytest_chvm.model import Architecture
 
 SEED_SIZE = 32
 # The host's line begins with a token of so many characters.
 TOKEN_SIZE = 32
 AWAY = b"-".ljust(TOKEN_SIZE + 6) + b"\n"
 
-# renew.S, assembled for x86-64: its code and the strings behind it.
-CODE = bytes.fromhex(
+# renew.S, assembled: its code and the strings behind it.
+X86_64 = bytes.fromhex(
     "4881ec80000000b801000000bf01000000488d35c0000000ba060000000f054c8d64240141bd27000000e88c00000080"
     "7c24012d7479c604240ab801000000bf010000004889e6ba280000000f054c8d64244041bd38000000e85d000000b8e3"
     "00000031ff488d7424400f0585c0753fb802000000488d3d6200000031f60f0585c0782b89c7b810000000be03520840"
     "488d5424500f0585c07514b810000000be075200000f0585c0750431ffeb05bf01000000b83c0000000f0531db31c031"
     "ff498d341c4489ea29da0f0585c07edf01c34439eb72e6c377616974730a2f6465762f7572616e646f6d00"
 )
+# Likewise aarch64/renew.S.
+AARCH64 = bytes.fromhex(
+    "ff0302d1080880d2200080d261070010c20080d2010000d4f3070091f40480d229000094e00740391fb4007160040054"
+    "40018052e0030039080880d2200080d2e1030091020580d2010000d4f3030191140780d21c000094080e80d2000080d2"
+    "e1030191010000d4800200b5080780d2600c809241040050020080d2010000d4c001f8b7f30300aaa80380d241030018"
+    "e2430191010000d4000100b5a80380d2e00313aae1408a52010000d4600000b5000080d202000014200080d2a80b80d2"
+    "010000d4150080d2e80780d2000080d26102158b820215cb010000d41f0000f1cdfeff54b502008bbf0214ebe3feff54"
+    "c0035fd60352084077616974730a2f6465762f7572616e646f6d00"
+)
 
 
-def program() -> bytes:
-    """Return the program, a static x86-64 executable."""
-    return elf.executable(CODE)
+def program(arch: Architecture) -> bytes:
+    """Return the program, a static executable for an architecture of `elf.WRITTEN_FOR`."""
+    return elf.executable(arch, X86_64, AARCH64)
 
 
 def call(token: str) -> bytes:

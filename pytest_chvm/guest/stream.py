@@ -6,12 +6,13 @@ That starts three processes for each piece, which takes milliseconds of an emula
 from __future__ import annotations
 
 from pytest_chvm.guest import elf
+from pytest_chvm.model import Architecture
 
 # Where the console shell looks for it.
 PATH = "/lib/chvm/stream"
 
-# stream.S, assembled for x86-64: its code and the string behind it.
-CODE = bytes.fromhex(
+# stream.S, assembled: its code and the string behind it.
+X86_64 = bytes.fromhex(
     "4c8b642410488b7424184531ed0fb60683e830780c456bed0a4101c548ffc6ebec4181fd000001000f871b0100004c89"
     "e34531f642803c3300740f41ffc64183fe640f8701010000ebea4881ec0001010031c031ff488db424000100004489ea"
     "0f0585c0790231c04189c7488dbc24ff000000c6070ab90a00000031d2f7f183c23048ffcf881785c075f04489f14829"
@@ -21,8 +22,19 @@ CODE = bytes.fromhex(
     "e6ba010000000f05e924ffffffb801000000bf09000000488d3517000000ba010000000f0531ffeb05bf01000000b83c"
     "0000000f050a"
 )
+# Likewise aarch64/stream.S.
+AARCH64 = bytes.fromhex(
+    "f30b40f9e10f40f9140080d2490180d22014403800c000716b0000549402099bfcffff172000a0d29f0200eb280a0054"
+    "150080d2606a7538a0000034b5060091bf9201f168090054fbffff17ff4340d1ff0304d1f6030491e80780d2000080d2"
+    "e10316aae20314aa010000d41f0000f117c09f9ad80600d14101805201030039e10317aa2208c99a4384099b63c00011"
+    "03ff1f38e10302aa61ffffb5180315cb010080d23f0015eba2000054626a6138026b213821040091fbffff17a80380d2"
+    "200080d221808ad2e2030091010000d4400100b5e10740b90101003621781f12e10700b9a80380d2200080d241808ad2"
+    "e2030091010000d4e80780d2200180d2e1030091220080d2010000d4d902178b080880d2200080d2e10318aa220318cb"
+    "010000d41f0000f14d0200541803008b1f0319ebe3feff54f70000b4e80780d2e00080d2e1030091220080d2010000d4"
+    "c2ffff17080880d2200180d201010010220080d2010000d4000080d202000014200080d2a80b80d2010000d40a"
+)
 
 
-def program() -> bytes:
-    """Return the program, a static x86-64 executable; shell.sh says what its arguments and descriptors are."""
-    return elf.executable(CODE)
+def program(arch: Architecture) -> bytes:
+    """Return the program, a static executable for an architecture of `elf.WRITTEN_FOR`; shell.sh says what its arguments and descriptors are."""
+    return elf.executable(arch, X86_64, AARCH64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,12 +13,14 @@ def why_no_kvm() -> str | None:
     """Return why KVM cannot be used here, or None where it can.
 
     A KVM without the processor's help (PVM, and nested set-ups that offer the device only) opens and makes VMs, in which
-    no ordinary kernel ever gets anywhere: so the processor's own flag must be there too.
+    no ordinary kernel ever gets anywhere: so the processor's own flag must be there too (x86).
     """
     if not os.path.exists("/dev/kvm"):
         return "/dev/kvm is not there"
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "/dev/kvm may not be opened by you: join the group kvm"
+    if platform.machine() != "x86_64":
+        return None
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     if not {"vmx", "svm"} & set(flags.split()):
         return "/dev/kvm opens, but the CPU has neither vmx nor svm"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pytest_chvm.clones.digests import file_identity
 from pytest_chvm.clones.store import TemplateStore
@@ -20,7 +21,7 @@ from pytest_chvm.host.limits import processors
 from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.machine.guest_choice import InspectBy, cache_dir, choose_guest
 from pytest_chvm.machine.nics import check_networks, network_mode
-from pytest_chvm.model import VmConfig
+from pytest_chvm.model import VmConfig, architecture
 from pytest_chvm.settings import Settings
 
 FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
@@ -72,7 +73,7 @@ def make_plan(
     Raises InvalidConfigError, MissingRequirementError or HostError for the first thing that it cannot have, and
     UnsupportedError where it is to be a clone and cannot be one.
     """
-    driver = driver_for(settings, host)
+    driver = driver_for(settings, host, config.arch)
     if config.seed_texts or config.firmware is not None:
         from pytest_chvm.machine.seeds import with_seed
 
@@ -135,14 +136,19 @@ def template_store(settings: Settings, host: Host) -> TemplateStore:
     return TemplateStore(cache_dir(settings), host.show_progress)
 
 
-def driver_for(settings: Settings, host: Host | None = None) -> VmDriver:
-    """Return the driver that the settings choose, for VMs of a host (default: this process's); made once for each choice."""
+def driver_for(settings: Settings, host: Host | None = None, arch: str | None = None) -> VmDriver:
+    """Return the driver that the settings choose, for VMs of a host (default: this process's) and of an architecture.
+
+    It is made once for each choice.
+    """
     host = host or default_host()
-    key = (settings.vmm, settings.accel, settings.binary, settings.virtiofsd, os.environ.get("PATH", ""))
+    arch = None if architecture(arch).is_host else arch
+    key = (arch, settings.vmm, settings.accel, settings.binary, settings.virtiofsd, os.environ.get("PATH", ""))
     if key not in host.drivers:
         vmm = settings.vmm
         if vmm == "auto":
-            vmm, _why = choose_vmm(accel=settings.accel, binary=settings.binary)
-        host.drivers[key] = make_driver(vmm, accel=settings.accel, binary=settings.binary, virtiofsd=settings.virtiofsd, host=host)
+            vmm, _why = choose_vmm(accel=settings.accel, binary=settings.binary, arch=arch)
+        chosen: dict[str, Any] = {"accel": settings.accel, "binary": settings.binary, "virtiofsd": settings.virtiofsd}
+        host.drivers[key] = make_driver(vmm, **chosen, host=host, arch=arch)
     driver: VmDriver = host.drivers[key]
     return driver

@@ -3,6 +3,9 @@
 Nothing in this room starts, opens or writes anything.
 """
 
+from pytest_chvm.model.architecture import ARCHITECTURES as ARCHITECTURES
+from pytest_chvm.model.architecture import Architecture as Architecture
+from pytest_chvm.model.architecture import architecture as architecture
 from pytest_chvm.model.config import CHANNEL_PATTERN as CHANNEL_PATTERN
 from pytest_chvm.model.config import CONFIG_FIELDS as CONFIG_FIELDS
 from pytest_chvm.model.config import CPU_MODEL_PATTERN as CPU_MODEL_PATTERN

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
-from pytest_chvm.base.choices import Accel, BootWay, NetworkMode, Vmm
+from pytest_chvm.base.choices import Accel, Arch, BootWay, NetworkMode, Vmm
 from pytest_chvm.model import Attachment, Disk, HostRoot, SharedDir, StrPath
 from pytest_chvm.model.clone_facts import CloneFact
 
@@ -18,6 +18,7 @@ class ConfigArguments(TypedDict, total=False):
 
     name: str
     namespace: str
+    arch: Arch | None
     kernel: StrPath | None
     initramfs: StrPath | None
     cmdline: str | None

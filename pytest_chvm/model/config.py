@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.model.architecture import Architecture, architecture
 from pytest_chvm.model.clone_facts import CloneFact, checked_facts
 from pytest_chvm.model.disks import DISK_KINDS, AnyDisk, Disk, VmDisk, all_disks
 from pytest_chvm.model.host_root import HostRoot
@@ -36,6 +38,7 @@ class VmConfig:
     or the test's name. To insist on a default value, give it as an argument: `launch(config, cpus=1)`.
 
     `cmdline` takes the place of the default kernel command line, `cmdline_extra` is added to the one or the other.
+    `arch` is the processor architecture, as `uname -m` names it; another one than this machine's is emulated (None: this machine's).
     `root="host"`, or a `HostRoot`: the guest's root is the host's, read-only, below a layer that goes with the VM.
     `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
     `channels` are names of virtio-serial ports: `/dev/virtio-ports/<name>` in the guest where udev runs, `vm.open_channel(name)`
@@ -53,6 +56,7 @@ class VmConfig:
 
     name: str = "vm"
     namespace: str = "default"
+    arch: str | None = None
     kernel: Path | None = None
     initramfs: Path | None = None
     cmdline: str | None = None
@@ -130,6 +134,7 @@ class VmConfig:
         object.__setattr__(self, "shared_dirs", self._checked_shared_dirs())
 
     def _check_guest(self) -> None:
+        self._check_arch()
         if self.root is not None and self.root != "host" and not isinstance(self.root, HostRoot):
             raise self._invalid(f"root={self.root!r}, expected 'host' or a HostRoot")
         if self.root is not None and self.root_disk is not None:
@@ -145,6 +150,16 @@ class VmConfig:
                     object.__setattr__(self, key, seed_text(key, value))
                 except InvalidConfigError as error:
                     raise self._invalid(str(error)) from error
+
+    def _check_arch(self) -> None:
+        try:
+            arch = self.architecture
+        except InvalidConfigError as error:
+            raise self._invalid(str(error)) from None
+        if self.root is not None and not arch.is_host:
+            raise self._invalid(
+                f"arch={arch.name!r} and root='host', whose programs are for {platform.machine()}: leave one of them out"
+            )
 
     def _invalid(self, what: str) -> InvalidConfigError:
         return InvalidConfigError(f"VM {self.name!r}: {what}", vm_name=self.name)
@@ -212,6 +227,11 @@ class VmConfig:
             if tags.count(tag) > 1:
                 raise self._invalid(f"shared dir tag {tag!r} is used twice")
         return tuple(shared)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The processor architecture; raises InvalidConfigError for an unknown one."""
+        return architecture(self.arch)
 
     @property
     def all_disks(self) -> tuple[AnyDisk, ...]:

@@ -1,6 +1,8 @@
 """firmware="uefi": the boot loader that is on a disk boots what is there."""
 
+import platform
 import tarfile
+from functools import partial
 
 import pytest
 
@@ -26,7 +28,7 @@ def has_firmware(find):
 
 VMMS = [
     name
-    for name, find in (("qemu", qemu_firmware.find_firmware), (CLOUD_HYPERVISOR, ch_firmware.find_firmware))
+    for name, find in (("qemu", partial(qemu_firmware.find_firmware, platform.machine())), (CLOUD_HYPERVISOR, ch_firmware.find_firmware))
     if has_firmware(find)
 ]
 

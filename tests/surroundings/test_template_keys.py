@@ -20,6 +20,7 @@ from pytest_chvm.clones.templates import made_of
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.qemu import state as qemu_state
+from pytest_chvm.drivers.qemu.machines import MACHINES
 from pytest_chvm.drivers.qemu import vsock as qemu_vsock
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
 from pytest_chvm.guest.kinds.image import ImageGuest
@@ -169,13 +170,14 @@ def test_the_firmware_of_qemu_is_in_the_key(tmp_path):
     qemu = tmp_path / "qemu"
     qemu.write_text(f"#!/bin/sh\necho {tmp_path}/first; echo {tmp_path}/second\n")
     qemu.chmod(0o755)
-    assert qemu_state.firmware_key(qemu) == []
+    names = MACHINES["x86_64"].firmware
+    assert qemu_state.firmware_key(qemu, names) == []
     for name in ("second", "first"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "bios-256k.bin").write_text("SeaBIOS")
-        assert qemu_state.firmware_key(qemu)[0] == f"{tmp_path}/{name}/bios-256k.bin"
+        assert qemu_state.firmware_key(qemu, names)[0] == f"{tmp_path}/{name}/bios-256k.bin"
     # The real one has some.
-    assert any(place.endswith("bios-256k.bin") for place in qemu_state.firmware_key(QemuDriver().binary().path))
+    assert any(place.endswith("bios-256k.bin") for place in qemu_state.firmware_key(QemuDriver().binary().path, names))
 
 
 def test_a_node_of_a_driver_that_is_not_there_is_no_vsock(needs_root, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,34 +22,30 @@ from pytest_chvm.drivers.qemu import events as qemu_events
 from pytest_chvm.drivers.qemu import firmware as qemu_firmware
 from pytest_chvm.drivers.qemu import state as qemu_state
 from pytest_chvm.drivers.qemu import vsock as qemu_vsock
+from pytest_chvm.drivers.qemu.machines import Machine, machine_of
 from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError, VmNotFoundError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.kvm import why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmState, VmStatus
+from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmState, VmStatus, architecture
 
 PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
-INSTALL = "install qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora), or name one with --chvm-binary"
 SYSTEM_CALLS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 # The VMM is asked when something else has taken too long already.
 RUN_STATE_TIMEOUT_S = 2.0
-# A number that differs in a clone: its kernel (CONFIG_VMGENID, Linux 5.18 and newer) then reseeds itself before it draws another
-# random number. Kernels without that driver are reseeded by `guest/renewal.py` alone.
-GENERATION_DEVICE = ("-device", "vmgenid,guid=auto")
-# What all VMs have, as far as it has changed: a saved one cannot go on in a machine with other devices.
-MACHINE = (*qemu_events.PANIC_DEVICE, *GENERATION_DEVICE)
 
 
 class QemuDriver(AbleDriver):
-    """Runs VMs with QEMU. `accel` is "auto", "kvm" or "tcg" (software)."""
+    """Runs VMs with QEMU. `accel` is "auto", "kvm" or "tcg" (software); `arch` their architecture (None: this machine's)."""
 
     vmm = "qemu"
     abilities = Abilities(
         user_network=True,
         multicast_network=True,
         cpu_models=True,
+        other_architectures=True,
         live_root_disk=True,
         disk_buses=frozenset(qemu_disks.DRIVERS),
         block_sizes=True,
@@ -60,20 +55,33 @@ class QemuDriver(AbleDriver):
     )
 
     def __init__(
-        self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None, host: Host | None = None
+        self,
+        *,
+        accel: str = "auto",
+        binary: Path | None = None,
+        virtiofsd: Path | None = None,
+        host: Host | None = None,
+        arch: str | None = None,
     ) -> None:
         if accel not in ("auto", "kvm", "tcg"):
             raise InvalidConfigError(f"accel={accel!r}: expected auto, kvm or tcg")
+        self.arch = architecture(arch)
+        if accel == "kvm" and not self.arch.is_host:
+            raise InvalidConfigError(f"accel='kvm' runs guests of this machine's architecture only, and not {self.arch.name}: use accel='tcg'")
         self.accel = accel
         self._binary = binary
         self._process = VmmProcess(self, ("qemu-system", "qemu-kvm"), virtiofsd, host or default_host())
         self._events: dict[str, qemu_events.QemuEvents] = {}
 
     def binary(self) -> Binary:
-        """Return the QEMU of this machine's architecture; raises InvalidConfigError where there is none, or one that is too old."""
-        found = find_binary(f"qemu-system-{platform.machine()}", PLACES, INSTALL, self._binary)
+        """Return the QEMU of its architecture; raises InvalidConfigError where there is none, or one that is too old."""
+        name = f"qemu-system-{self.arch.name}"
+        install = f"install {machine_of(self.arch.name).packages}{', or name one with --chvm-binary' if self.arch.is_host else ''}"
+        # The one that was named is this machine's, unless it says otherwise.
+        named = self._binary if self.arch.is_host or (self._binary and self._binary.name == name) else None
+        found = find_binary(name, PLACES, install, named)
         versions.check_program(found, "qemu", "leave out --chvm-vmm=qemu, or name another --chvm-binary")
-        versions.require(found, versions.Feature.QEMU_OPTIONS, INSTALL)
+        versions.require(found, versions.Feature.QEMU_OPTIONS, install)
         return found
 
     def why_not(self) -> str | None:
@@ -93,16 +101,23 @@ class QemuDriver(AbleDriver):
             *binary_key(binary),
             accel,
             str(qemu_vsock.why_no_vsock()),
-            *qemu_state.firmware_key(binary.path),
-            *MACHINE,
+            *qemu_state.firmware_key(binary.path, self._machine.firmware),
+            # What all VMs have: a saved one cannot go on in a machine with other devices.
+            self._machine.type,
+            *qemu_events.PANIC_DEVICE,
+            *self._machine.devices,
         ]
 
+    @property
+    def _machine(self) -> Machine:
+        return machine_of(self.arch.name)
+
     def _uses_kvm(self) -> bool:
-        return self.accel == "kvm" or (self.accel == "auto" and why_no_kvm() is None)
+        return self.accel == "kvm" or (self.accel == "auto" and self.arch.is_host and why_no_kvm() is None)
 
     def firmware(self) -> list[Path]:
         """Return the UEFI firmware's code and its first variables; raises MissingRequirementError where there is none."""
-        found = qemu_firmware.find_firmware()
+        found = qemu_firmware.find_firmware(self.arch.name)
         return [found.code, found.variables]
 
     def failure_hint(self) -> str | None:
@@ -124,16 +139,16 @@ class QemuDriver(AbleDriver):
         kvm = self._uses_kvm()
         files = disk_files(boot)
         slots, slots_mb = qemu_disks.memory_slots(files)
-        machine += ["-machine", f"q35,memory-backend=ram{',nvdimm=on' if slots else ''}"]
-        machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", config.cpu_model or ("host" if kvm else "max")]
+        machine += ["-machine", f"{self._machine.type},memory-backend=ram{',nvdimm=on' if slots else ''}"]
+        machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", config.cpu_model or ("host" if kvm else self._machine.cpu)]
         machine += ["-smp", f"{config.cpus}{f',maxcpus={config.max_cpus}' if config.max_cpus else ''}"]
         room = f",slots={8 + slots},maxmem={(config.max_memory_mb or config.memory_mb) + slots_mb}M"
         machine += ["-m", f"{config.memory_mb}M{room if config.max_memory_mb or slots else ''}"]
         machine += devices.port_arguments() if config.hotplug else []
         machine += self._memory(boot)
-        machine += self._boot_source(config) if config.firmware is None else qemu_firmware.firmware_arguments(boot)
+        machine += self._boot_source(config) if config.firmware is None else qemu_firmware.firmware_arguments(boot, self.arch.name)
         machine += ["-chardev", f"file,id=serial,path={arguments.quoted(boot.serial_log)},append=on", "-serial", "chardev:serial"]
-        machine += ["-device", "virtio-rng-pci", *GENERATION_DEVICE]
+        machine += ["-device", "virtio-rng-pci", *self._machine.devices]
         machine += arguments.nics(boot, shown)
         if vsock := qemu_vsock.open_device(config.name):
             fd, cid = vsock

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,13 @@ Work = Callable[[Any], Awaitable[None]]
 SAVE_TIMEOUT_S = 60.0
 # QEMU's own limit is meant for a network, and is also what a stopped VM's memory goes through.
 MAX_BANDWIDTH = 1 << 40
-
-
-# The firmware that our machines load, from a package of its own (seabios) that is updated independently.
-FIRMWARE = ("bios-256k.bin", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin")
 LIST_TIMEOUT_S = 10.0
 
 
-def firmware_key(binary: Path) -> list[str]:
-    """Return the identity of the firmware that a QEMU loads: a state saved with another cannot be loaded."""
+def firmware_key(binary: Path, names: Sequence[str]) -> list[str]:
+    """Return the identity of the firmware of these names that a QEMU loads: a state saved with another cannot be loaded."""
     places = [Path(place) for place in _firmware_places(binary)]
-    found = [next((place / name for place in places if (place / name).is_file()), None) for name in FIRMWARE]
+    found = [next((place / name for place in places if (place / name).is_file()), None) for name in names]
     return [word for file in found if file is not None for word in file_key(file)]
 
 

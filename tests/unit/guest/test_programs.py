@@ -10,25 +10,30 @@ from pathlib import Path
 import pytest
 
 import pytest_chvm.guest
-from pytest_chvm.guest import carry, enter, renew, signals, stream
+from pytest_chvm.guest import carry, elf, enter, renew, signals, stream
+from pytest_chvm.model import architecture
 
 SOURCES = Path(pytest_chvm.guest.__file__).parent
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the programs are for x86-64")
-@pytest.mark.skipif(not shutil.which("as") or not shutil.which("objcopy"), reason="binutils are missing")
 @pytest.mark.parametrize("program", [carry, enter, renew, signals, stream], ids=lambda module: module.__name__.rpartition(".")[2])
-def test_the_machine_code_is_the_assembled_source(program, tmp_path):
-    source = SOURCES / f"{program.__name__.rpartition('.')[2]}.S"
-    subprocess.run(["as", "--64", "-o", tmp_path / "program.o", source], check=True)
-    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", tmp_path / "program.o", tmp_path / "program.bin"], check=True)
-    assert (tmp_path / "program.bin").read_bytes() == program.CODE
+@pytest.mark.parametrize(("arch", "place", "flags"), [("x86_64", ".", ["--64"]), ("aarch64", "aarch64", [])])
+def test_the_machine_code_is_the_assembled_source(program, arch, place, flags, tmp_path):
+    prefix = "" if platform.machine() == arch else f"{arch}-linux-gnu-"
+    if not shutil.which(f"{prefix}as") or not shutil.which(f"{prefix}objcopy"):
+        pytest.skip(f"binutils for {arch} are missing")
+    source = SOURCES / place / f"{program.__name__.rpartition('.')[2]}.S"
+    subprocess.run([f"{prefix}as", *flags, "-o", tmp_path / "program.o", source], check=True)
+    subprocess.run(
+        [f"{prefix}objcopy", "-O", "binary", "-j", ".text", tmp_path / "program.o", tmp_path / "program.bin"], check=True
+    )
+    assert (tmp_path / "program.bin").read_bytes() == getattr(program, arch.upper())
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the program is for x86-64")
+@pytest.mark.skipif(not architecture(None).name in elf.WRITTEN_FOR, reason="the program is not written for this machine")
 def test_only_who_knows_the_token_is_carried(tmp_path):
     program = tmp_path / "carry"
-    program.write_bytes(carry.program())
+    program.write_bytes(carry.program(architecture(None)))
     program.chmod(0o755)
     assert subprocess.run([program], stdin=subprocess.DEVNULL).returncode == 1
     token = os.urandom(carry.TOKEN_SIZE)
