@@ -97,6 +97,7 @@ def made_of(
         "code": _code(),
         "vmm": driver.snapshot_key(),
         "host": [platform.machine(), platform.release(), platform.version(), _processor(), _kvm_parameters()],
+        "arch": config.architecture.name,
         "guest": guest.clone_key(ready_marker),
         "kernel": identify(config.kernel) if config.kernel else None,
         "initramfs": identify(config.initramfs) if config.initramfs else None,

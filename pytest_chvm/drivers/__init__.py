@@ -39,8 +39,8 @@ def make_driver(
     if arch is not None and arch != platform.machine():
         if not kind.abilities.other_architectures:
             raise UnsupportedError(
-                f"arch={arch!r}: {vmm} runs guests of this machine's architecture only, {platform.machine()}: leave out arch, or the "
-                "VMM (--chvm-vmm)"
+                f"arch={arch!r}: {vmm} runs guests of this machine's architecture only, {platform.machine()}: leave out arch, "
+                "or do not ask for this VMM (--chvm-vmm)"
             )
         more = {"arch": arch}
     driver: VmDriver = kind(accel=accel, binary=binary, virtiofsd=virtiofsd, host=host, **more)

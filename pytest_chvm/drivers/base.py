@@ -30,8 +30,8 @@ MOST_DEVICES, MOST_DEVICES_WITH_HOTPLUG = 22, 14
 class Abilities:
     """What a VMM has that no method of its driver shows.
 
-    `user_network`, `multicast_network`: networks that need nothing of the host's. `cpu_models`: `cpu_model` chooses one. `other_architectures`: of
-    which it runs guests too.
+    `user_network`, `multicast_network`: networks that need nothing of the host's. `cpu_models`: `cpu_model` chooses one.
+    `other_architectures`: guests of another one than this machine's run too.
     `live_root_disk`: all of a root disk is in its file while the VM is paused, so that it can go on after a snapshot.
     `disk_buses`: the buses that a `Disk` can be on. `block_sizes`: blocks of a disk may be larger than 512 bytes.
     `spare_slots`: for how many devices a VM with `hotplug` has places.

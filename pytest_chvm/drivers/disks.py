@@ -162,7 +162,8 @@ def save_empty_disks(run_dir: Path, directory: Path) -> None:
 def default_cmdline(config: VmConfig) -> str:
     """Return the kernel command line of a VM that was given none."""
     has_root = any(disk.kind is ROOT for disk in config.all_disks)
-    return "console=ttyS0 root=/dev/vda1 rw ds=nocloud" if has_root else "console=ttyS0"
+    console = config.architecture.console_word
+    return f"{console} root=/dev/vda1 rw ds=nocloud" if has_root else console
 
 
 def _scratch(boot: Boot, name: str) -> Path:

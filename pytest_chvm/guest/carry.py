@@ -65,7 +65,10 @@ AARCH64 = bytes.fromhex(
 
 
 def program(arch: Architecture) -> bytes:
-    """Return the program, a static executable for an architecture of `elf.WRITTEN_FOR`; its arguments are the path of what it becomes, and that one's."""
+    """Return the program, a static executable for an architecture of `elf.WRITTEN_FOR`.
+
+    Its arguments are the path of what it becomes, and that one's.
+    """
     return elf.executable(arch, X86_64, AARCH64)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,24 +21,17 @@ from pytest_chvm.guest.kernels.modules import modules_of
 from pytest_chvm.guest.kernels.unpacked import unpacked_kernel
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
-from pytest_chvm.model import HostRoot, VmConfig
+from pytest_chvm.model import Architecture, HostRoot, VmConfig
 
 # What only one kind of guest needs is imported with it: each process that starts a VM would wait for it.
 if TYPE_CHECKING:
     from pytest_chvm.guest.images.inspect import System
     from pytest_chvm.guest.kinds.stock import StockGuest
 
-# For a kernel of the user's without a command line of theirs.
-PLAIN_CMDLINE = "console=ttyS0"
 # What a throwaway VM can do without, for the built-in kernel: console messages that are no warnings (the serial port is slow),
-# guards against attacks from its own programs, looking for a timer that is known, tests of the crypto code, waiting long for grace
-# periods, page tables of five levels (which software walks for each guest address it has not seen lately).
-BUILT_IN_CMDLINE = (
-    "console=ttyS0 loglevel=5 mitigations=off nokaslr no5lvl no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 "
-    "random.trust_cpu=on"
-)
-# A console that needs no driver (x86), and stays when another one takes over; `quiet` goes for it as well.
-EARLY_CONSOLE = "earlyprintk=ttyS0,115200,keep"
+# guards against attacks from its own programs, tests of the crypto code, waiting long for grace periods. Beside these there are
+# words of the architecture's.
+QUICK_WORDS = "loglevel=5 mitigations=off nokaslr cryptomgr.notests rcupdate.rcu_expedited=1 random.trust_cpu=on"
 NAMES_CONSOLE = re.compile(r"(?:^|\s)(?:console=|earlyprintk|earlycon)")
 
 # Returns the system on a config's root disk, and the directory that has its kernel and modules.
@@ -87,7 +79,7 @@ def _built_in_guest(config: VmConfig, built_in: Kernel | None, cache: Path, prog
         initramfs = add_resident(initramfs, config.root.resident, cache, progress)
     cmdline = config.cmdline
     if cmdline is None:
-        cmdline = PLAIN_CMDLINE if built_in is None else BUILT_IN_CMDLINE
+        cmdline = config.architecture.console_word if built_in is None else built_in_cmdline(config.architecture)
     return kind(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(kernel), kernel=kernel)
 
 
@@ -99,7 +91,7 @@ def _firmware_guest(config: VmConfig, cache: Path, progress: Progress) -> Guest:
         return _image_guest(config)
     from pytest_chvm.guest.kinds.firmware import FirmwareGuest
 
-    return FirmwareGuest(config, random_hex(8), busybox=find_busybox(cache, progress))
+    return FirmwareGuest(config, random_hex(8), busybox=find_busybox(cache, progress, config.architecture))
 
 
 def _stock_guest(config: VmConfig, built_in: Kernel | None, cache: Path, progress: Progress, inspect: Inspect) -> StockGuest:
@@ -120,7 +112,9 @@ def _stock_guest(config: VmConfig, built_in: Kernel | None, cache: Path, progres
     if built_in is not None or known.modules_dir is None:
         known = replace(known, modules_dir=modules_of(directory, known.release))
     initramfs = _initramfs_in_front(system, known, cache, progress)
-    cmdline = system.cmdline if config.cmdline is None else config.cmdline
+    cmdline = config.cmdline
+    if cmdline is None:
+        cmdline = f"{system.cmdline} {config.architecture.console_word}"
     config = config.replace(kernel=unpacked_kernel(known.image, cache), initramfs=initramfs, cmdline=cmdline)
     return StockGuest(config, random_hex(8), None if built_in is not None else _lacks(known), kernel=known)
 
@@ -150,10 +144,11 @@ def told_config(guest: Guest, words: Sequence[str], directory: Path) -> VmConfig
     if config.kernel is None:
         # By firmware there is no way to tell it more than its own seed does.
         return config
-    room = check_kernel_image(config.kernel).cmdline_bytes
+    arch = config.architecture
+    room = check_kernel_image(config.kernel, arch.name).cmdline_bytes
     size, own_size = len(os.fsencode(cmdline or "")), len(os.fsencode(own or ""))
     if size <= room:
-        return config.replace(cmdline=_with_early_console(cmdline, room))
+        return config.replace(cmdline=_with_early_console(cmdline, room, arch))
     if guest.reads_words_of_file and config.initramfs is not None and own_size <= room:
         return config.replace(initramfs=add_words(config.initramfs, words, directory / "initramfs"))
     raise InvalidConfigError(
@@ -163,11 +158,16 @@ def told_config(guest: Guest, words: Sequence[str], directory: Path) -> VmConfig
     )
 
 
-def _with_early_console(cmdline: str | None, room: int) -> str | None:
+def built_in_cmdline(arch: Architecture) -> str:
+    """Return the command line of the built-in guest with the built-in kernel."""
+    return " ".join(words for words in (arch.console_word, QUICK_WORDS, arch.quick_words) if words)
+
+
+def _with_early_console(cmdline: str | None, room: int, arch: Architecture) -> str | None:
     """Return a command line with which a panic is on the serial port where no console is named: nothing else would tell of it."""
-    if cmdline is None or NAMES_CONSOLE.search(cmdline) or platform.machine() != "x86_64":
+    if cmdline is None or NAMES_CONSOLE.search(cmdline):
         return cmdline
-    longer = f"{cmdline} {EARLY_CONSOLE}".strip()
+    longer = f"{cmdline} {arch.early_console}".strip()
     return longer if len(os.fsencode(longer)) <= room else cmdline
 
 

@@ -9,7 +9,7 @@
 # Written to fork as little as it can: this is most of what a clone's start takes.
 chvm_renew=/lib/chvm/renew
 chvm_console=/dev/console
-for device in /dev/ttyS0 /dev/ttyAMA0; do
+for device in /dev/ttyAMA0 /dev/ttyS0; do
     [ -c $device ] && chvm_console=$device && break
 done
 chvm_net() {

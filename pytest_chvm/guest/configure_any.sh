@@ -1,7 +1,7 @@
 # What makes a clone of an image a machine of its own; read by the sh on its console before it is saved, and by what is put in front
 # of a stock image. The words are those of configure.sh. For any POSIX sh, with the `ip` of iproute2 or of BusyBox.
 chvm_console=/dev/console
-for chvm_device in /dev/ttyS0 /dev/ttyAMA0; do
+for chvm_device in /dev/ttyAMA0 /dev/ttyS0; do
     [ -c $chvm_device ] && chvm_console=$chvm_device && break
 done
 # A stock image has our own, and may have no other.

@@ -17,6 +17,8 @@ def executable(arch: Architecture, x86_64: bytes, aarch64: bytes) -> bytes:
     header_size = 64 + 56
     size = header_size + len(code)
     identity = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
-    header = identity + struct.pack("<HHIQQQIHHHHHH", 2, WRITTEN_FOR[arch.name], 1, LOAD_ADDRESS + header_size, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    header = identity + struct.pack(
+        "<HHIQQQIHHHHHH", 2, WRITTEN_FOR[arch.name], 1, LOAD_ADDRESS + header_size, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    )
     segment = struct.pack("<IIQQQQQQ", 1, 5, 0, LOAD_ADDRESS, LOAD_ADDRESS, size, size, 0x1000)
     return header + segment + code

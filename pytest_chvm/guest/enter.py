@@ -28,5 +28,8 @@ AARCH64 = bytes.fromhex(
 
 
 def program(arch: Architecture) -> bytes:
-    """Return the program, a static executable for an architecture of `elf.WRITTEN_FOR`; its arguments are a directory, another program's path, and that one's."""
+    """Return the program, a static executable for an architecture of `elf.WRITTEN_FOR`.
+
+    Its arguments are a directory, another program's path, and that one's.
+    """
     return elf.executable(arch, X86_64, AARCH64)

@@ -6,6 +6,7 @@ It is cached by the content of all that goes into it.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import stat
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -16,10 +17,11 @@ from pathlib import Path
 from pytest_chvm.base.cache import built_once
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.errors import MissingRequirementError
-from pytest_chvm.guest import carry, renew, signals, stream
+from pytest_chvm.guest import carry, elf, renew, signals, stream
 from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.kernels.modules import Module, modules_in_order
 from pytest_chvm.guest.packages import PackageError, fetch_package
+from pytest_chvm.model import Architecture, architecture
 
 # Each for a device or file system the built-in guest is promised with; what they depend on is read from the tree.
 WANTED_MODULES = (
@@ -56,7 +58,8 @@ def build_initramfs(
     `more` is whatever else it has.
     Raises MissingRequirementError where BusyBox is not to be had or the cache cannot be written.
     """
-    busybox = find_busybox(cache, progress)
+    arch = architecture(kernel.arch)
+    busybox = find_busybox(cache, progress, arch)
     modules = modules_in_order(kernel.modules_dir, wanted) if kernel.modules_dir else []
     files = resources.files("pytest_chvm.guest")
     init = files.joinpath(init_script).read_bytes()
@@ -64,10 +67,7 @@ def build_initramfs(
     tools = [
         Entry("lib/chvm", stat.S_IFDIR | 0o755),
         *(Entry(f"lib/chvm/{name}", stat.S_IFREG | 0o644, files.joinpath(name).read_bytes()) for name in names),
-        Entry("lib/chvm/renew", stat.S_IFREG | 0o755, renew.program()),
-        Entry("lib/chvm/signals", stat.S_IFREG | 0o755, signals.program()),
-        Entry(carry.PATH[1:], stat.S_IFREG | 0o755, carry.program()),
-        Entry(stream.PATH[1:], stat.S_IFREG | 0o755, stream.program()),
+        *(_programs(arch) if arch.name in elf.WRITTEN_FOR else ()),
         *more,
     ]
     key = hashlib.sha256(b"recipe 3")
@@ -77,7 +77,7 @@ def build_initramfs(
 
     def build(directory: Path) -> None:
         progress(f"building a guest ({init_script}) for kernel {kernel.release or kernel.image.name}")
-        archive = write_cpio(_entries(busybox, init, tools, modules))
+        archive = write_cpio(_entries(busybox, arch, init, tools, modules))
         (directory / "initramfs.cpio").write_bytes(archive)
 
     return built_once(cache / "initramfs" / key.hexdigest()[:32], build, progress=progress) / "initramfs.cpio"
@@ -92,18 +92,32 @@ def add_words(initramfs: Path, words: Sequence[str], target: Path) -> Path:
     return target
 
 
-def find_busybox(cache: Path, progress: Progress) -> Path:
-    """Return a statically linked BusyBox: the host's, else one from the package busybox-static."""
-    for place in BUSYBOX_PLACES:
+def _programs(arch: Architecture) -> list[Entry]:
+    programs = {"/lib/chvm/renew": renew, "/lib/chvm/signals": signals, carry.PATH: carry, stream.PATH: stream}
+    return [Entry(path[1:], stat.S_IFREG | 0o755, each.program(arch)) for path, each in programs.items()]
+
+
+def find_busybox(cache: Path, progress: Progress, arch: Architecture | None = None) -> Path:
+    """Return a statically linked BusyBox of an architecture (None: this machine's): the host's, else one from busybox-static.
+
+    Of another architecture the host's is one on PATH that is called `busybox-ARCH`. Raises MissingRequirementError.
+    """
+    arch = arch or architecture(None)
+    name = f"busybox-{arch.name}"
+    on_path = shutil.which(name)
+    places = BUSYBOX_PLACES if arch.is_host else ((Path(on_path),) if on_path else ())
+    for place in places:
         if is_static_executable(place):
             return place
     try:
-        tree = fetch_package("busybox-static", cache, progress)
+        tree = fetch_package("busybox-static", cache, progress, arch)
     except PackageError as error:
+        looked, instead = ", ".join(map(str, BUSYBOX_PLACES)), "install busybox-static (Debian, Ubuntu) or busybox (Fedora, Arch)"
+        if not arch.is_host:
+            looked, instead = f"{name} on PATH", "put one there, or name an initramfs"
         raise MissingRequirementError(
-            f"no statically linked BusyBox for the built-in guest: none at "
-            f"{', '.join(map(str, BUSYBOX_PLACES))}, and the package cannot be fetched ({error}); "
-            "install busybox-static (Debian, Ubuntu) or busybox (Fedora, Arch)"
+            f"no statically linked BusyBox of {arch.name} for the built-in guest: none at {looked}, and the package "
+            f"cannot be fetched ({error}); {instead}"
         ) from error
     for place in sorted(tree.glob("**/busybox")):
         if is_static_executable(place):
@@ -132,17 +146,14 @@ class Entry:
     mtime: int = 0
 
 
-def _entries(busybox: Path, init: bytes, tools: list[Entry], modules: list[Module]) -> Iterator[Entry]:
+def _entries(busybox: Path, arch: Architecture, init: bytes, tools: list[Entry], modules: list[Module]) -> Iterator[Entry]:
     for directory in DIRECTORIES:
         yield Entry(directory, stat.S_IFDIR | (0o1777 if directory.endswith("tmp") else 0o755))
     # The kernel opens it before the first process can mount anything.
     yield Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     yield Entry("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
-    listed = subprocess.run([busybox, "--list-full"], capture_output=True, text=True, check=True, timeout=10)
-    for applet in listed.stdout.split():
-        if applet != "bin/busybox":
-            name = applet if "/" in applet else f"bin/{applet}"
-            yield Entry(name, stat.S_IFLNK | 0o777, b"/bin/busybox")
+    for name in _applets(busybox) if arch.is_host else ["bin/sh"]:
+        yield Entry(name, stat.S_IFLNK | 0o777, b"/bin/busybox")
     yield Entry("etc/passwd", stat.S_IFREG | 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
     yield Entry("etc/group", stat.S_IFREG | 0o644, b"root:x:0:\nnogroup:x:65534:\n")
     yield Entry("etc/hosts", stat.S_IFREG | 0o644, b"127.0.0.1 localhost\n")
@@ -153,6 +164,11 @@ def _entries(busybox: Path, init: bytes, tools: list[Entry], modules: list[Modul
     names = "".join(f"/lib/modules/{module.name}.ko\n" for module in modules)
     yield Entry("lib/chvm-modules", stat.S_IFREG | 0o644, names.encode())
     yield Entry("init", stat.S_IFREG | 0o755, init)
+
+
+def _applets(busybox: Path) -> list[str]:
+    listed = subprocess.run([busybox, "--list-full"], capture_output=True, text=True, check=True, timeout=10)
+    return [applet if "/" in applet else f"bin/{applet}" for applet in listed.stdout.split() if applet != "bin/busybox"]
 
 
 def write_cpio(entries: Iterator[Entry]) -> bytes:

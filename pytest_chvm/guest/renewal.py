@@ -10,8 +10,8 @@ from typing import Protocol
 
 from pytest_chvm.base.untouched import random_bytes, wall_clock_ns, wall_clock_s
 from pytest_chvm.errors import GuestCommandError, UnsupportedError, VmIOError
-from pytest_chvm.guest import renew
-from pytest_chvm.model import CommandResult
+from pytest_chvm.guest import elf, renew
+from pytest_chvm.model import Architecture, CommandResult
 
 CLOCK_TIMEOUT_S = 5.0
 # A directory of ours in a guest.
@@ -28,7 +28,7 @@ for place in /run /tmp /var/tmp /root /dev; do
     $program </dev/null >/dev/null 2>&1
     [ $? = 1 ] && echo $directory && exit
 done
-echo "it runs no x86-64 program from /run, /tmp, /var/tmp, /root or /dev"
+echo "it runs no program of ours from /run, /tmp, /var/tmp, /root or /dev"
 exit 3
 """
 
@@ -39,6 +39,14 @@ def waiting_line(set_up: str, token: str) -> str:
     `set_up` reads the set-up that makes it a machine of its own.
     """
     return f"{set_up}; chvm_renewed=; printf '\\n{token} ' >/dev/hvc0; $chvm_renew </dev/hvc0 >/dev/hvc0 && chvm_renewed=1"
+
+
+def why_not_renewed(arch: Architecture) -> str | None:
+    """Return why nothing can renew a clone of a guest of an architecture, or None where something can."""
+    if arch.name in elf.WRITTEN_FOR:
+        return None
+    written_for = " and ".join(elf.WRITTEN_FOR)
+    return f"the program that makes a clone a machine of its own is written for {written_for}, and not for {arch.name}"
 
 
 def line(words: Sequence[str], *, stale_nics: int = 0) -> str:
@@ -77,18 +85,23 @@ def set_up_script() -> bytes:
     return resources.files("pytest_chvm.guest").joinpath("configure_any.sh").read_bytes()
 
 
-def put_into(run: Callable[[str, bytes | None], CommandResult], ip: str, words: Sequence[str], *, trial: bool) -> str:
+def put_into(
+    run: Callable[[str, bytes | None], CommandResult], ip: str, words: Sequence[str], arch: Architecture, *, trial: bool
+) -> str:
     """Put what renews clones into a guest that is not ours; returns the line by which its console shell reads it.
 
-    `run` runs a command in the guest, with an input. `ip` is what the guest says that its address is, `words` what it was told.
-    `trial`: renew the guest itself, once. Raises UnsupportedError where clones could not be renewed or would be otherwise than it.
+    `run` runs a command in the guest, of an architecture, with an input. `ip` is what the guest says that its address is, `words`
+    what it was told. `trial`: renew the guest itself, once. Raises UnsupportedError where clones could not be renewed or would be
+    otherwise than it.
     """
+    if (why := why_not_renewed(arch)) is not None:
+        raise UnsupportedError(why)
     told = [word.removeprefix("chvm.ip=") for word in words if word.startswith("chvm.ip=")] or ["127.0.0.1"]
     if ip != told[-1]:
         raise UnsupportedError(f"it says that its address is {ip}, and was told {told[-1]}: its clones would say that")
     networks = [word for word in words if word.startswith("chvm.net=")]
     try:
-        done = run(INSTALL, renew.program())
+        done = run(INSTALL, renew.program(arch))
         if done.returncode == 0 and DIRECTORY.fullmatch(done.stdout):
             directory = done.stdout.strip()
             steps: list[tuple[str, bytes | None]] = [(f"cat >{directory}/configure.sh", set_up_script())]

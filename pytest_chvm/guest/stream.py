@@ -36,5 +36,8 @@ AARCH64 = bytes.fromhex(
 
 
 def program(arch: Architecture) -> bytes:
-    """Return the program, a static executable for an architecture of `elf.WRITTEN_FOR`; shell.sh says what its arguments and descriptors are."""
+    """Return the program, a static executable for an architecture of `elf.WRITTEN_FOR`.
+
+    Shell.sh says what its arguments and descriptors are.
+    """
     return elf.executable(arch, X86_64, AARCH64)

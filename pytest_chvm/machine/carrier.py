@@ -20,6 +20,7 @@ from pytest_chvm.base.untouched import Socket, random_below, random_bytes
 from pytest_chvm.errors import CommandTimeoutError, UnsupportedError, VmError, VmIOError
 from pytest_chvm.guest import carry
 from pytest_chvm.guest.channels import Process, StartingChannel
+from pytest_chvm.guest.elf import WRITTEN_FOR
 from pytest_chvm.machine.machine import Machine
 
 FIRST_PORT, LAST_PORT = 49_152, 65_535
@@ -89,8 +90,9 @@ class Carrier:
     def _installed(self) -> str:
         """Return where the program is in the guest, once it is there."""
         if self._program is None:
-            done = self.machine.run(carry.INSTALL, timeout=START_TIMEOUT_S, input=carry.program())
-            if done.returncode != 0:
+            arch = self.machine.config.architecture
+            done = arch.name in WRITTEN_FOR and self.machine.run(carry.INSTALL, timeout=START_TIMEOUT_S, input=carry.program(arch))
+            if not done or done.returncode != 0:
                 raise UnsupportedError(f"VM {self.machine.name!r}: the guest runs no program of ours", vm_name=self.machine.name)
             self._program = done.stdout.strip()
         return self._program

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -19,7 +18,7 @@ from pytest_chvm.guest.kernels.default import default_kernel
 from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.kernels.unpacked import unpacked_kernel
 from pytest_chvm.guest.kinds import Guest
-from pytest_chvm.model import VmConfig
+from pytest_chvm.model import Architecture, VmConfig, architecture
 from pytest_chvm.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,13 +42,13 @@ def choose_guest(
             vm_name=config.name,
         )
     is_named = config.kernel is not None or config.firmware is not None
-    kernel = None if is_named else built_in_kernel(settings, progress)
+    kernel = None if is_named else built_in_kernel(settings, progress, config.arch)
     if kernel is not None:
         config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
     preflight(config)
     look = None
     if inspect is not None and config.root_disk is not None and config.firmware is None:
-        look = partial(inspect, kernel or built_in_kernel(settings, progress))
+        look = partial(inspect, kernel or built_in_kernel(settings, progress, config.arch))
     guest = guest_of(config, kernel, cache_dir(settings), progress, look)
     extra = guest.config.cmdline_extra
     if not extra:
@@ -63,11 +62,14 @@ def cache_dir(settings: Settings) -> Path:
     return settings.cache_dir or default_cache_dir()
 
 
-def built_in_kernel(settings: Settings, progress: Progress = show_progress) -> Kernel:
-    """Return the built-in guest's kernel, fetched at the first call; raises InvalidConfigError where there is none."""
-    return _built_in_kernel(cache_dir(settings), progress)
+def built_in_kernel(settings: Settings, progress: Progress = show_progress, arch: str | None = None) -> Kernel:
+    """Return the built-in guest's kernel, fetched at the first call; raises InvalidConfigError where there is none.
+
+    `arch` is the architecture's name (None: this machine's).
+    """
+    return _built_in_kernel(cache_dir(settings), architecture(arch), progress)
 
 
 @lru_cache(maxsize=4)
-def _built_in_kernel(cache: Path, progress: Progress) -> Kernel:
-    return default_kernel(cache, platform.machine(), progress)
+def _built_in_kernel(cache: Path, arch: Architecture, progress: Progress) -> Kernel:
+    return default_kernel(cache, arch, progress)

@@ -388,7 +388,7 @@ def _how(process: ProcessIdentity, keeper: Keeper) -> str:
 def console_ends_with(log: Path, config: VmConfig) -> str:
     """Return the last lines of a guest's console for a message, or likely causes where it is empty."""
     words = ends_with(log)
-    return f"{words} {why_silent(config.cmdline)}" if words == EMPTY else words
+    return f"{words} {why_silent(config.cmdline, config.architecture)}" if words == EMPTY else words
 
 
 def ends_with(log: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shlex
 import shutil
 import tempfile
@@ -19,6 +20,12 @@ def bring(machine: Machine, binary: HostBinary, put: Callable[[Path, str], None]
 
     `put` copies a directory of the host's to a path of the guest's.
     """
+    if not machine.config.architecture.is_host:
+        raise UnsupportedError(
+            f"VM {machine.name!r} is {machine.config.arch}, and {str(binary.file)!r} is for this machine, {platform.machine()}: "
+            "put a program of that architecture into it",
+            vm_name=machine.name,
+        )
     if not machine.guest.takes_host_libraries:
         raise UnsupportedError(
             f"VM {machine.name!r} is an image with libraries of its own, in whose place the host's could come: put a program that "

@@ -14,7 +14,7 @@ from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.clones.digests import content_key
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError
-from pytest_chvm.guest.choice import BUILT_IN_CMDLINE
+from pytest_chvm.guest.choice import built_in_cmdline
 from pytest_chvm.guest.images.inspect import FILE_SYSTEM_MODULES, HANDED_OUT_BYTES, SYSTEM_FILE, NoSystemError, System, take_system
 from pytest_chvm.guest.initramfs import WANTED_MODULES, build_initramfs
 from pytest_chvm.guest.kernels.kernel import Kernel
@@ -77,7 +77,8 @@ def _inspect(config: VmConfig, kernel: Kernel, settings: Settings, host: Host, l
         name=f"looks-at-{re.sub(r'[^A-Za-z0-9]', '-', config.root_disk.stem)[:30]}-{random_hex(4)}",
         kernel=unpacked_kernel(kernel.image, cache),
         initramfs=build_initramfs(kernel, cache, host.show_progress, wanted=(*WANTED_MODULES, *FILE_SYSTEM_MODULES)),
-        cmdline=BUILT_IN_CMDLINE,
+        cmdline=built_in_cmdline(config.architecture),
+        arch=config.arch,
         root_disk=config.root_disk,
         data_disk=handed_out,
     )

@@ -15,7 +15,7 @@ def question() -> tuple[str, str]:
     token = random_hex(8)
     # Split by quotes, so that an echo of the line does not match.
     said = f"chvm: alive {token[:8]}''{token[8:]}"
-    return f"for c in /dev/ttyS0 /dev/ttyAMA0 /dev/console; do [ -c $c ] && echo {said} >$c && break; done", token
+    return f"for c in /dev/ttyAMA0 /dev/ttyS0 /dev/console; do [ -c $c ] && echo {said} >$c && break; done", token
 
 
 def was_answered(log: Path, token: str, deadline: Deadline, pid: int) -> bool:

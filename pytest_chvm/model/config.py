@@ -10,8 +10,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
+from pytest_chvm.base.choices import Arch
 from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.model.architecture import Architecture, architecture
+from pytest_chvm.model.architecture import Architecture, architecture, why_no_architecture
 from pytest_chvm.model.clone_facts import CloneFact, checked_facts
 from pytest_chvm.model.disks import DISK_KINDS, AnyDisk, Disk, VmDisk, all_disks
 from pytest_chvm.model.host_root import HostRoot
@@ -38,7 +39,7 @@ class VmConfig:
     or the test's name. To insist on a default value, give it as an argument: `launch(config, cpus=1)`.
 
     `cmdline` takes the place of the default kernel command line, `cmdline_extra` is added to the one or the other.
-    `arch` is the processor architecture, as `uname -m` names it; another one than this machine's is emulated (None: this machine's).
+    `arch` is the processor architecture, as `uname -m` names it (None: this machine's); another one is emulated.
     `root="host"`, or a `HostRoot`: the guest's root is the host's, read-only, below a layer that goes with the VM.
     `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
     `channels` are names of virtio-serial ports: `/dev/virtio-ports/<name>` in the guest where udev runs, `vm.open_channel(name)`
@@ -56,7 +57,6 @@ class VmConfig:
 
     name: str = "vm"
     namespace: str = "default"
-    arch: str | None = None
     kernel: Path | None = None
     initramfs: Path | None = None
     cmdline: str | None = None
@@ -75,6 +75,7 @@ class VmConfig:
     netns: str | None = None
     shared_dirs: tuple[SharedDir, ...] = ()
     serial_log: Path | None = None
+    arch: Arch | None = None
     cpu_model: str | None = None
     channels: tuple[str, ...] = ()
     hotplug: bool = False
@@ -152,13 +153,11 @@ class VmConfig:
                     raise self._invalid(str(error)) from error
 
     def _check_arch(self) -> None:
-        try:
-            arch = self.architecture
-        except InvalidConfigError as error:
-            raise self._invalid(str(error)) from None
-        if self.root is not None and not arch.is_host:
+        if (why := why_no_architecture(self.arch)) is not None:
+            raise self._invalid(why)
+        if self.root is not None and not self.architecture.is_host:
             raise self._invalid(
-                f"arch={arch.name!r} and root='host', whose programs are for {platform.machine()}: leave one of them out"
+                f"arch={self.arch!r} and root='host', whose programs are for {platform.machine()}: leave one of them out"
             )
 
     def _invalid(self, what: str) -> InvalidConfigError:
@@ -230,7 +229,7 @@ class VmConfig:
 
     @property
     def architecture(self) -> Architecture:
-        """The processor architecture; raises InvalidConfigError for an unknown one."""
+        """Its processor architecture."""
         return architecture(self.arch)
 
     @property

@@ -28,7 +28,10 @@ def has_firmware(find):
 
 VMMS = [
     name
-    for name, find in (("qemu", partial(qemu_firmware.find_firmware, platform.machine())), (CLOUD_HYPERVISOR, ch_firmware.find_firmware))
+    for name, find in (
+        ("qemu", partial(qemu_firmware.find_firmware, platform.machine())),
+        (CLOUD_HYPERVISOR, ch_firmware.find_firmware),
+    )
     if has_firmware(find)
 ]
 

@@ -20,8 +20,8 @@ from pytest_chvm.clones.templates import made_of
 from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.qemu import state as qemu_state
-from pytest_chvm.drivers.qemu.machines import MACHINES
 from pytest_chvm.drivers.qemu import vsock as qemu_vsock
+from pytest_chvm.drivers.qemu.machines import MACHINES
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
 from pytest_chvm.guest.kinds.image import ImageGuest
 from pytest_chvm.host.binaries import Binary

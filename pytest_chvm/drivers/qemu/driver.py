@@ -67,7 +67,9 @@ class QemuDriver(AbleDriver):
             raise InvalidConfigError(f"accel={accel!r}: expected auto, kvm or tcg")
         self.arch = architecture(arch)
         if accel == "kvm" and not self.arch.is_host:
-            raise InvalidConfigError(f"accel='kvm' runs guests of this machine's architecture only, and not {self.arch.name}: use accel='tcg'")
+            raise InvalidConfigError(
+                f"accel='kvm' runs guests of this machine's architecture only, and not {self.arch.name}: use accel='tcg'"
+            )
         self.accel = accel
         self._binary = binary
         self._process = VmmProcess(self, ("qemu-system", "qemu-kvm"), virtiofsd, host or default_host())

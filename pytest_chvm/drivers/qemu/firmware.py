@@ -37,15 +37,15 @@ def find_firmware(arch: str) -> Firmware:
     for _name, path in sorted(described.items()):
         if (found := _firmware(path, arch)) is not None:
             return found
-    raise MissingRequirementError(f"firmware='uefi' needs UEFI firmware of {arch} for QEMU, and none is described in {PLACES[1]}: {INSTALL}")
+    raise MissingRequirementError(
+        f"firmware='uefi' needs UEFI firmware of {arch} for QEMU, and none is described in {PLACES[1]}: {INSTALL}"
+    )
 
 
 def _firmware(description: Path, arch: str) -> Firmware | None:
     try:
         said = json.loads(description.read_text())
-        machines = [
-            machine for target in said["targets"] if target["architecture"] == arch for machine in target["machines"]
-        ]
+        machines = [machine for target in said["targets"] if target["architecture"] == arch for machine in target["machines"]]
         if "uefi" not in said["interface-types"] or said["mapping"]["device"] != "flash" or NOT_WANTED & set(said["features"]):
             return None
         mapping = said["mapping"]

@@ -17,15 +17,16 @@ from pytest_chvm.base.progress import Progress
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.builders.disk import Layout, make_disk
 from pytest_chvm.guest.builders.tools import check_tools, run_tool
+from pytest_chvm.model import architecture
 
 PACKAGES = (
-    "linux-image-cloud-amd64", "initramfs-tools", "systemd-boot-efi", "systemd-sysv", "udev", "dbus", "iproute2", "openssh-server",
-    "cloud-init", "sudo",
+    f"linux-image-cloud-{architecture(None).debian}", "initramfs-tools", "systemd-boot-efi", "systemd-sysv", "udev", "dbus",
+    "iproute2", "openssh-server", "cloud-init", "sudo",
 )  # fmt: skip
 # Debian policy, 5.6.1.
 PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 SUITE = re.compile(r"[a-z][a-z0-9-]*")
-CMDLINE = "rw console=ttyS0"
+CMDLINE = f"rw {architecture(None).console_word}"
 # What mmdebstrap takes over of the host goes. The locale is one that needs no package and that cloud-init need not make. There
 # is no fstab: the root is mounted to be written, and nothing waits for its device.
 TIDY = """

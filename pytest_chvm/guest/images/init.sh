@@ -1,6 +1,7 @@
 #!/bin/sh
 # The first process of a stock image's guest: finds the image's root, puts what the host needs into its /run, and goes there.
 # Nothing of the image is needed for that, and nothing of it is changed. /lib/chvm/root says where the root is: DEVICE TYPE OPTIONS.
+[ -e /bin/mount ] || /bin/busybox --install -s
 export PATH=/sbin:/bin:/usr/sbin:/usr/bin
 mount -t devtmpfs dev /dev 2>/dev/null
 mount -t proc proc /proc

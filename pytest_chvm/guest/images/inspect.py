@@ -96,7 +96,7 @@ def _take_system(vm: _Look, directory: Path) -> System:
     words = [word for word in (entry.options.split() if entry else []) if not NOT_TAKEN.fullmatch(word)]
     if not any(word.startswith("root=") for word in words):
         words.insert(0, f"root=UUID={found.systems[device].uuid}")
-    system = System(device, found.systems[device].type, ",".join(options[-1:]), " ".join([*words, "console=ttyS0"]))
+    system = System(device, found.systems[device].type, ",".join(options[-1:]), " ".join(words))
     if kernel is not None:
         _take_kernel(vm, kernel, f"/mnt/{device}/{prefix}", system, directory)
     system.write(directory)

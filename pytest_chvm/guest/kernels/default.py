@@ -4,71 +4,85 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_chvm.base.cache import built_once
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.errors import MissingRequirementError
 from pytest_chvm.guest.kernels.kernel import Kernel, inspect_kernel
-from pytest_chvm.guest.packages import PackageError, apt_cache, download_and_unpack
+from pytest_chvm.guest.packages import PackageError, apt_cache, apt_options, download_and_unpack, packages_dir
+from pytest_chvm.model import Architecture, architecture
 
 # Packages whose kernel is made for VMs, first choice first; the first that the machine's package lists know is taken.
 KERNEL_PACKAGES = {
     "x86_64": ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64"),
+    "aarch64": ("linux-image-cloud-arm64", "linux-image-virtual", "linux-image-arm64"),
+    "riscv64": ("linux-image-riscv64", "linux-image-virtual"),
 }
 
 
-def default_kernel(cache: Path, machine: str, progress: Progress) -> Kernel:
-    """Return the kernel of the built-in guest: one from a package, else the host's own where readable.
+def default_kernel(cache: Path, arch: Architecture, progress: Progress) -> Kernel:
+    """Return the kernel of the built-in guest of an architecture: one from a package, else the host's own where readable.
 
     Raises InvalidConfigError that says what to do where there is neither.
     """
     refused = []
-    cached = sorted((cache / "packages").glob("linux-*/boot/vmlinu*"))
+    cached = sorted(packages_dir(cache, arch).glob("linux-*/boot/vmlinu*"))
     if cached:
         return inspect_kernel(cached[0])
-    for package in KERNEL_PACKAGES.get(machine, ()):
+    for package in KERNEL_PACKAGES.get(arch.name, ()):
         try:
-            tree = fetch_kernel_package(package, cache, progress)
+            tree = fetch_kernel_package(package, cache, progress, arch)
         except PackageError as error:
             refused.append(f"{package}: {error}")
             continue
         for image in sorted((tree / "boot").glob("vmlinu*")):
             return inspect_kernel(image)
     release = os.uname().release
-    for own in (Path(f"/boot/vmlinuz-{release}"), Path(f"/lib/modules/{release}/vmlinuz")):
+    for own in (Path(f"/boot/vmlinuz-{release}"), Path(f"/lib/modules/{release}/vmlinuz")) if arch.is_host else ():
         if os.access(own, os.R_OK):
             return inspect_kernel(own)
         refused.append(f"{own}: {'not readable by you' if own.exists() else 'not there'}")
     raise MissingRequirementError(
-        "no kernel for the built-in guest: " + "; ".join(refused) + ". Name one with --chvm-kernel=PATH, or on Debian "
-        "and Ubuntu run 'apt-get update' so that one can be fetched"
+        f"no kernel of {arch.name} for the built-in guest: "
+        + "; ".join(refused)
+        + ". Name one with "
+        + (
+            "--chvm-kernel=PATH, or on Debian and Ubuntu run 'apt-get update' so that one can be fetched"
+            if arch.is_host
+            else "kernel="
+        )
     )
 
 
-def fetch_kernel_package(package: str, cache: Path, progress: Progress) -> Path:
+def fetch_kernel_package(package: str, cache: Path, progress: Progress, arch: Architecture | None = None) -> Path:
     """Return the unpacked tree of the kernel a metapackage stands for, downloaded at the first call.
+
+    `arch` is its architecture (None: this machine's).
 
     Raises PackageError where the distribution has no such package or it cannot be downloaded.
     """
-    needed = _real_kernel_packages(package)
+    arch = arch or architecture(None)
+    options = apt_options(arch, cache, progress)
+    needed = _real_kernel_packages(package, options)
 
     def build(directory: Path) -> None:
         for name in needed:
-            download_and_unpack(name, directory, progress)
+            download_and_unpack(name, directory, progress, options)
         if not list((directory / "boot").glob("vmlinu*")):
             raise PackageError(f"no kernel image in {', '.join(needed)}")
 
-    return built_once(cache / "packages" / needed[0], build, progress=progress)
+    return built_once(packages_dir(cache, arch) / needed[0], build, progress=progress)
 
 
-def _real_kernel_packages(package: str) -> list[str]:
+def _real_kernel_packages(package: str, options: Sequence[str]) -> list[str]:
     """Return the image package behind a metapackage, and on Ubuntu the one that has its modules."""
     found: list[str] = []
     pending = [package]
     while pending and len(found) < 4:
         name = pending.pop(0)
-        depends = re.findall(r"^\s*Depends: (linux-(?:image|modules)-\S+)$", apt_cache("depends", name), re.M)
+        depends = re.findall(r"^\s*Depends: (linux-(?:image|modules)-\S+)$", apt_cache(*options, "depends", name), re.M)
         if re.match(r"linux-(image|modules)-\d", name):
             found.append(name)
         pending += [d for d in depends if d not in found and d not in pending]

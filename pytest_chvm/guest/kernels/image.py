@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.model import Architecture, architecture
 
 # COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h, less the final NUL.
 DEFAULT_CMDLINE_BYTES = 2047
 # elf(5): e_machine.
 MACHINES = {3: "i386", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 # Which kernels a VMM for a machine can boot.
-BOOTABLE = {"x86_64": ("x86_64", "i386")}
+BOOTABLE = {"x86_64": ("x86_64", "i386"), "aarch64": ("aarch64",), "riscv64": ("riscv64",)}
 # Magic numbers of compressed files, and the programs that unpack them.
 PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -31,6 +32,8 @@ PACKED = {
     b"\x02\x21\x4c\x18": ("lz4", "unlz4"),
     b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
 }
+# The only format that VMMs take of other machines' kernels.
+IMAGES = {"aarch64": "Image (arch/arm64/boot/Image)", "riscv64": "Image (arch/riscv/boot/Image)"}
 PT_LOAD, PT_INTERP, PT_NOTE = 1, 3, 4
 # xen/elfnote.h, XEN_ELFNOTE_PHYS32_ENTRY: where a VMM enters.
 PVH_NOTE = 18
@@ -50,8 +53,8 @@ class KernelImage:
 def check_kernel_image(image: Path, machine: str = platform.machine()) -> KernelImage:
     """Return what is known of a kernel image; raises InvalidConfigError where no VMM for `machine` can boot it.
 
-    The formats are those that VMMs take: bzImage (Documentation/arch/x86/boot.rst) and ELF (elf(5)). Those of other machines
-    (Documentation/arch/arm64/booting.rst, Documentation/arch/riscv/boot-image-header.rst) are known to be named.
+    The formats are those that VMMs take: bzImage (Documentation/arch/x86/boot.rst), ELF (elf(5)) and, of other machines, Image
+    (Documentation/arch/arm64/booting.rst, Documentation/arch/riscv/boot-image-header.rst).
     """
     try:
         with image.open("rb") as file:
@@ -61,9 +64,10 @@ def check_kernel_image(image: Path, machine: str = platform.machine()) -> Kernel
     except _NoKernelError as error:
         raise InvalidConfigError(f"kernel {str(image)!r} {error}") from None
     if machine in BOOTABLE and found.machine not in BOOTABLE[machine]:
+        whose = "this machine" if machine == platform.machine() else "the VM"
         raise InvalidConfigError(
-            f"kernel {str(image)!r} is a {found.format} for {found.machine}, and this machine is {machine}: build or install one "
-            "for it"
+            f"kernel {str(image)!r} is a {found.format} for {found.machine}, and {whose} is {machine}: name a kernel for that, or "
+            f"say arch={found.machine!r}"
         )
     return found
 
@@ -95,7 +99,7 @@ def _read(file: BinaryIO, machine: str) -> KernelImage:
     if head[56:60] == b"ARM\x64":
         return KernelImage("arm64 Image", "aarch64")
     if head[56:60] == b"RSC\x05":
-        return KernelImage("RISC-V Image", "riscv64")
+        return KernelImage("RISC-V Image", "riscv64", architecture("riscv64").cmdline_bytes)
     if head[:2] == b"MZ" and head[4:8] == b"zimg":
         raise _NoKernelError(
             "is an EFI zboot image, which only firmware can unpack: name the image that it is made of, in the kernel's build, or "
@@ -110,7 +114,7 @@ def _read(file: BinaryIO, machine: str) -> KernelImage:
         if head.startswith(magic):
             raise _NoKernelError(f"is packed with {name}, which no VMM unpacks: run '{tool}' on it, and name what comes out")
     raise _NoKernelError(
-        "is not a kernel: expected a bzImage, an ELF vmlinux (both of x86_64), and it begins with "
+        "is not a kernel: expected a bzImage, an ELF vmlinux (both of x86_64) or an Image (aarch64, riscv64), and it begins with "
         f"{head[:8].hex(' ') or 'nothing: it is empty'}"
     )
 
@@ -159,6 +163,10 @@ def _elf(file: BinaryIO, head: bytes, size: int, machine: str) -> KernelImage:
     end = max(segment.offset + segment.size for segment in loads)
     if size < end:
         raise _NoKernelError(f"is cut off: its segments end at byte {end}, and it has {size}; copy or download it again")
+    if found.machine in IMAGES:
+        raise _NoKernelError(
+            f"is an ELF file for {found.machine}, which no VMM enters: name the {IMAGES[found.machine]} of the same build"
+        )
     is_x86 = found.machine in BOOTABLE["x86_64"]
     if is_x86 and not _has_pvh_entry(file, segments) and not _is_multiboot(file):
         raise _NoKernelError(
@@ -204,14 +212,14 @@ def _is_multiboot(file: BinaryIO) -> bool:
     return any(head[at : at + 4] == MULTIBOOT_MAGIC for at in range(0, len(head), 4))
 
 
-def why_silent(cmdline: str | None) -> str:
+def why_silent(cmdline: str | None, arch: Architecture) -> str:
     """Return what a person should look at when a kernel printed nothing, one cause after another."""
     words = (cmdline or "").split()
     causes = []
     if not any(word.startswith("console=") for word in words):
-        causes.append("its command line has no console=ttyS0")
+        causes.append(f"its command line has no {arch.console_word}")
     if "quiet" in words or any(word.startswith("loglevel=") for word in words):
-        causes.append("it was told to be quiet: leave out 'quiet' and 'loglevel=', or add 'earlyprintk=ttyS0'")
-    causes.append("it has no driver for the serial port (CONFIG_SERIAL_8250_CONSOLE)")
+        causes.append(f"it was told to be quiet: leave out 'quiet' and 'loglevel=', or add '{arch.early_console}'")
+    causes.append(f"it has no driver for the serial port (CONFIG_{arch.serial_option})")
     causes.append("the image is damaged, or for another processor than the VM's")
     return f"The kernel printed nothing; likely causes: {'; '.join(causes)}."

@@ -13,6 +13,7 @@ from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.guest.initramfs import Entry
 from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.kinds import Guest, Run
+from pytest_chvm.guest.renewal import why_not_renewed
 from pytest_chvm.model import SharedDir, VmConfig
 
 # Has its shell read what sets the guest up; before it is saved too, so that a clone's does not have to.
@@ -48,8 +49,9 @@ class BuiltInGuest(Guest):
         """Return its name: each clone is told what it says when it is ready."""
         return ["built-in"]
 
-    def why_no_clone(self, _network_mode: str) -> None:
-        """Return None: all that it does with its devices it can do again."""
+    def why_no_clone(self, _network_mode: str) -> str | None:
+        """Return why nothing could renew it; all that it does with its devices it can do again."""
+        return why_not_renewed(self.config.architecture)
 
     def with_new_nonce(self, config: VmConfig) -> BuiltInGuest:
         """Return it with a nonce that nothing has printed yet."""

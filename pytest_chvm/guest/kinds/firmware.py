@@ -32,7 +32,7 @@ class FirmwareGuest(StockGuest):
         images = resources.files("pytest_chvm.guest.images")
         more = {
             "busybox": self.busybox.read_bytes(),
-            "renew": renew.program(),
+            "renew": renew.program(config.architecture),
             "configure_any.sh": resources.files("pytest_chvm.guest").joinpath("configure_any.sh").read_bytes(),
             "stock.sh": images.joinpath("stock.sh").read_bytes(),
             "words": "".join(f"{word}\n" for word in words).encode(),

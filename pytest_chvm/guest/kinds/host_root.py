@@ -21,7 +21,7 @@ from pytest_chvm.guest.initramfs import Entry, find_busybox
 from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.kernels.modules import index_modules
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
-from pytest_chvm.model import HOST_ROOT_TAG, SharedDir
+from pytest_chvm.model import HOST_ROOT_TAG, SharedDir, architecture
 
 # Of the test's environment, what its commands have in the guest too: no more than what finds the same programs.
 PASSED_ENVIRONMENT = ("PATH", "HOME")
@@ -42,7 +42,7 @@ class HostRootGuest(BuiltInGuest):
         mounts = resources.files("pytest_chvm.guest").joinpath("root.fstab").read_bytes()
         return [
             Entry("lib/chvm/root.fstab", stat.S_IFREG | 0o644, mounts),
-            Entry("lib/chvm/enter", stat.S_IFREG | 0o755, enter.program()),
+            Entry("lib/chvm/enter", stat.S_IFREG | 0o755, enter.program(architecture(kernel.arch))),
             Entry("lib/chvm/root.modules", stat.S_IFREG | 0o644, _modules_link(kernel, cache, progress)),
         ]
 

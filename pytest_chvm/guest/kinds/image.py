@@ -57,7 +57,7 @@ class ImageGuest(Guest):
 
     def set_up_for_saving(self, run: Run, ip: Callable[[], str], told: Sequence[str], *, trial: bool) -> str:
         """Put the program that renews it into it, tried at once where `trial`: a test's own VM goes on with its clock."""
-        return renewal.put_into(run, ip(), told, trial=trial)
+        return renewal.put_into(run, ip(), told, self.config.architecture, trial=trial)
 
     def nonce_after_reboot(self, _nonce: str | None) -> str | None:
         """Return none: a clone was told of one when it was renewed, and has forgotten it."""

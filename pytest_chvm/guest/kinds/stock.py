@@ -67,7 +67,7 @@ class StockGuest(Guest):
     def set_up_for_saving(self, run: Run, ip: Callable[[], str], told: Sequence[str], *, trial: bool) -> str:
         """Put the program that renews it into it; where it still has the host name that it was told, a clone is told its own."""
         name = next((word.removeprefix(HOSTNAME_WORD) for word in told if word.startswith(HOSTNAME_WORD)), "")
-        return f"{renewal.put_into(run, ip(), told, trial=trial)}; chvm_told_name={shlex.quote(name)}"
+        return f"{renewal.put_into(run, ip(), told, self.config.architecture, trial=trial)}; chvm_told_name={shlex.quote(name)}"
 
     def nonce_after_reboot(self, nonce: str | None) -> str | None:
         """Return the same: it is on its kernel command line."""

@@ -23,7 +23,7 @@ from pytest_chvm.drivers.disks import plain_images
 from pytest_chvm.guest import renew, renewal
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
 from pytest_chvm.guest.kinds.image import ImageGuest
-from pytest_chvm.model import SharedDir, Tap
+from pytest_chvm.model import SharedDir, Tap, architecture
 
 MADE_OF = {"vmm": ["qemu", "7.2"], "memory_mb": [256, None], "processors": [1, None, None], "networks": ["tap"], "hotplug": False}
 
@@ -380,7 +380,7 @@ def test_a_template_has_nothing_of_the_vm_that_asked_for_it(tmp_path):
 
 def test_the_guests_program_takes_the_message_that_is_made_for_it(tmp_path):
     program = tmp_path / "renew"
-    program.write_bytes(renew.program())
+    program.write_bytes(renew.program(architecture(None)))
     program.chmod(0o755)
     call = renew.call("1" * renew.TOKEN_SIZE)
     # Half a message is none, and this machine's clock is left alone.
@@ -487,7 +487,7 @@ def test_an_image_that_goes_its_own_way_with_addresses_has_no_clones():
 
     for ip, words in (("192.0.2.1", []), ("192.0.2.1", ["chvm.ip=198.18.0.2", "quiet"])):
         with pytest.raises(UnsupportedError, match=r"says that its address is 192.0.2.1, and was told"):
-            renewal.put_into(run, ip, words, trial=False)
+            renewal.put_into(run, ip, words, architecture(None), trial=False)
 
 
 def test_a_disk_that_is_not_wholly_in_its_file_is_told(tmp_path):

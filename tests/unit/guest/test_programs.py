@@ -30,7 +30,7 @@ def test_the_machine_code_is_the_assembled_source(program, arch, place, flags, t
     assert (tmp_path / "program.bin").read_bytes() == getattr(program, arch.upper())
 
 
-@pytest.mark.skipif(not architecture(None).name in elf.WRITTEN_FOR, reason="the program is not written for this machine")
+@pytest.mark.skipif(architecture(None).name not in elf.WRITTEN_FOR, reason="the program is not written for this machine")
 def test_only_who_knows_the_token_is_carried(tmp_path):
     program = tmp_path / "carry"
     program.write_bytes(carry.program(architecture(None)))
