@@ -39,7 +39,8 @@ PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL")
 class Keeper:
     """A keeper of this process's: the parent of a run's VMMs and sidecars, that cleans up should this process die.
 
-    `directory` is where the leases of the run's VMs are.
+    `directory` is where the leases of the run's VMs are. It starts while its owner goes on, until the first question, which raises
+    HostError where it could not start.
     """
 
     def __init__(self, run: Run) -> None:
@@ -51,6 +52,7 @@ class Keeper:
         # Of the programs it has started, by their pids.
         self._started: dict[int, ProcessIdentity] = {}
         self._numbers = itertools.count(1)
+        self._is_starting = True
         self._lock = threading.Lock()
         me = os.getpid()
         owners = [ProcessIdentity(me, remains.start_time_ticks(me))]
@@ -63,6 +65,7 @@ class Keeper:
             self._socket.close()
             theirs.close()
             raise
+        self._start_deadline = Deadline.after(KEEPER_START_TIMEOUT_S)
         words = [",".join(f"{owner.pid}:{owner.start_time_ticks}" for owner in owners), str(self.directory), str(theirs.fileno())]
         try:
             with theirs:
@@ -75,14 +78,9 @@ class Keeper:
                     cwd="/",
                 )
             self.pid = self._process.pid
-            if error := self._receive(0, Deadline.after(KEEPER_START_TIMEOUT_S), "start").get("error"):
-                raise HostError(f"the keeper process cannot start in {str(self.directory)!r}: {error}")
         except BaseException:
-            if self.pid:
-                self.close()
-            else:
-                self._socket.close()
-                self._remove_directory()
+            self._socket.close()
+            self._remove_directory()
             raise
 
     @property
@@ -118,6 +116,11 @@ class Keeper:
             if reply.get("id") == number:
                 return reply
 
+    def _wait_started(self) -> None:
+        if error := self._receive(0, self._start_deadline, "start").get("error"):
+            raise HostError(f"the keeper process cannot start in {str(self.directory)!r}: {error}")
+        self._is_starting = False
+
     def _ask(
         self, request: Mapping[str, object], fds: Sequence[int] = (), timeout_s: float = KEEPER_ANSWER_TIMEOUT_S
     ) -> dict[str, object]:
@@ -125,6 +128,8 @@ class Keeper:
         with self._lock:
             if self._socket.fileno() < 0:
                 raise HostError(_gone(self.pid))
+            if self._is_starting:
+                self._wait_started()
             number = next(self._numbers)
             try:
                 socket.send_fds(self._socket, [marshal.dumps({**request, "id": number})], list(fds))

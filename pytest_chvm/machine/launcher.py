@@ -147,6 +147,8 @@ class Launcher:
         """Start a VM as it was planned; one that was to be a clone is booted where it may be and cannot be cloned."""
         # Before a template is made, and before a VM is booted only because it could not be cloned.
         self.host.names.require_free(plan.guest.config)
+        # It starts while a template is found, and libraries are imported.
+        self.host.keeper()
         why, template = plan.why_cold, None
         if why is None:
             try:
