@@ -74,6 +74,9 @@ def make_plan(
     UnsupportedError where it is to be a clone and cannot be one.
     """
     driver = driver_for(settings, host, config.arch)
+    if not config.architecture.is_host:
+        # Before a kernel is fetched for it.
+        driver.binary()
     if config.seed_texts or config.firmware is not None:
         from pytest_chvm.machine.seeds import with_seed
 

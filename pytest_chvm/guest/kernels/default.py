@@ -45,7 +45,7 @@ def default_kernel(cache: Path, arch: Architecture, progress: Progress) -> Kerne
             return inspect_kernel(own)
         refused.append(f"{own}: {'not readable by you' if own.exists() else 'not there'}")
     raise MissingRequirementError(
-        f"no kernel of {arch.name} for the built-in guest: "
+        f"no kernel{'' if arch.is_host else f' of {arch.name}'} for the built-in guest: "
         + "; ".join(refused)
         + ". Name one with "
         + (
