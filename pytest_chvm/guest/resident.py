@@ -16,18 +16,24 @@ from pytest_chvm.guest.initramfs import Entry, write_cpio
 from pytest_chvm.model import Resident
 
 ROOT = "host/resident"
-# Run by init. Descriptor 3: what the program is asked for, through a FIFO that commands see too; 4: the first root; 5: where it
-# says that it waits, for which init waits.
+# Run by init. Descriptor 3: a FIFO that says what the program is asked for; 4: the first root; 5: where it says that it waits, for
+# which init waits. Who waits for an answer when it has ended is told so.
 SCRIPT = """\
-mkdir -p -m 700 /run/chvm
-mkfifo -m 600 /run/chvm/resident
+mkdir -p -m 700 /run/chvm/resident
+mkfifo -m 600 /run/chvm/resident/ask /run/chvm/resident/answer
 {{
     {{
-        exec 3<>/run/chvm/resident 4</ 5>&1 >/run/chvm/resident.log 2>&1 </dev/null
-        exec env -i {environment} chroot /{root} {command}
+        exec 3<>/run/chvm/resident/ask 4</ 5>&1 >>/run/chvm/resident/out 2>&1 </dev/null
+        env -i {environment} chroot /{root} {command}
+        status=$?
+        exec 4<&- 5>&-
+        while :; do
+            echo "{{\\"ended\\": $status}}" >/run/chvm/resident/answer
+            read -r asked <&3
+        done
     }} &
 }} | {{
-    read -r ready || {{ rm /run/chvm/resident; echo "chvm: the resident program has ended: $(cat /run/chvm/resident.log)"; }}
+    read -r ready || echo "chvm: the resident program has ended: $(cat /run/chvm/resident/out)"
 }} >/dev/console
 """
 

@@ -35,8 +35,9 @@ class Resident:
     """A program that waits in the guest already when it is ready; a clone's was started before the saved VM was saved.
 
     `environment`: pairs of a name and a value. `files`: those of the host's that it has, at the same places, until it goes to the
-    guest's root by the mount namespace `lib/chvm/root.ns` below its descriptor 4. It reads what it is asked for from descriptor 3,
-    to which the guest's commands write at `/run/chvm/resident`, and says that it waits by a line to descriptor 5.
+    guest's root by the mount namespace `lib/chvm/root.ns` below its descriptor 4. It says that it waits by a line to descriptor 5.
+    Descriptor 3 gives what it is asked for, a line each: it is the FIFO `ask` of `/run/chvm/resident`. The FIFO `answer` beside it
+    takes its answers, and `out` has what it prints. Once it has ended that is the answer: `{"ended": STATUS}`.
     """
 
     command: tuple[str, ...]

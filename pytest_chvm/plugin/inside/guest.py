@@ -6,11 +6,11 @@ Loaded before pytest loads its other plugins, of which this package is one: noth
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import io
 import json
 import os
 import signal
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -47,6 +47,15 @@ OUT_THERE: dict[str, Any] = {
 _open, _read, _write, _close, _dumps = os.open, os.read, os.write, os.close, json.dumps
 
 
+class Example:
+    """In place of `Guest` in the run that shows what any job needs."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_cmdline_main(self, config: pytest.Config) -> None:
+        """Have no thread started by it."""
+        config.pluginmanager.unregister(name="rerunfailures")
+
+
 class Guest:
     """Answers what is asked through the FIFOs of a directory."""
 
@@ -67,11 +76,12 @@ class Guest:
         from pytest_chvm.plugin.keys import in_guest_key
 
         # Its plugins are loaded; tests see what is there.
-        importlib.metadata.distributions = getattr(importlib.metadata.distributions, "original", importlib.metadata.distributions)
+        if (remembered := sys.modules.get("pytest_chvm_inside_remembered")) is not None:
+            remembered.forget_distributions()
         for name, value in OUT_THERE.items():
             if hasattr(config.option, name):
                 setattr(config.option, name, value)
-        config.option.basetemp = os.path.join(self._directory, "tmp")
+        config.option.basetemp = os.path.join(self._job["directory"], "tmp")
         config.args = [self._job["file"]]
         config.stash[in_guest_key] = True
         config.pluginmanager.unregister(name="rerunfailures")

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_chvm.machine.events import COMMAND
 from pytest_chvm.machine.guest_choice import cache_dir
-from pytest_chvm.model import HostRoot
+from pytest_chvm.machine.machine import RUN_TIMEOUT_S
+from pytest_chvm.machine.vm import Vm
+from pytest_chvm.model import CommandResult, HostRoot
 from pytest_chvm.plugin.fixtures import new_factory
 from pytest_chvm.plugin.inside import coverage_home
 from pytest_chvm.plugin.inside.resident import resident_pytest
@@ -69,7 +72,23 @@ def boot(config: pytest.Config, factory: VmFactory) -> tuple[Runs, bool]:
     timeout = factory.defaults.get("boot_timeout", START_S)
     progress = begin_host(config).show_progress
     resident = resident_pytest(config, cache_dir(config.stash[settings_key]), progress)
-    return factory(root=replace(root, resident=resident), boot_timeout=timeout), True
+    return _Beside(factory(root=replace(root, resident=resident), boot_timeout=timeout)), True
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """Runs commands in a guest outside of the file system that a test's have: its own programs are there at once."""
+
+    vm: Vm
+
+    def run(self, command: str, *, timeout: float | None = RUN_TIMEOUT_S, input: str | None = None) -> CommandResult:
+        """Run one and return what it did."""
+        machine = self.vm.machine
+        with machine.log.timed(COMMAND, command=command, returncode=None) as outcome:
+            data = None if input is None else input.encode(errors="surrogateescape")
+            done = machine.run(command, timeout=timeout, input=data, is_tests=False)
+            outcome["returncode"] = done.returncode
+        return done
 
 
 def kind_of_place(item: pytest.Item) -> tuple[object, ...]:

@@ -1,12 +1,12 @@
 """The program in the guest: a pytest that runs the tests it is asked for. Run as a script by the same Python as out there.
 
-    program.py run DIRECTORY     start, and do the job in the directory
-    program.py wait ARGUMENT...  import all that any job needs, and do those of the directories that are named on descriptor 3
+    program.py run DIRECTORY     do the job in the directory
+    program.py wait ARGUMENT...  import all that any job needs, and do the one that descriptor 3 gives
     program.py list ARGUMENT...  out here: print which files the one before needs, as JSON
 
-A directory has `job` (JSON, made by `session.py`) and two FIFOs: `ask`, a line of JSON for each phase of a test, and `answer`, one
-back. One that waits was started before its guest was saved, in a root of its own with those files; a job is done by a child of it,
-in the mount namespace of the guest's commands.
+A job is a line of JSON, made by `session.py`; its tests are asked for by two FIFOs of a directory: `ask`, a line of JSON for each
+phase of a test, and `answer`, one back. A program that waits was started before its guest was saved, in a root of its own that has
+those files; for its job it goes to the mount namespace of the guest's commands.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ import os
 import sys
 from typing import Any
 
-# Lines with the directories of jobs; the guest's first root; where to say that it waits.
-ASKED_FD, ROOT_FD, READY_FD = 3, 4, 5
+# Of a program that waits: what it is asked for, the FIFO of the directory; the guest's first root; where to say that it waits.
+ASK_FD, ROOT_FD, READY_FD = 3, 4, 5
+DIRECTORY = "/run/chvm/resident"
 NAMESPACE = "lib/chvm/root.ns"
 
 
-def run(directory: str) -> int:
-    """Run pytest as a job says; returns its exit status."""
-    with open(os.path.join(directory, "job")) as file:
-        job = json.load(file)
+def run(job: dict[str, Any], directory: str) -> int:
+    """Run pytest as a job says, asked by the FIFOs of a directory; returns its exit status."""
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["place"])
@@ -34,26 +33,26 @@ def run(directory: str) -> int:
     sys.pycache_prefix = job["pycache_prefix"]
     sys.dont_write_bytecode = job["dont_write_bytecode"]
     # Before anything that is to be measured is imported.
-    coverage = _start_coverage(directory, job["coverage"]) if job["coverage"] is not None else None
+    coverage = _start_coverage(job["directory"], job["coverage"]) if job["coverage"] is not None else None
     import pytest
 
-    guest = _guest().Guest(directory, job, coverage)
+    guest = _module("guest").Guest(directory, job, coverage)
     return int(pytest.main(job["args"], plugins=[guest]))
 
 
-def _guest() -> Any:
-    """Return the module `guest.py`, not as one of its package, which pytest is still to load and rewrite as its plugin."""
+def _module(name: str) -> Any:
+    """Return a module beside this one, not as one of its package, which pytest is still to load and rewrite as its plugin."""
     import importlib.util
 
-    name = "pytest_chvm_inside_guest"
-    if name not in sys.modules:
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "guest.py")
-        spec = importlib.util.spec_from_file_location(name, path)
+    known = f"pytest_chvm_inside_{name}"
+    if known not in sys.modules:
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py")
+        spec = importlib.util.spec_from_file_location(known, path)
         assert spec is not None
         assert spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        module = sys.modules[known] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return sys.modules[name]
+    return sys.modules[known]
 
 
 def _start_coverage(directory: str, options: dict[str, Any]) -> Any:
@@ -68,64 +67,65 @@ def load(arguments: list[str]) -> None:
     """Import what any job needs, by running a test that does nothing with all the plugins that are installed."""
     import pytest
 
-    _guest()
-    _remember_distributions()
+    _module("guest")
+    _module("remembered").remember()
     example = os.path.join(os.path.dirname(os.path.abspath(__file__)), "example.py")
     place = os.path.dirname(example)
-    pytest.main([*arguments, "-q", "-p", "no:cacheprovider", "--noconftest", f"--rootdir={place}", "-c", os.devnull, example])
+    arguments = [*arguments, "-q", "-p", "no:cacheprovider", "--noconftest", f"--rootdir={place}", "-c", os.devnull, example]
+    pytest.main(arguments, plugins=[_module("guest").Example()])
+    if not hasattr(os, "setns"):
+        import ctypes  # noqa: F401
     # By name, now that pytest has rewritten what it wants of the package.
     from pytest_chvm.plugin.inside import wire  # noqa: F401
 
 
-def _remember_distributions() -> None:
-    """Keep in memory what is installed, with its entry points: to read that takes long in a guest. `guest.py` undoes it."""
-    import functools
-    import importlib.metadata
+def wait() -> dict[str, Any]:
+    """Wait for a job, and make ready for it what is not to be the same in each clone; returns it."""
+    import gc
 
-    found = list(importlib.metadata.distributions())
-    for distribution in found:
-        distribution.read_text = functools.lru_cache(distribution.read_text)  # type: ignore[method-assign]
-    original = importlib.metadata.distributions
-
-    def distributions(**arguments: Any) -> Any:
-        return original(**arguments) if arguments else iter(found)
-
-    distributions.original = original  # type: ignore[attr-defined]
-    importlib.metadata.distributions = distributions
-
-
-def wait() -> None:
-    """Do jobs, each in a child, for ever."""
-    import random
-
+    # What is there by now stays: it would be looked through again and again.
+    gc.collect()
+    gc.freeze()
     os.write(READY_FD, b"ready\n")
     os.close(READY_FD)
-    with open(ASKED_FD) as lines:
-        while line := lines.readline():
-            if os.fork() == 0:
-                random.seed()
-                os.setsid()
-                _supervise(line.strip())
+    with open(ASK_FD, buffering=1, errors="surrogateescape") as lines:
+        job: dict[str, Any] = json.loads(lines.readline())
+    try:
+        _enter_namespace()
+    except OSError:
+        # Not with threads, such as a plugin has started: a child has none.
+        if pid := os.fork():
+            _end_as(pid)
+        _enter_namespace()
+    os.close(ROOT_FD)
+    os.setsid()
+    sys.stdout.flush()
+    os.ftruncate(1, 0)
+    os.mkdir(job["directory"], mode=0o700)  # noqa: PTH102
+    _start_anew()
+    return job
 
 
-def _supervise(directory: str) -> None:
-    """Have a job done by a child, and tell whoever asks for more when that has ended."""
-    _enter_namespace()
-    ask = os.open(f"{directory}/ask", os.O_RDWR)
-    pid = os.fork()
-    if pid == 0:
-        for fd in (ASKED_FD, ROOT_FD, ask):
-            os.close(fd)
-        os.dup2(os.open(f"{directory}/out", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 1)
-        os.dup2(1, 2)
-        _end(run(directory))
+def _end_as(pid: int) -> None:
+    """End as a child does."""
     _pid, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    while True:
-        with open(f"{directory}/answer", "w") as answer:
-            answer.write(json.dumps({"ended": code}) + "\n")
-        while os.read(ask, 1) != b"\n":
-            pass
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def _start_anew() -> None:
+    """Have what a process draws or is told when it starts: what was saved is the same in each clone."""
+    import random
+    import signal
+
+    random.seed()
+    if (tempfile := sys.modules.get("tempfile")) is not None:
+        tempfile._name_sequence = None  # type: ignore[attr-defined]
+    if (ssl := sys.modules.get("ssl")) is not None:
+        ssl.RAND_add(os.urandom(32), 32.0)
+    # As a program in the background of a shell it has them ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def _enter_namespace() -> None:
@@ -133,24 +133,21 @@ def _enter_namespace() -> None:
     import linecache
 
     namespace = os.open(NAMESPACE, os.O_RDONLY, dir_fd=ROOT_FD)
-    if hasattr(os, "setns"):
-        os.setns(namespace)
-    else:
-        import ctypes
+    try:
+        if hasattr(os, "setns"):
+            os.setns(namespace)
+        else:
+            import ctypes
 
-        if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
-            raise OSError(ctypes.get_errno(), "setns")
-    os.close(namespace)
+            if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
+                raise OSError(ctypes.get_errno(), "setns")
+    finally:
+        os.close(namespace)
     os.chdir("/")
     # What is known of directories is of the other root.
     sys.path_importer_cache.clear()
     importlib.invalidate_caches()
     linecache.clearcache()
-
-
-def _end(status: int) -> None:
-    """End as an interpreter does."""
-    sys.exit(status)
 
 
 def files(arguments: list[str]) -> list[str]:
@@ -189,7 +186,9 @@ if __name__ == "__main__":
     del sys.path[0]
     what, *arguments = sys.argv[1:]
     if what == "run":
-        sys.exit(run(*arguments))
+        with open(os.path.join(*arguments, "job")) as file:
+            given = json.load(file)
+        sys.exit(run(given, *arguments))
     elif what == "list":
         stdout = os.dup(1)
         os.dup2(2, 1)
@@ -198,5 +197,4 @@ if __name__ == "__main__":
             json.dump(listed, out)
     else:
         load(arguments)
-        # Not below it: a frame of this is then in each traceback.
-        wait()
+        sys.exit(run(wait(), DIRECTORY))

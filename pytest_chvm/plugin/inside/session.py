@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -35,9 +35,9 @@ NOT_PASSED_ON = (
 
 
 class Runs(Protocol):
-    """What runs commands in the guest: a `Vm`."""
+    """What runs commands in the guest, as a `Vm` does."""
 
-    def run(self, command: str | Sequence[str], *, timeout: float | None = ..., input: str | bytes | None = ...) -> CommandResult:
+    def run(self, command: str, *, timeout: float | None = ..., input: str | None = ...) -> CommandResult:
         """Run one and return what it did."""
 
 
@@ -55,30 +55,28 @@ class GuestPytest:
         self._guest = guest
         self._waits = waits
         self.directory = f"/tmp/chvm-inside-{random_hex(8)}"
+        # The directory with its FIFOs, and with what it prints.
+        self._fifos = program.DIRECTORY if waits else self.directory
         self._printed = 0
 
     def start(self, item: pytest.Item, coverage: Mapping[str, Any] | None, timeout: float) -> None:
-        """Start it, or have the one that waits do it, and wait until it has collected the tests of an item's file."""
-        # Not as the command itself: that is in the event log, and the environment may have secrets.
-        begin = f"umask 077; cat >{self.directory}.sh && . {self.directory}.sh"
-        self._asked(begin, self._script(_job(item, coverage)), timeout)
-
-    def _script(self, job: Mapping[str, Any]) -> str:
-        lines = [f"chvm_directory={self.directory}", f"chvm_job={shlex.quote(json.dumps(job))}", "set --"]
-        if not self._waits:
-            taken = (name for name in job["environment"] if name.startswith(TAKEN_NOTE_OF) and name.isidentifier())
-            lines += [f"export {name}={shlex.quote(job['environment'][name])}" for name in taken]
-            lines[2] = f"set -- {shlex.join([*interpreter(), program.__file__, 'run'])}"
-        return "\n".join([*lines, files(__package__).joinpath("start.sh").read_text()])
+        """Start it, or have the one that waits begin, and wait until it has collected the tests of an item's file."""
+        job = {**_job(item, coverage), "directory": self.directory}
+        if self._waits:
+            self.ask(timeout, **job)
+        else:
+            # Not as the command itself: that is in the event log, and the environment may have secrets.
+            begin = f"umask 077; cat >{self.directory}.sh && . {self.directory}.sh"
+            self._asked(begin, _script(job, self.directory), timeout)
 
     def ask(self, timeout: float | None, **what: object) -> dict[str, Any]:
         """Ask for something, or for what comes next, and return the answer, which is waited for at most so many seconds."""
-        command = f"cat >{self.directory}/ask && cat {self.directory}/answer"
+        command = f"cat >{self._fifos}/ask && cat {self._fifos}/answer"
         return self._asked(command, f"{json.dumps(what)}\n", timeout)
 
     def printed(self) -> str:
         """Return what the program has printed since the last call, its last 16 KiB."""
-        text = self._guest.run(f"tail -c +{self._printed + 1} {self.directory}/out").stdout_bytes
+        text = self._guest.run(f"tail -c +{self._printed + 1} {self._fifos}/out").stdout_bytes
         self._printed += len(text)
         return text[-OUTPUT_BYTES:].decode(errors="replace")
 
@@ -112,6 +110,18 @@ class GuestPytest:
                 f"{self.printed() or '(nothing)'}"
             )
         return answer
+
+
+def _script(job: Mapping[str, Any], directory: str) -> str:
+    """Return what starts a pytest in the guest."""
+    taken = (name for name in job["environment"] if name.startswith(TAKEN_NOTE_OF) and name.isidentifier())
+    lines = [
+        f"chvm_directory={directory}",
+        f"chvm_job={shlex.quote(json.dumps(job))}",
+        *(f"export {name}={shlex.quote(job['environment'][name])}" for name in taken),
+        f"set -- {shlex.join([*interpreter(), program.__file__, 'run'])}",
+    ]
+    return "\n".join([*lines, files(__package__).joinpath("start.sh").read_text()])
 
 
 def _job(item: pytest.Item, coverage: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,15 +1,10 @@
-# The end of a script that starts a pytest in the guest and gives its first answer. Before it come chvm_directory, chvm_job, for one that
-# is to be started anew the environment, and its words as the shell's arguments.
+# The end of a script that starts a pytest in the guest and gives its first answer. Before it come chvm_directory, chvm_job, the
+# environment, and its words as the shell's arguments.
 set -e
 umask 077
 mkdir $chvm_directory
 mkfifo $chvm_directory/ask $chvm_directory/answer
 printf %s "$chvm_job" >$chvm_directory/job
-if [ $# = 0 ]; then
-    [ -p /run/chvm/resident ] || { cat /run/chvm/resident.log >&2; exit 1; }
-    printf '%s\n' $chvm_directory >/run/chvm/resident
-    exec cat $chvm_directory/answer
-fi
 (
     exec 3<>$chvm_directory/ask </dev/null >/dev/null 2>&1
     chvm_own=$chvm_directory
