@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from pytest_chvm.base.choices import Accel, BootWay, NetworkMode, Vmm
+from pytest_chvm.base.choices import Accel, BootWay, NetworkMode, Vmm, is_kernel_word, split_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Option:
     @property
     def is_path(self) -> bool:
         """Whether its values are paths: in a configuration file they are relative to that."""
-        return self.convert is _path
+        return self.convert in (_path, _kernel)
 
     @property
     def number(self) -> type[int | float] | None:
@@ -71,6 +71,10 @@ def _path(text: str) -> Path:
     if text.startswith("~") and not Path(expanded).is_absolute():
         raise ValueError("there is no home directory for '~': HOME is not set to an absolute path, or there is no such user")
     return Path(os.path.abspath(expanded))
+
+
+def _kernel(text: str) -> Path:
+    return Path(text) if is_kernel_word(text) else _path(text)
 
 
 def count(text: str) -> int:
@@ -127,7 +131,14 @@ def _choice(choices: tuple[str, ...], help: str) -> Any:
 class Settings:
     """What the options resolved to, a field each. `boot_timeout` is seconds, `memory_mb` MiB; `kernel` may be several."""
 
-    kernel: tuple[Path, ...] = _option(_path, (), "guest kernel; repeat it to run every VM test once per kernel", "PATH", many=True)
+    kernel: tuple[Path, ...] = _option(
+        _kernel,
+        (),
+        "guest kernel: an image, a build tree, a directory with one, 'host', or a package like debian:6.1; repeat it to run every "
+        "VM test once per kernel",
+        "KERNEL",
+        many=True,
+    )
     initramfs: Path | None = _option(_path, None, "guest initramfs (default: the built-in guest)", "PATH")
     root_disk: Path | None = _option(_path, None, "guest root disk, never written", "PATH")
     cmdline: str | None = _option(str, None, "guest kernel command line", "TEXT")
@@ -170,7 +181,7 @@ class Settings:
             source = option.flag
             if value is None and given.get(option.variable):
                 text = given[option.variable]
-                value = text.split(os.pathsep) if option.many else text
+                value = split_kernels(text) if option.many else text
                 source = option.variable
             # A TOML file's number counts as set, also 0.
             if value is None and (ini or {}).get(option.ini_key) not in (None, "", []):
@@ -198,5 +209,6 @@ OPTIONS_BY_NAME = {option.name: option for option in OPTIONS}
 def _parsed(option: Option, value: object, source: str) -> object:
     if not option.many:
         return option.parse(str(value), source)
-    texts = value if isinstance(value, list | tuple) else str(value).split(os.pathsep)
-    return tuple(option.parse(str(text), source) for text in texts if text)
+    texts = value if isinstance(value, list | tuple) else split_kernels(str(value))
+    # The same one twice is one.
+    return tuple(dict.fromkeys(option.parse(str(text), source) for text in texts if text))

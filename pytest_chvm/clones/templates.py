@@ -99,7 +99,7 @@ def made_of(
         "host": [platform.machine(), platform.release(), platform.version(), _processor(), _kvm_parameters()],
         "arch": config.architecture.name,
         "guest": guest.clone_key(ready_marker),
-        "kernel": identify(config.kernel) if config.kernel else None,
+        "kernel": identify(config.kernel_image) if config.kernel_image else None,
         "initramfs": identify(config.initramfs) if config.initramfs else None,
         "disks": [[*_disk_words(disk), *_disk_identity(disk, identify)] for disk in config.all_disks],
         "cmdline": config.cmdline,

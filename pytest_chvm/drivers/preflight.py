@@ -44,10 +44,10 @@ def preflight(config: VmConfig) -> None:
 
 
 def _check_kernel(config: VmConfig) -> None:
-    if config.kernel is None:
+    if (kernel := config.kernel_image) is None:
         raise InvalidConfigError("kernel=None: a driver needs one; launch() and chvm_vm() have a default")
-    _check_file("kernel", config.kernel)
-    image = check_kernel_image(config.kernel, config.architecture.name)
+    _check_file("kernel", kernel)
+    image = check_kernel_image(kernel, config.architecture.name)
     if config.cmdline is not None and (size := len(os.fsencode(config.cmdline))) > image.cmdline_bytes:
         raise InvalidConfigError(
             f"the kernel command line has {size} bytes, and this kernel takes {image.cmdline_bytes} and cuts off the rest: "

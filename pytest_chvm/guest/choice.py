@@ -38,8 +38,10 @@ NAMES_CONSOLE = re.compile(r"(?:^|\s)(?:console=|earlyprintk|earlycon)")
 Inspect = Callable[[VmConfig], "tuple[System, Path]"]
 
 
-def guest_of(config: VmConfig, built_in: Kernel | None, cache: Path, progress: Progress, inspect: Inspect | None) -> Guest:
-    """Return the guest that a config asks for, complete; `built_in` is the built-in kernel where the config named none.
+def guest_of(
+    config: VmConfig, kernel: Kernel | None, cache: Path, progress: Progress, inspect: Inspect | None, *, kernel_is_named: bool
+) -> Guest:
+    """Return the guest that a config asks for, complete; `kernel` is the one that it names, or else the built-in guest's.
 
     An initramfs of its own, or a root disk with a kernel and a command line, is an image prepared by the user; a root disk without
     is a stock image, whose system `inspect` looks for; the rest is the built-in guest. Raises InvalidConfigError where it cannot be
@@ -48,23 +50,23 @@ def guest_of(config: VmConfig, built_in: Kernel | None, cache: Path, progress: P
     # Not a check of the config's own: a complete one has both.
     if config.firmware is not None:
         return _firmware_guest(config, cache, progress)
-    prepared = config.initramfs is not None or (built_in is None and config.cmdline is not None)
+    assert kernel is not None
+    prepared = config.initramfs is not None or (kernel_is_named and config.cmdline is not None)
     if config.root_disk is not None and inspect is not None and not prepared:
-        return _stock_guest(config, built_in, cache, progress, inspect)
+        return _stock_guest(config, kernel if kernel_is_named else None, cache, progress, inspect)
     if config.initramfs is not None or config.root_disk is not None:
-        return _image_guest(config)
-    return _built_in_guest(config, built_in, cache, progress)
+        return _image_guest(config, kernel)
+    arch = config.architecture
+    return _built_in_guest(config, kernel, arch.console_word if kernel_is_named else built_in_cmdline(arch), cache, progress)
 
 
-def _image_guest(config: VmConfig) -> Guest:
+def _image_guest(config: VmConfig, kernel: Kernel | None = None) -> Guest:
     from pytest_chvm.guest.kinds.image import ImageGuest
 
-    return ImageGuest(config)
+    return ImageGuest(config, kernel=kernel)
 
 
-def _built_in_guest(config: VmConfig, built_in: Kernel | None, cache: Path, progress: Progress) -> BuiltInGuest:
-    assert config.kernel is not None
-    kernel = built_in or inspect_kernel(config.kernel)
+def _built_in_guest(config: VmConfig, kernel: Kernel, cmdline: str, cache: Path, progress: Progress) -> BuiltInGuest:
     kind: type[BuiltInGuest] = BuiltInGuest
     if config.root is not None:
         from pytest_chvm.guest.kinds.host_root import HostRootGuest
@@ -77,9 +79,7 @@ def _built_in_guest(config: VmConfig, built_in: Kernel | None, cache: Path, prog
         from pytest_chvm.guest.resident import add_resident
 
         initramfs = add_resident(initramfs, config.root.resident, cache, progress)
-    cmdline = config.cmdline
-    if cmdline is None:
-        cmdline = config.architecture.console_word if built_in is None else built_in_cmdline(config.architecture)
+    cmdline = cmdline if config.cmdline is None else config.cmdline
     return kind(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(kernel), kernel=kernel)
 
 
@@ -94,38 +94,38 @@ def _firmware_guest(config: VmConfig, cache: Path, progress: Progress) -> Guest:
     return FirmwareGuest(config, random_hex(8), busybox=find_busybox(cache, progress, config.architecture))
 
 
-def _stock_guest(config: VmConfig, built_in: Kernel | None, cache: Path, progress: Progress, inspect: Inspect) -> StockGuest:
+def _stock_guest(config: VmConfig, kernel: Kernel | None, cache: Path, progress: Progress, inspect: Inspect) -> StockGuest:
+    """Return the guest of a stock image, with a kernel that the config names (None: the image's own)."""
     from pytest_chvm.guest.images.inspect import KERNEL_FILE
     from pytest_chvm.guest.kinds.stock import StockGuest
 
     system, directory = inspect(config)
-    image = directory / KERNEL_FILE if built_in is not None else config.kernel
-    assert image is not None
-    if not image.exists():
+    image = directory / KERNEL_FILE
+    if kernel is None and not image.exists():
         raise InvalidConfigError(
             f"VM {config.name!r}: root_disk {str(config.root_disk)!r} has a system on {system.device} and no kernel, neither in "
             "/boot nor beside its modules: name one with kernel=PATH",
             vm_name=config.name,
         )
-    known = inspect_kernel(image)
+    known = kernel or inspect_kernel(image)
     # One that was copied out of the image has its modules there.
-    if built_in is not None or known.modules_dir is None:
+    if kernel is None or known.modules_dir is None:
         known = replace(known, modules_dir=modules_of(directory, known.release))
     initramfs = _initramfs_in_front(system, known, cache, progress)
     cmdline = config.cmdline
     if cmdline is None:
         cmdline = f"{system.cmdline} {config.architecture.console_word}"
     config = config.replace(kernel=unpacked_kernel(known.image, cache), initramfs=initramfs, cmdline=cmdline)
-    return StockGuest(config, random_hex(8), None if built_in is not None else _lacks(known), kernel=known)
+    return StockGuest(config, random_hex(8), None if kernel is None else _lacks(known), kernel=known)
 
 
 def _lacks(kernel: Kernel) -> str | None:
     if kernel.modules_dir is not None:
         return None
     if kernel.release is None:
-        return f"no modules, since the release of the kernel {str(kernel.image)!r} cannot be told"
+        return f"no modules, since the release of the kernel {str(kernel.file)!r} cannot be told"
     return (
-        f"no modules for {kernel.release} beside this kernel ({kernel.image}): expected in lib/modules/{kernel.release} beside its "
+        f"no modules for {kernel.release} beside this kernel ({kernel.file}): expected in lib/modules/{kernel.release} beside its "
         "directory, or of the host. Name the kernel where its package has it, or one that has these drivers built in"
     )
 
@@ -141,11 +141,11 @@ def told_config(guest: Guest, words: Sequence[str], directory: Path) -> VmConfig
     config = guest.config
     own = config.cmdline
     cmdline = " ".join([*([own] if own else []), *words]) or own
-    if config.kernel is None:
+    if (image := config.kernel_image) is None:
         # By firmware there is no way to tell it more than its own seed does.
         return config
     arch = config.architecture
-    room = check_kernel_image(config.kernel, arch.name).cmdline_bytes
+    room = check_kernel_image(image, arch.name).cmdline_bytes
     size, own_size = len(os.fsencode(cmdline or "")), len(os.fsencode(own or ""))
     if size <= room:
         return config.replace(cmdline=_with_early_console(cmdline, room, arch))

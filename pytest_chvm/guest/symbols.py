@@ -31,11 +31,11 @@ def debug_kernel(kernel: Kernel) -> Path | None:
 
     Looked for are the file itself, its build tree, and where distributions put it: beside the kernel's own tree, and the host's.
     """
-    image, release = kernel.image.resolve(), kernel.release
-    places = [image, image.parent / "vmlinux", *(parent / "vmlinux" for parent in image.parents[1:4])]
+    image, release = kernel.file.resolve(), kernel.release
+    places = [image, kernel.image, image.parent / "vmlinux", *(parent / "vmlinux" for parent in image.parents[1:4])]
     if release:
         roots = (image.parent.parent, Path("/"))
-        places = [image, image.parent / f"vmlinux-{release}", *places[1:]]
+        places = [image, kernel.image, image.parent / f"vmlinux-{release}", *places[2:]]
         places += [
             root / "usr/lib/debug" / name
             for root in roots

@@ -15,6 +15,7 @@ from pytest_chvm.drivers.preflight import preflight
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.choice import guest_of
 from pytest_chvm.guest.kernels.default import default_kernel
+from pytest_chvm.guest.kernels.find import find_kernel
 from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.kernels.unpacked import unpacked_kernel
 from pytest_chvm.guest.kinds import Guest
@@ -41,20 +42,31 @@ def choose_guest(
             f"VM {config.name!r}: root='host' and an initramfs, and the guest's is the built-in one: leave one of them out",
             vm_name=config.name,
         )
-    is_named = config.kernel is not None or config.firmware is not None
-    kernel = None if is_named else built_in_kernel(settings, progress, config.arch)
+    kernel, is_named = _kernel(config, settings, progress), config.kernel is not None
     if kernel is not None:
-        config = config.replace(kernel=unpacked_kernel(kernel.image, cache_dir(settings)))
+        config = config.replace(kernel=kernel.image if is_named else unpacked_kernel(kernel.image, cache_dir(settings)))
     preflight(config)
     look = None
     if inspect is not None and config.root_disk is not None and config.firmware is None:
-        look = partial(inspect, kernel or built_in_kernel(settings, progress, config.arch))
-    guest = guest_of(config, kernel, cache_dir(settings), progress, look)
+        look = partial(inspect, built_in_kernel(settings, progress, config.arch))
+    guest = guest_of(config, kernel, cache_dir(settings), progress, look, kernel_is_named=is_named)
     extra = guest.config.cmdline_extra
     if not extra:
         return guest
     cmdline = default_cmdline(guest.config) if guest.config.cmdline is None else guest.config.cmdline
     return replace(guest, config=guest.config.replace(cmdline=f"{cmdline} {extra}".strip(), cmdline_extra=None))
+
+
+def _kernel(config: VmConfig, settings: Settings, progress: Progress) -> Kernel | None:
+    """Return the kernel that a config names, else the built-in guest's; None where firmware looks for it."""
+    if config.firmware is not None:
+        return None
+    if config.kernel is None:
+        return built_in_kernel(settings, progress, config.arch)
+    try:
+        return find_kernel(config.kernel, cache_dir(settings), progress, config.architecture.name)
+    except InvalidConfigError as error:
+        raise type(error)(f"VM {config.name!r}: {error}", vm_name=config.name) from error
 
 
 def cache_dir(settings: Settings) -> Path:

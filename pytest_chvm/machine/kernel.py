@@ -40,7 +40,7 @@ class GuestKernel:
         if config := KernelConfig(self._machine.run(script, input=None).stdout):
             return config
         name = self._machine.name
-        beside = f", and beside its file {str(kernel.image)!r} is no config-{release}" if kernel is not None else ""
+        beside = f", and beside its file {str(kernel.file)!r} is no config-{release}" if kernel is not None else ""
         raise UnsupportedError(
             f"VM {name!r}: how its kernel {release} was configured is not known: the guest has neither /proc/config.gz "
             f"(CONFIG_IKCONFIG_PROC) nor /boot/config-{release}{beside}",
@@ -60,7 +60,7 @@ class GuestKernel:
 
 def kernel_of(machine: Machine) -> Kernel | None:
     """Return the file on the host of the kernel that a VM boots; None where that is its image's affair."""
-    image = machine.guest.config.kernel
+    image = machine.guest.config.kernel_image
     return machine.guest.kernel or (inspect_kernel(image) if image is not None else None)
 
 

@@ -19,7 +19,7 @@ from pytest_chvm.model.host_root import HostRoot
 from pytest_chvm.model.networks import Attachment, SocketPairFd, Tap
 from pytest_chvm.model.seeds import SEED_FIELDS, seed_text
 from pytest_chvm.model.shares import SharedDir
-from pytest_chvm.model.values import NAME_PATTERN, _short, as_path
+from pytest_chvm.model.values import NAME_PATTERN, _short, as_kernel, as_path
 
 if TYPE_CHECKING:
     from pytest_chvm.model.arguments import ConfigArguments
@@ -38,7 +38,9 @@ class VmConfig:
     A field that has its default value counts as not given: `launch` and `chvm_vm` then take the value from the marker, the options
     or the test's name. To insist on a default value, give it as an argument: `launch(config, cpus=1)`.
 
-    `cmdline` takes the place of the default kernel command line, `cmdline_extra` is added to the one or the other.
+    `kernel` is an image, a directory that has one, or a word: `host`, `debian:6.1`, which is the one relative path that there is;
+    of a VM that was started it is the image. `cmdline` takes the place of the default kernel command line, `cmdline_extra` is added
+    to the one or the other.
     `arch` is the processor architecture, as `uname -m` names it (None: this machine's); another one is emulated.
     `root="host"`, or a `HostRoot`: the guest's root is the host's, read-only, below a layer that goes with the VM.
     `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
@@ -98,7 +100,9 @@ class VmConfig:
                     "'-', '_' or '.', beginning with a letter or digit",
                     vm_name=value if key == "name" and isinstance(value, str) else None,
                 )
-        for key in ("kernel", "initramfs", *(kind.field for kind in DISK_KINDS), "serial_log"):
+        if self.kernel is not None:
+            object.__setattr__(self, "kernel", as_kernel("kernel", self.kernel))
+        for key in ("initramfs", *(kind.field for kind in DISK_KINDS), "serial_log"):
             value = getattr(self, key)
             if value is not None:
                 object.__setattr__(self, key, as_path(key, value))
@@ -252,6 +256,15 @@ class VmConfig:
     def given(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, by name."""
         return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
+
+    @property
+    def kernel_image(self) -> Path | None:
+        """The kernel's file, None where the config has none; raises InvalidConfigError where its kernel is a word."""
+        if self.kernel is not None and not self.kernel.is_absolute():
+            raise self._invalid(
+                f"kernel={str(self.kernel)!r}: launch() and chvm_vm() know what that is, a driver needs an image's path"
+            )
+        return self.kernel
 
     def replace(self, **changes: Unpack[ConfigArguments]) -> VmConfig:
         """Return a copy with some fields changed, validated anew."""

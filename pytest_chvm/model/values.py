@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from pytest_chvm.base.choices import is_kernel_word
 from pytest_chvm.errors import InvalidConfigError
 
 StrPath = str | os.PathLike[str]
@@ -25,6 +26,11 @@ def as_path(key: str, value: object) -> Path:
     if not text or "\0" in text:
         raise InvalidConfigError(f"{key}={text!r} cannot be a path: it is empty or has a NUL")
     return Path(os.path.abspath(text))
+
+
+def as_kernel(key: str, value: object) -> Path:
+    """Return `value` as an absolute Path, as a relative one where it is a word for a kernel; raises what `as_path` does."""
+    return Path(value) if isinstance(value, str | Path) and is_kernel_word(str(value)) else as_path(key, value)
 
 
 def checked_mac(value: object) -> str:

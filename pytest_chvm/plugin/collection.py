@@ -7,9 +7,18 @@ from typing import Any
 import pytest
 
 from pytest_chvm.plugin.expect import expect_vms
-from pytest_chvm.plugin.keys import DEFAULT_ARTIFACTS, KSELFTEST, KUNIT, VM_FIXTURES, controller_key, in_guest_key, settings_key
+from pytest_chvm.plugin.keys import (
+    DEFAULT_ARTIFACTS,
+    KSELFTEST,
+    KUNIT,
+    VM_FIXTURES,
+    controller_key,
+    in_guest_key,
+    kernel_ids_key,
+    settings_key,
+)
 from pytest_chvm.plugin.marker import OF_KERNEL, inside_of, marker_arguments
-from pytest_chvm.plugin.run import run_id
+from pytest_chvm.plugin.run import progress_of, run_id
 from pytest_chvm.settings import Settings
 
 
@@ -42,10 +51,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # A test that gets its VM by `getfixturevalue` shows that only by its marker.
         metafunc.fixturenames.append("chvm_kernel")
     if len(kernels) > 1 and "chvm_kernel" in metafunc.fixturenames and not any("kernel" in mark.kwargs for mark in marks):
-        ids = [kernel.name for kernel in kernels]
-        if len(set(ids)) < len(ids):
-            ids = [str(kernel).strip("/").replace("/", "-") for kernel in kernels]
-        metafunc.parametrize("chvm_kernel", kernels, ids=ids, indirect=True, scope="session")
+        metafunc.parametrize("chvm_kernel", kernels, ids=_kernel_ids(metafunc.config), indirect=True, scope="session")
+
+
+def _kernel_ids(config: pytest.Config) -> list[str]:
+    """Return what the kernels are called in the ids of tests, the same in each process of a run."""
+    if kernel_ids_key not in config.stash:
+        from pytest_chvm.base.cache import default_cache_dir
+        from pytest_chvm.guest.kernels.find import kernel_ids
+
+        settings = config.stash[settings_key]
+        cache = settings.cache_dir or default_cache_dir()
+        config.stash[kernel_ids_key] = kernel_ids(settings.kernel, cache, progress_of(config))
+    return config.stash[kernel_ids_key]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -73,7 +91,7 @@ def _check_options(config: pytest.Config) -> None:
     from pytest_chvm.plugin.option_checks import check_options
 
     try:
-        check_options(config.stash[settings_key], config.rootpath / DEFAULT_ARTIFACTS)
+        check_options(config.stash[settings_key], config.rootpath / DEFAULT_ARTIFACTS, progress_of(config))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 

@@ -53,7 +53,10 @@ def chvm_kernel(request: pytest.FixtureRequest, chvm_settings: Settings) -> Path
 
 @pytest.fixture
 def chvm_vm(
-    request: pytest.FixtureRequest, chvm_settings: Settings, chvm_kernel: Path | None, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    chvm_settings: Settings,
+    chvm_kernel: Path | None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[VmFactory]:
     """Factory of VMs that end with the test: `vm = chvm_vm(kernel=..., shared_dirs=...)` boots one and blocks until it is ready."""
     defaults = vm_arguments(request.node)
@@ -78,7 +81,10 @@ def _kernel_check(item: pytest.Item) -> Callable[[Vm], None] | None:
 
 @pytest.fixture(scope="session")
 def chvm_vm_factory(
-    request: pytest.FixtureRequest, chvm_settings: Settings, chvm_kernel: Path | None, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    chvm_settings: Settings,
+    chvm_kernel: Path | None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[VmFactory]:
     """`chvm_vm` for fixtures of any other scope; its VMs end with the session."""
     longest_boot_s = _longest_boot_s(request.config)

@@ -5,7 +5,6 @@ Registered as a plugin of its own in a run that has such tests.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,7 +41,7 @@ def check_kernel(item: pytest.Item) -> None:
 
     if (config := config_of(kernel)) is None:
         raise MissingRequirementError(
-            f"{item.nodeid} needs kernel_config={list(needs.options)!r}, and how the kernel {str(kernel.image)!r} was configured "
+            f"{item.nodeid} needs kernel_config={list(needs.options)!r}, and how the kernel {str(kernel.file)!r} was configured "
             f"is not known: it does not have its configuration in itself (CONFIG_IKCONFIG), and beside it is neither "
             f"config-{kernel.release} nor a .config; put one there"
         )
@@ -74,15 +73,18 @@ def _skip_if(why: str | None) -> None:
 
 def _kernel_of(item: pytest.Item) -> Kernel | None:
     """Return the kernel that a test's VMs boot, where its markers and the options say it; None where their image does."""
-    from pytest_chvm.guest.kernels.kernel import inspect_kernel
-    from pytest_chvm.machine.guest_choice import built_in_kernel
+    from pytest_chvm.guest.kernels.find import find_kernel
+    from pytest_chvm.machine.guest_choice import built_in_kernel, cache_dir
+    from pytest_chvm.model import architecture
+    from pytest_chvm.model.values import as_kernel
 
     settings = item.config.stash[settings_key]
     given = marker_arguments(item)
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     image = given.get("kernel") or parameters.get("chvm_kernel") or (settings.kernel[0] if settings.kernel else None)
     if image is not None:
-        return inspect_kernel(Path(image))
+        progress, arch = begin_host(item.config).show_progress, architecture(given.get("arch")).name
+        return find_kernel(as_kernel("kernel", image), cache_dir(settings), progress, arch)
     if given.get("root_disk") or (settings.root_disk and not {"initramfs", "root"} & given.keys()):
         return None
-    return built_in_kernel(settings, begin_host(item.config).show_progress)
+    return built_in_kernel(settings, begin_host(item.config).show_progress, given.get("arch"))

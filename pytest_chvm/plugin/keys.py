@@ -20,6 +20,7 @@ KSELFTEST, KUNIT = "chvm_kselftest", "chvm_kunit"
 DEFAULT_ARTIFACTS = "chvm-artifacts"
 
 settings_key = pytest.StashKey[Settings]()
+kernel_ids_key = pytest.StashKey[list[str]]()
 factories_key = pytest.StashKey[list[Any]]()
 failed_key = pytest.StashKey[bool]()
 item_key = pytest.StashKey[pytest.Item]()

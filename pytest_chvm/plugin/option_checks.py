@@ -1,6 +1,6 @@
 """Checks of the options, made once at the start of a run that has VM tests.
 
-Nothing is started here. A test's own arguments are checked when its VM is launched.
+Nothing is started here, but a kernel may be fetched. A test's own arguments are checked when its VM is launched.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pytest_chvm.errors import InvalidConfigError
-from pytest_chvm.guest.kernels.image import check_kernel_image
+from pytest_chvm.base.progress import Progress
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
+from pytest_chvm.guest.kernels.find import find_kernel
 from pytest_chvm.host.networks.subnets import parse_pool
+from pytest_chvm.machine.guest_choice import cache_dir
 from pytest_chvm.model import VmConfig
 from pytest_chvm.settings import OPTIONS_BY_NAME, Settings
 
 Value = TypeVar("Value")
 
 
-def check_options(settings: Settings, default_artifacts: Path) -> None:
-    """Raise InvalidConfigError, naming the option, for the first one that no VM could be started with."""
+def check_options(settings: Settings, default_artifacts: Path, progress: Progress) -> None:
+    """Raise InvalidConfigError, naming the option, for the first one that no VM could be started with. Kernels are fetched."""
     for kernel in settings.kernel:
-        _check("kernel", kernel, _readable)
-        _check("kernel", kernel, check_kernel_image)
+        try:
+            _check("kernel", kernel, lambda name: find_kernel(name, cache_dir(settings), progress))
+        except MissingRequirementError:
+            # Its tests are skipped, with the reason.
+            if settings.missing != "skip":
+                raise
     _check("initramfs", settings.initramfs, _readable)
     _check("root_disk", settings.root_disk, _readable)
     _check("binary", settings.binary, _executable)
@@ -42,7 +48,7 @@ def _check(name: str, value: Value | None, check: Callable[[Value], object]) -> 
     try:
         check(value)
     except InvalidConfigError as error:
-        raise InvalidConfigError(f"{option.flag} ({option.variable}, {option.ini_key}): {error}") from error
+        raise type(error)(f"{option.flag} ({option.variable}, {option.ini_key}): {error}") from error
 
 
 def _readable(file: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pytest_chvm.base.choices import is_kernel_word
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.plugin.keys import KSELFTEST, KUNIT, factories_key, failures_key, making_key, pid_key, run_key, settings_key
 from pytest_chvm.plugin.run import claim_default_host
@@ -80,7 +81,8 @@ def _ini_values(config: pytest.Config) -> dict[str, Any]:
             # Before 9.2 pytest's error does not name the key of an invalid number.
             raise ValueError(f"{option.ini_key}: {error}") from error
         if value and option.is_path:
-            texts = [text if text.startswith("~") else str(base / text) for text in (value if option.many else [value])]
+            given = value if option.many else [value]
+            texts = [text if text.startswith("~") or is_kernel_word(text) else str(base / text) for text in given]
             value = texts if option.many else texts[0]
         values[option.ini_key] = value
     return values

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 from pytest_chvm.plugin.keys import host_key, run_key
 
 if TYPE_CHECKING:
+    from pytest_chvm.base.progress import Progress
     from pytest_chvm.host.host import Host
 
 # The configuration that the process's default host is for, where VMs are that a test launches without a fixture: the first one. A
@@ -59,10 +61,22 @@ def begin_host(config: pytest.Config) -> Host:
     controller = ProcessIdentity(**given["controller"]) if here else None
     journal = Path(given["journal"]) if here and "journal" in given else None
     host = config.stash[host_key] = default_host() if config is _with_default_host else Host()
-    capture = config.pluginmanager.get_plugin("capturemanager")
-    uncaptured = capture.global_and_fixture_disabled if capture else nullcontext
-    host.begin_run(Run(run_id(config), worker_of(config), controller, journal), uncaptured)
+    host.begin_run(Run(run_id(config), worker_of(config), controller, journal), _uncaptured(config))
     return host
+
+
+def progress_of(config: pytest.Config) -> Progress:
+    """Return what tells the person at the terminal what takes long; of use before there is a host."""
+    from functools import partial
+
+    from pytest_chvm.base.progress import show_progress
+
+    return partial(show_progress, uncaptured=_uncaptured(config))
+
+
+def _uncaptured(config: pytest.Config) -> Callable[[], AbstractContextManager[object]]:
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    return capture.global_and_fixture_disabled if capture else nullcontext
 
 
 def host_so_far(config: pytest.Config) -> Host | None:

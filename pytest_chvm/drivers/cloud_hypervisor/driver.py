@@ -115,7 +115,7 @@ class CloudHypervisorDriver(
 
     def _command(self, boot: Boot) -> VmmCommand:
         config = boot.config
-        for path in (config.kernel, config.initramfs, *(disk.image for disk in config.disks_with_images), boot.serial_log):
+        for path in (config.kernel_image, config.initramfs, *(disk.image for disk in config.disks_with_images), boot.serial_log):
             _check_text(config, path)
         machine = [*(["ip", "netns", "exec", config.netns] if config.netns else []), os.fspath(self.binary().path)]
         cmdline = default_cmdline(config) if config.cmdline is None else config.cmdline

@@ -161,10 +161,10 @@ def _embedded(data: bytes) -> str | None:
 
 
 def _places(kernel: Kernel) -> Iterator[Path]:
-    for directory in dict.fromkeys((kernel.image.parent, kernel.image.resolve().parent)):
+    for directory in dict.fromkeys((kernel.file.parent, kernel.file.resolve().parent)):
         if kernel.release is not None and os.sep not in kernel.release:
             yield directory / f"config-{kernel.release}"
-            if kernel.image.name.startswith("vmlinu") and kernel.release not in kernel.image.name:
+            if kernel.file.name.startswith("vmlinu") and kernel.release not in kernel.file.name:
                 yield directory / "config"
         # A tree has its image in itself or, for PCs, in arch/x86/boot.
         for tree in (directory, *directory.parents[:3]):
@@ -172,6 +172,7 @@ def _places(kernel: Kernel) -> Iterator[Path]:
                 yield tree / ".config"
     if kernel.modules_dir is not None:
         yield kernel.modules_dir / "config"
+        yield kernel.modules_dir / ".config"
         yield kernel.modules_dir / "build" / ".config"
     if kernel.release is not None and os.sep not in kernel.release:
         yield Path(f"/boot/config-{kernel.release}")

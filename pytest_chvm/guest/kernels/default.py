@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from pytest_chvm.base.cache import built_once
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.errors import MissingRequirementError
+from pytest_chvm.guest.kernels.host import host_image
 from pytest_chvm.guest.kernels.kernel import Kernel, inspect_kernel
 from pytest_chvm.guest.packages import PackageError, apt_cache, apt_options, download_and_unpack, packages_dir
 from pytest_chvm.model import Architecture, architecture
@@ -39,11 +39,11 @@ def default_kernel(cache: Path, arch: Architecture, progress: Progress) -> Kerne
             continue
         for image in sorted((tree / "boot").glob("vmlinu*")):
             return inspect_kernel(image)
-    release = os.uname().release
-    for own in (Path(f"/boot/vmlinuz-{release}"), Path(f"/lib/modules/{release}/vmlinuz")) if arch.is_host else ():
-        if os.access(own, os.R_OK):
-            return inspect_kernel(own)
-        refused.append(f"{own}: {'not readable by you' if own.exists() else 'not there'}")
+    if arch.is_host:
+        try:
+            return inspect_kernel(host_image())
+        except MissingRequirementError as error:
+            refused.append(str(error))
     raise MissingRequirementError(
         f"no kernel{'' if arch.is_host else f' of {arch.name}'} for the built-in guest: "
         + "; ".join(refused)

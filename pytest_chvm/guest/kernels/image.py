@@ -50,23 +50,26 @@ class KernelImage:
     cmdline_bytes: int = DEFAULT_CMDLINE_BYTES
 
 
-def check_kernel_image(image: Path, machine: str = platform.machine()) -> KernelImage:
+def check_kernel_image(image: Path, machine: str = platform.machine(), *, called: str | None = None) -> KernelImage:
     """Return what is known of a kernel image; raises InvalidConfigError where no VMM for `machine` can boot it.
+
+    `called`: what an error says that it is about (default: the file).
 
     The formats are those that VMMs take: bzImage (Documentation/arch/x86/boot.rst), ELF (elf(5)) and, of other machines, Image
     (Documentation/arch/arm64/booting.rst, Documentation/arch/riscv/boot-image-header.rst).
     """
+    called = called or f"kernel {str(image)!r}"
     try:
         with image.open("rb") as file:
             found = _read(file, machine)
     except OSError as error:
-        raise InvalidConfigError(f"kernel {str(image)!r} cannot be read: {error.strerror}") from error
+        raise InvalidConfigError(f"{called} cannot be read: {error.strerror}") from error
     except _NoKernelError as error:
-        raise InvalidConfigError(f"kernel {str(image)!r} {error}") from None
+        raise InvalidConfigError(f"{called} {error}") from None
     if machine in BOOTABLE and found.machine not in BOOTABLE[machine]:
         whose = "this machine" if machine == platform.machine() else "the VM"
         raise InvalidConfigError(
-            f"kernel {str(image)!r} is a {found.format} for {found.machine}, and {whose} is {machine}: name a kernel for that, or "
+            f"{called} is a {found.format} for {found.machine}, and {whose} is {machine}: name a kernel for that, or "
             f"say arch={found.machine!r}"
         )
     return found

@@ -6,15 +6,17 @@ Everything works without root.
 from __future__ import annotations
 
 import lzma
+import os
 import re
 import subprocess
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_chvm.base.cache import locked
-from pytest_chvm.errors import HostError, VmError
+from pytest_chvm.errors import HostError, InvalidConfigError, VmError
 
 # In a tree where a kernel was built, and in what was installed of it, a line for each module.
 ORDER_FILE = "modules.order"
@@ -23,25 +25,42 @@ ORDER_FILE = "modules.order"
 def find_modules(image: Path, release: str | None) -> Path | None:
     """Return the module tree that belongs to a kernel image, or None where there is none.
 
-    Looked for beside the image and beside the target of a link, as in an unpacked package (`boot/` next to `lib/modules/`), then
-    below the image's directory, then among the host's own.
+    Looked for in the tree that the image was built in, beside the image and beside the target of a link, as in an unpacked package
+    (`boot/` next to `lib/modules/`), then below the image's directory, then among the host's own.
     """
     if release is None or "/" in release:
         return None
+    if (built := _built_with(image, release)) is not None:
+        return built
     places = dict.fromkeys((image.parent, image.resolve().parent))
-    roots = [root for place in places for root in (place.parent, place.parent / "usr", place)]
-    roots += [Path("/"), Path("/usr")]
-    for root in roots:
-        tree = root / "lib" / "modules" / release
-        if (tree / "kernel").is_dir():
+    beside = next((place for place in places if place.name == release and (place / "kernel").is_dir()), None)
+    roots = [*(root for place in places for root in (place.parent, place)), Path("/")]
+    return beside or next((tree for root in roots if (tree := modules_of(root, release)) is not None), None)
+
+
+def _built_with(image: Path, release: str) -> Path | None:
+    """Return the tree in which an image was built, where it has that release's modules: `vmlinux`, `arch/x86/boot/bzImage`."""
+    parents = image.resolve().parents
+    for tree in (parents[0], *parents[3:4]):
+        if is_build_tree(tree) and built_release(tree) == release:
             return tree
     return None
 
 
+def built_release(tree: Path) -> str | None:
+    """Return the release of what was built in a tree last, as its build has written it down."""
+    try:
+        return (tree / "include/config/kernel.release").read_text(errors="replace").strip() or None
+    except OSError:
+        return None
+
+
 def modules_of(root: Path, release: str | None) -> Path | None:
     """Return the module tree of a release below a root, and nowhere else."""
-    tree = root / "lib" / "modules" / (release or "")
-    return tree if release and "/" not in release and (tree / "kernel").is_dir() else None
+    if not release or "/" in release:
+        return None
+    trees = (root / place / release for place in ("lib/modules", "usr/lib/modules"))
+    return next((tree for tree in trees if (tree / "kernel").is_dir()), None)
 
 
 def module_files(modules_dir: Path) -> dict[str, Path]:
@@ -65,6 +84,30 @@ def module_files(modules_dir: Path) -> dict[str, Path]:
 def is_build_tree(directory: Path) -> bool:
     """Tell whether a kernel was built in a directory, its modules too."""
     return (directory / ORDER_FILE).is_file() and (directory / "include" / "config").is_dir()
+
+
+def check_release(modules_dir: Path, release: str) -> None:
+    """Raise InvalidConfigError where a kernel's modules are not of its release, by the `vermagic` of one (modinfo(8))."""
+    for file in _some_module(modules_dir):
+        with suppress(OSError, zlib.error, lzma.LZMAError):
+            found = re.search(rb"\0vermagic=(\S+)", decompressed(file))
+            if found is not None and (of := found[1].decode(errors="replace")) != release:
+                raise InvalidConfigError(
+                    f"the modules in {str(modules_dir)!r} are of another release than their kernel: {file.name} is for {of}, and "
+                    f"the kernel is {release}, which would load none of them; build and install both anew"
+                )
+
+
+def _some_module(modules_dir: Path) -> Iterator[Path]:
+    """Yield one file of a module, always the same, without looking at all of them."""
+    if is_build_tree(modules_dir):
+        yield from list(module_files(modules_dir).values())[:1]
+        return
+    for directory, below, files in os.walk(modules_dir / "kernel"):
+        below.sort()
+        if modules := sorted(name for name in files if ".ko" in name):
+            yield Path(directory, modules[0])
+            return
 
 
 def index_modules(tree: Path, busybox: Path) -> None:
@@ -104,7 +147,7 @@ def modules_in_order(tree: Path, wanted: Iterable[str]) -> list[Module]:
         path = paths.get(name.replace("-", "_"))
         if path is None or name in ordered or name in ancestors:
             return
-        data = _decompressed(path)
+        data = decompressed(path)
         for needed in _dependencies(data):
             visit(needed, (*ancestors, name))
         ordered[name] = Module(name, path, data)
@@ -128,7 +171,8 @@ def _dependencies(data: bytes) -> Iterator[str]:
                 yield name
 
 
-def _decompressed(path: Path) -> bytes:
+def decompressed(path: Path) -> bytes:
+    """Return the plain ELF file of a module."""
     data = path.read_bytes()
     if path.suffix == ".xz":
         return lzma.decompress(data)
