@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from pytest_chvm.base.cache import built_once, keep_latest
 from pytest_chvm.base.progress import Progress
-from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
+from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError
 from pytest_chvm.guest.kernels.image import check_kernel_image
 from pytest_chvm.guest.kernels.kernel import Kernel, inspect_kernel
 from pytest_chvm.guest.kernels.modules import find_modules
 from pytest_chvm.guest.kernels.packing import PackingError, is_zboot, packed_with, unpack
+from pytest_chvm.guest.kernels.unpacked import is_damaged
 
 # Of unpacked kernels, some 50 MB each.
 MOST_KEPT = 32
+# Empty directories.
+MOST_CHECKED = 1000
 
 
 def kernel_of_file(file: Path, cache: Path, progress: Progress, arch: str) -> Kernel:
@@ -31,17 +35,34 @@ def kernel_of_file(file: Path, cache: Path, progress: Progress, arch: str) -> Ke
         head = opened.read(16)
     how = "EFI zboot" if is_zboot(head) else packed_with(head)
     if how is None:
-        check_kernel_image(file, arch)
+        if check_kernel_image(file, arch).format == "bzImage":
+            _check_payload(file, cache, progress)
         return inspect_kernel(file)
     image = _unpacked(file, how, cache, progress, arch)
     kernel = inspect_kernel(image)
     return replace(kernel, packed=file, modules_dir=find_modules(file, kernel.release))
 
 
-def _unpacked(file: Path, how: str, cache: Path, progress: Progress, arch: str) -> Path:
-    found = file.stat()
-    key = hashlib.sha256(f"{file}\0{found.st_size}\0{found.st_mtime_ns}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+def _check_payload(image: Path, cache: Path, progress: Progress) -> None:
+    """Raise InvalidConfigError where what a bzImage unpacks when it boots is damaged; each is looked at once."""
 
+    def build(_directory: Path) -> None:
+        if is_damaged(image):
+            raise InvalidConfigError(
+                f"kernel {str(image)!r} is damaged: what it unpacks when it boots cannot be unpacked; copy or build it again"
+            )
+
+    # Without a cache it shows when it boots.
+    with suppress(HostError):
+        keep_latest(built_once(cache / "kernels" / "checked" / _key(image), build, progress=progress), MOST_CHECKED)
+
+
+def _key(file: Path) -> str:
+    found = file.stat()
+    return hashlib.sha256(f"{file}\0{found.st_size}\0{found.st_mtime_ns}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _unpacked(file: Path, how: str, cache: Path, progress: Progress, arch: str) -> Path:
     def busybox() -> Path:
         from pytest_chvm.guest.initramfs import find_busybox
 
@@ -55,6 +76,6 @@ def _unpacked(file: Path, how: str, cache: Path, progress: Progress, arch: str) 
             raise InvalidConfigError(f"kernel {str(file)!r} is packed ({how}), and cannot be unpacked: {error}") from error
         check_kernel_image(image, arch, called=f"what is packed ({how}) in the kernel {str(file)!r}")
 
-    place = built_once(cache / "kernels" / "unpacked" / f"{key}-{arch}", build, progress=progress)
+    place = built_once(cache / "kernels" / "unpacked" / f"{_key(file)}-{arch}", build, progress=progress)
     keep_latest(place, MOST_KEPT)
     return place / "kernel"

@@ -116,6 +116,8 @@ def _unlz4_legacy(payload: bytes) -> bytes:
             raise EOFError
         kernel += lz4.block.decompress(payload[position : position + length], uncompressed_size=LZ4_LEGACY_BLOCK)
         position += length
+    if position + 4 == len(payload) and struct.unpack_from("<I", payload, position)[0] != len(kernel):
+        raise EOFError
     return bytes(kernel)
 
 

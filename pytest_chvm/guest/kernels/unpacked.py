@@ -10,10 +10,12 @@ import struct
 from pathlib import Path
 
 from pytest_chvm.base.cache import built_once
-from pytest_chvm.guest.kernels.packing import unpacked_payload
+from pytest_chvm.guest.kernels.packing import packed_with, unpacked_payload
 
 # Documentation/arch/x86/boot.rst
 SETUP_SECTORS, PAYLOAD_OFFSET = 0x1F1, 0x248
+# By the choices of init/Kconfig; LZO's has no name here.
+PACKED_INSIDE = ("gzip", "xz", "lzma", "bzip2", "zstd", "lz4")
 
 
 def unpacked_kernel(image: Path, cache: Path) -> Path:
@@ -33,12 +35,23 @@ def unpacked_kernel(image: Path, cache: Path) -> Path:
 
 def kernel_inside(image: Path) -> bytes | None:
     """Return the kernel inside a bzImage; None where it is no bzImage, or packed in a way that is not known."""
+    payload = _payload(image)
+    return None if payload is None else unpacked_payload(payload)
+
+
+def is_damaged(image: Path) -> bool:
+    """Tell whether the kernel inside a bzImage is packed in a way that is known, and cannot be unpacked."""
+    payload = _payload(image)
+    return payload is not None and packed_with(payload) in PACKED_INSIDE and unpacked_payload(payload) is None
+
+
+def _payload(image: Path) -> bytes | None:
     data = image.read_bytes()
     if data[0x202:0x206] != b"HdrS":
         return None
-    offset, length = struct.unpack_from("<II", data, PAYLOAD_OFFSET)
+    offset, length = struct.unpack_from("<II", data.ljust(PAYLOAD_OFFSET + 8, b"\0"), PAYLOAD_OFFSET)
     start = (data[SETUP_SECTORS] + 1) * 512 + offset
-    return unpacked_payload(data[start : start + length])
+    return data[start : start + length]
 
 
 def _has_pvh_entry(kernel: bytes) -> bool:

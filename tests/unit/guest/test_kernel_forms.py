@@ -139,6 +139,25 @@ def test_any_damage_of_what_is_compressed_is_an_error_in_words(magic, rest):
         unpack(magic + rest, lambda: Path("/bin/false"))
 
 
+@pytest.mark.parametrize("how", ["gz", "xz", "lzma", "bz2", "zst", "lz4 of the kernel's build"])
+def test_a_bzimage_with_a_damaged_kernel_in_it_is_refused(tmp_path, find, how):
+    payload = PACKERS[how](os.urandom(5000)) + struct.pack("<I", 5000) * ("lz4" not in how)
+    head = bytearray(bzimage().ljust(0x1000, b"\0"))
+    head[0x1F1] = 7
+    head[0x248:0x250] = struct.pack("<II", 0, len(payload))
+    file = put(tmp_path / "whole", bytes(head) + payload)
+    assert find(file).release == RELEASE
+    damaged = put(tmp_path / "damaged", bytes(head) + payload[:2000] + bytes(2000) + payload[4000:])
+    # The others have no checksum of what they unpack.
+    if how in ("gz", "xz", "bz2"):
+        with pytest.raises(InvalidConfigError, match="damaged' is damaged: what it unpacks when it boots cannot be unpacked"):
+            find(damaged)
+    head[0x248:0x250] = struct.pack("<II", 0, len(payload) - 1000)
+    put(damaged, bytes(head) + payload[:-1000])
+    with pytest.raises(InvalidConfigError, match="is damaged"):
+        find(damaged)
+
+
 def test_a_file_that_is_not_there_is_missing_and_one_that_is_no_file_is_wrong(tmp_path, find):
     with pytest.raises(MissingRequirementError, match=r"kernel '.*/none' does not exist"):
         find(tmp_path / "none")
