@@ -49,6 +49,8 @@ mount -t tmpfs -o mode=1777 shm /root/dev/shm
 mount -t tmpfs -o mode=0755 run /root/run
 mount -t cgroup2 cgroup /root/sys/fs/cgroup
 mkdir -m 1777 /root/run/lock
+# Drivers look for it (host/kvm.py).
+: >/root/run/chvm-lab
 ln -s /proc/self/fd /root/dev/fd
 for number in 0,stdin 1,stdout 2,stderr; do ln -s "/proc/self/fd/${number%,*}" "/root/dev/${number#*,}"; done
 ifconfig lo 127.0.0.1 up

@@ -7,6 +7,14 @@ import platform
 from functools import lru_cache
 from pathlib import Path
 
+# Made by the first process of the lab (guest/lab_init.sh).
+LAB_FILE = "/run/chvm-lab"
+
+
+def is_in_lab() -> bool:
+    """Tell whether this machine is the lab, whose KVM runs on an emulated processor."""
+    return os.path.exists(LAB_FILE)
+
 
 @lru_cache(maxsize=1)
 def why_no_kvm() -> str | None:
