@@ -15,8 +15,7 @@ show dmesg dmesg -r
 show modules cat /proc/modules
 show entropy cat /proc/sys/kernel/random/entropy_avail
 show tsc cat /proc/cpuinfo
-show clocksource cat /sys/devices/system/clocksource/clocksource0/current_clocksource \
-    /sys/devices/system/clocksource/clocksource0/available_clocksource
+show clocksource cat /sys/devices/system/clocksource/clocksource0/current_clocksource
 show perf ls /sys/bus/event_source/devices
 show mac cat /sys/class/net/eth0/address
 show interrupts cat /proc/interrupts

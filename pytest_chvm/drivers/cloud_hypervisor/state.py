@@ -21,6 +21,9 @@ from pytest_chvm.drivers.taps import AttachedTap
 from pytest_chvm.errors import HypervisorError
 
 CONFIG, STATE, MEMORY = "config.json", "state.json", "memory-ranges"
+# The TSC is saved and set a little after the clock. A clone's kernel compares the two twice a second, and would find its TSC
+# unstable; what is more than a second apart it does not compare (WATCHDOG_INTERVAL_MAX_NS, kernel/time/clocksource.c).
+STEP_NS = 2 * 10**9
 
 
 def make_source(boot: Boot, snapshot: Path, source: Path, taps: Sequence[AttachedTap]) -> None:
@@ -41,7 +44,7 @@ def make_source(boot: Boot, snapshot: Path, source: Path, taps: Sequence[Attache
 
 
 def stop_clock(snapshot: Path) -> None:
-    """Have the clock of a saved VM's processors go on from where it was: clones would else find that all the time since has passed.
+    """Have the clock of a saved VM go on from where it was: its clones would else find that all the time since has passed.
 
     The clock is a `struct kvm_clock_data` (Documentation/virt/kvm/api.rst, KVM_SET_CLOCK). Its flags, from byte 8 on, have KVM add
     the time since. A state of another form is left as it is.
@@ -49,7 +52,9 @@ def stop_clock(snapshot: Path) -> None:
     with suppress(ValueError, KeyError, TypeError):
         saved = json.loads((snapshot / STATE).read_text())
         machine = json.loads(saved["snapshot_data"]["state"])
-        machine["clock"]["Kvm"][8:12] = bytes(4)
+        clock = bytes(machine["clock"]["Kvm"])
+        time_ns = int.from_bytes(clock[:8], "little") + STEP_NS
+        machine["clock"]["Kvm"] = [*time_ns.to_bytes(8, "little"), *bytes(4), *clock[12:]]
         saved["snapshot_data"]["state"] = json.dumps(machine)
         (snapshot / STATE).write_text(json.dumps(saved))
 
