@@ -34,6 +34,8 @@ RESULT = re.compile(r"(ok|not ok)(?:\s+(\d{1,18}))?(?![^\s-])\s*(.*)")
 DIRECTIVE = re.compile(r"(?:(.*)\s)?#\s*(?:(SKIP)(?:PED)?|(TODO|XFAIL|XPASS|TIMEOUT|ERROR))\b:?\s*(.*)", re.I)
 # What the runner of kselftest adds.
 EXIT = re.compile(r"(.*)\s#\s*(exit=\d{1,3}.*)")
+# So many results a program of kselftest has counted; it may have printed none of them (ksft_print_cnts of kselftest.h).
+TOTALS = re.compile(r"# Totals: pass:(\d{1,9}) fail:(\d{1,9}) xfail:(\d{1,9}) xpass:(\d{1,9}) skip:(\d{1,9}) error:(\d{1,9})")
 BAIL_OUT = re.compile(r"Bail out!\s*(.*)", re.I)
 # Behind these nothing is a result any more: the kernel has given up, or was told to end.
 END = re.compile(r"Kernel panic - not syncing|reboot: System halted|List of all partitions:")
@@ -126,6 +128,7 @@ class _Parser:
         self._levels = [_Level(0)]
         self._problems: list[str] = []
         self._count = 0
+        self._counted = 0
         self._has_ended = False
         self._quoted_indent: int | None = None
 
@@ -166,6 +169,8 @@ class _Parser:
         elif found := BAIL_OUT.fullmatch(body):
             self._problem(f"it bailed out: {found[1] or 'no reason was given'}")
             self._has_ended = True
+        elif found := TOTALS.fullmatch(body):
+            self._counted = sum(map(int, found.groups()))
         elif whole.strip():
             self._levels[-1].said.append(whole)
 
@@ -260,7 +265,7 @@ class _Parser:
             # TAP has what is to be said of a failure behind it.
             top.tests[-1].said = last_said
         finished = [test for test in top.tests if test.ok is not None]
-        _check_plan(top, None, self._problem, len(finished))
+        _check_plan(top, None, self._problem, len(finished) or self._counted)
         results = tuple(result for test in top.tests for result in _results(test, ()))
         skipped = top.skipped if not results else None
         if not results and skipped is None and not self._problems:

@@ -20,6 +20,8 @@ emit_tests:
 PROGRAMS = {
     "tap.sh": "#!/bin/sh\nprintf '%s\\n' 'TAP version 13' 1..2 'ok 1 first' 'not ok 2 second'; exit 1\n",
     "plain.sh": "#!/bin/sh\n. ./helper; says $(pwd)\n",
+    # As kcmp_test of the kernel's own does.
+    "counts.sh": "#!/bin/sh\nprintf '%s\\n' 'TAP version 13' 1..2 '# Totals: pass:2 fail:0 xfail:0 xpass:0 skip:0 error:0'\n",
     "helper": "says() { echo in $1; }\n",
 }
 
@@ -31,7 +33,7 @@ def target(pytester: pytest.Pytester) -> Path:
     directory = selftests / "odd"
     directory.mkdir(parents=True)
     (selftests / "lib.mk").write_text(LIB_MK)
-    (directory / "Makefile").write_text("TEST_PROGS := tap.sh plain.sh\nTEST_GEN_PROGS := unbuilt\ninclude ../lib.mk\n")
+    (directory / "Makefile").write_text("TEST_PROGS := tap.sh plain.sh counts.sh\nTEST_GEN_PROGS := unbuilt\ninclude ../lib.mk\n")
     (directory / "settings").write_text("# a comment\ntimeout=120\n")
     for name, text in PROGRAMS.items():
         (directory / name).write_text(text)
@@ -51,6 +53,7 @@ def test_the_programs_of_a_target_are_tests_each_in_a_vm(pytester: pytest.Pytest
             "kselftest/odd::tap.sh SUBPASSED*first*",
             "kselftest/odd::tap.sh SUBFAILED*second*",
             "kselftest/odd::plain.sh PASSED*",
+            "kselftest/odd::counts.sh PASSED*",
         ]
     )
     assert not [line for line in result.outlines if "test_other" in line]

@@ -116,6 +116,10 @@ def test_what_only_looks_like_a_result_is_none(line):
         ("1..1\n  1..2\n  ok 1 x\nok 1 a", "a: 1..2 was planned, and 1 result came: it was not finished"),
         ("1..2\nok 1 a\nBail out! no disk", "it bailed out: no disk"),
         ("1..2\nok 1 a\nKernel panic - not syncing: oh\nok 2 b", "1..2 was planned, and 1 result came: it was not finished"),
+        (
+            "1..3\n# Totals: pass:1 fail:0 xfail:0 xpass:0 skip:1 error:0",
+            "1..3 was planned, and 2 results came: it was not finished",
+        ),
         ("KTAP version 1\n1..2", "1..2 was planned, and 0 results came: it was not finished"),
         ("KTAP version 1", "it says nothing of any test: expected lines like 'ok 1 name', in KTAP or TAP"),
         ("", "it says nothing of any test: expected lines like 'ok 1 name', in KTAP or TAP"),
