@@ -1,7 +1,7 @@
 """How long tests of kernels take: a matrix of them, a guest that writes much to its console, a module, and a boot.
 
     python benchmarks/kernels.py [--rounds 5] [--parts matrix console modules boot] [--kernel PACKAGE ...] [--tests 5]
-                                 [--module ext4] [--before fe18b4a] [--json build/kernels.json]
+                                 [--module nf_conntrack] [--before fe18b4a] [--json build/kernels.json]
 
 In each round, in an order drawn anew:
 
@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="some of it (default: all)")
     parser.add_argument("--kernel", nargs="+", default=KERNELS, metavar="PACKAGE", help=f"default: {' '.join(KERNELS)}")
     parser.add_argument("--tests", type=int, default=5, metavar="N", help="tests of the matrix, for each kernel (default: 5)")
-    parser.add_argument("--module", default="ext4", help="one with three dependencies or more (default: ext4)")
+    parser.add_argument("--module", default="nf_conntrack", help="one with three dependencies or more (default: nf_conntrack)")
     parser.add_argument("--before", default="fe18b4a", metavar="COMMIT", help="what boots are compared with (default: fe18b4a)")
     parser.add_argument("--json", type=Path, default=Path("build/kernels.json"), metavar="PATH", help="default: build/kernels.json")
     options = parser.parse_args()
