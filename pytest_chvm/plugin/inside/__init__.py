@@ -12,5 +12,6 @@ files and plugins.
     coverage_home.py  what coverage.py has measured in a guest
     wire.py     reports and warnings, as they come
     program.py  in the guest: the program that is started there
+    remembered.py  in the guest: what pytest need not find out of its plugins each time
     guest.py    in the guest: the plugin that is asked for tests and answers with reports
 """

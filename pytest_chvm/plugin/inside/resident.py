@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,7 +47,7 @@ def resident_pytest(config: pytest.Config, cache: Path, progress: Progress) -> R
 
     Raises HostError where it does not run here.
     """
-    arguments = _plugin_arguments([os.fspath(argument) for argument in config.invocation_params.args])
+    arguments = _plugin_arguments(config)
     given = {name: value for name, value in os.environ.items() if name.startswith(TAKEN_NOTE_OF)}
     # Compiled out here, where it is quick, whatever the environment says.
     words = [*(word for word in interpreter() if word != "-B"), program.__file__]
@@ -77,13 +76,13 @@ def interpreter() -> list[str]:
     return [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
 
 
-def _plugin_arguments(arguments: list[str]) -> list[str]:
-    """Return those of the command line that say which plugins are not loaded."""
-    joined = [argument for argument in arguments if argument.startswith("-pno:") or argument == "--disable-plugin-autoload"]
-    apart = [word for first, word in pairwise(arguments) if first == "-p" and word.startswith("no:")]
+def _plugin_arguments(config: pytest.Config) -> list[str]:
+    """Return the arguments that say which plugins are not loaded, wherever this run has been told so."""
     # Without the one it cannot do anything; the other makes no difference.
-    needless = ("-pno:terminal", "-pno:cacheprovider")
-    return [argument for argument in [*joined, *(f"-p{word}" for word in apart)] if argument not in needless]
+    needless = ("no:terminal", "no:cacheprovider")
+    named = dict.fromkeys(name.strip() for name in config.getoption("plugins"))
+    unwanted = [f"-p{name}" for name in named if name.startswith("no:") and name not in needless]
+    return [*unwanted, *(["--disable-plugin-autoload"] if config.getoption("disable_plugin_autoload", False) else [])]
 
 
 def _read(record: Path) -> _Listed | None:
