@@ -50,8 +50,9 @@ HEADER = re.compile("|".join(f"({pattern})" for pattern in KINDS.values()))
 TITLE_ON_CONSOLE = re.compile((r"\[ *(\d{1,12}\.\d{1,9})\](?:\[ *[TC]\d+\])? {1,3}(?:" + "|".join(KINDS.values()) + ")").encode())
 # Which of the kinds go on with what another one has begun.
 INNER = (OOPS, PANIC)
-# "Oops: 0002 [#1] PREEMPT SMP" of x86 (arch/x86/kernel/dumpstack.c), "Internal error: Oops: 96000004 [#1]" of arm64.
-OOPS_LINE = re.compile(r"^ {0,3}(?:Internal error: )?Oops: [^\n]{0,100}\[#\d+\]", re.M)
+# What each oops has, with its number: "Oops: 0002 [#1] PREEMPT SMP", "invalid opcode: 0000 [#1]" of a BUG() and "general protection
+# fault, ...: 0000 [#1]" of x86 (arch/x86/kernel/dumpstack.c), "Internal error: Oops - BUG: 00000000f2000800 [#1]" of arm64.
+OOPS_LINE = re.compile(r"^ {0,3}(?=[A-Za-z])[^\n]{1,200}: [0-9a-f]{4,16} \[#\d{1,6}\]", re.M)
 RULE = re.compile(r"={20,}|#{20,}")
 END = re.compile(r"---\[ end (?:trace|Kernel panic)")
 TRACE = re.compile(r"Call [Tt]race:|Backtrace:|stack backtrace:")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
@@ -46,6 +47,8 @@ class SplatWatch:
     _running: dict[object, str] = field(default_factory=dict)
     _places: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
     _seen: int = field(init=False)
+    # How much of the console is of the boot: all of it, as long as the guest is not ready.
+    _booted_at: float = math.inf
     _found: list[Splat] = field(default_factory=list)
     _known: set[tuple[float | None, str]] = field(default_factory=set)
     _lock: RLock = field(default_factory=RLock)
@@ -67,6 +70,8 @@ class SplatWatch:
         """Take note that a command runs, until `end` is called with what this returns."""
         key = object()
         with self._lock:
+            # What has come before it is none of this command's.
+            self.look()
             self._running[key] = command
         return key
 
@@ -76,6 +81,11 @@ class SplatWatch:
             if key in self._running:
                 self.look()
                 del self._running[key]
+
+    def note_ready(self) -> None:
+        """Take note that the guest is ready: what comes from now on is none of its boot's."""
+        with suppress(OSError):
+            self._booted_at = self.log.stat().st_size
 
     def look(self) -> None:
         """Take note of what is new on the console, and of what runs now."""
@@ -129,7 +139,11 @@ class SplatWatch:
             return []
         ran = dict(places)
         located = located_splats(located_messages(raw))
-        return [replace(splat, commands=ran[begin + place]) for place, splat in located if begin + place in ran]
+        return [
+            replace(splat, commands=ran[begin + place], in_boot=begin + place < self._booted_at)
+            for place, splat in located
+            if begin + place in ran
+        ]
 
     def _checked(self, found: list[Splat], said: bytes) -> list[Splat]:
         """Return the splats as the kernel's log has them, without what only looks like one on the console."""
@@ -143,7 +157,7 @@ class SplatWatch:
         for splat in found:
             same = next((other for other in logged if _is_same(splat, other)), None)
             if same is not None:
-                checked.append(replace(same, commands=splat.commands))
+                checked.append(replace(same, commands=splat.commands, in_boot=splat.in_boot))
             elif oldest_s is None or splat.time_s is None or splat.time_s < oldest_s:
                 # The log has forgotten it.
                 checked.append(splat)
@@ -168,6 +182,7 @@ class SplatWatch:
         with self._lock:
             self.collect(trusts_console=True)
             self._known.clear()
+            self._booted_at = math.inf
             self.since_s = -1.0
             self._reader.forget()
             self._seen = self._reader.offset

@@ -45,6 +45,7 @@ def wait_ready(machine: Machine, timeout: float | None) -> None:
         machine.started_anew()
     if (failed := health.not_set_up()) is not None:
         raise failed
+    machine.splats.note_ready()
     machine.log.add_ready(ip)
 
 

@@ -27,7 +27,8 @@ class Splat:
     `kind` is "BUG", "WARNING", "Oops", "KASAN" (also of KFENCE and KMSAN), "KCSAN", "UBSAN", "lockdep", "RCU stall", "hung task",
     "soft lockup", "hard lockup", "refcount", "page allocation failure", "memory leak" or "panic"; `title` its line that says what
     is wrong, `text` all its lines. `taint` is what the kernel says of itself (Documentation/admin-guide/tainted-kernels), `modules`
-    are those that were loaded; both as far as the splat says. `commands` are those of the test's that ran when it came.
+    are those that were loaded; both as far as the splat says. `commands` are those of the test's that ran when it came; `in_boot`:
+    it came before the guest was ready.
     """
 
     kind: str
@@ -37,3 +38,4 @@ class Splat:
     taint: str | None = None
     modules: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
+    in_boot: bool = False

@@ -81,6 +81,8 @@ def _error(vm: Vm, splat: Splat, *, is_oops: bool) -> GuestSplatError:
 
 
 def _when(splat: Splat) -> str:
+    if splat.in_boot:
+        return "While it booted"
     if not splat.commands:
         return "While no command of the test's ran"
     shown = " and ".join(repr(command if len(command) <= 200 else f"{command[:200]}...") for command in splat.commands)

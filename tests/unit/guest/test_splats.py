@@ -100,6 +100,9 @@ def test_what_is_no_splat(text):
 def test_an_oops_is_one_by_the_line_that_counts_it():
     assert has_oops("BUG: kernel NULL pointer dereference, address: 0000000000000000\nOops: 0002 [#1] PREEMPT SMP NOPTI")
     assert has_oops("Internal error: Oops: 96000004 [#1] SMP")
+    assert has_oops("kernel BUG at drivers/misc/lkdtm/bugs.c:78!\ninvalid opcode: 0000 [#1] SMP NOPTI")
+    assert has_oops("general protection fault, probably for non-canonical address 0xdead000000000100: 0000 [#1] SMP")
+    assert has_oops("Internal error: Oops - BUG: 00000000f2000800 [#1] PREEMPT SMP")
     assert not has_oops("WARNING: CPU: 0 PID: 1 at oops")
 
 
