@@ -323,6 +323,10 @@ def wait_ended():
 def kept():
     """What this process's keeper has: its children, its leases, and the locks and sockets held here."""
     mine = default_host().keeper()
+    with mine._lock:
+        # It starts while its owner goes on, and one of its processes may not be there yet.
+        if mine._is_starting:
+            mine._wait_started()
     children = set()
     # The keeper is two processes.
     for pid in read_pairs(str(mine.directory / "lock")):
