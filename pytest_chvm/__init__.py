@@ -32,6 +32,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             "CommandResult",
+            "Cpus",
             "Disk",
             "HostRoot",
             "Network",

@@ -34,6 +34,7 @@ from pytest_chvm.machine.process import GuestProcess as GuestProcess
 from pytest_chvm.machine.vm import Snapshot as Snapshot
 from pytest_chvm.machine.vm import Vm as Vm
 from pytest_chvm.model import CommandResult as CommandResult
+from pytest_chvm.model import Cpus as Cpus
 from pytest_chvm.model import Disk as Disk
 from pytest_chvm.model import HostRoot as HostRoot
 from pytest_chvm.model import Network as Network

@@ -41,8 +41,8 @@ def why_no_clone(guest: Guest, driver: VmDriver, *, network_mode: str) -> str | 
         return str(error)
     if config.firmware is not None:
         return "its own boot loader boots it"
-    if config.channels:
-        return "it has channels"
+    if (why := _why_no_clone_of_machine(config)) is not None:
+        return why
     slots = driver.abilities.spare_slots
     plugged = plugged_into_clones(config.all_disks)
     if memory := [each for each in plugged if each.kind.bus in MEMORY_BUSES]:
@@ -51,6 +51,20 @@ def why_no_clone(guest: Guest, driver: VmDriver, *, network_mode: str) -> str | 
         return f"it has more shared dirs and disks than the {slots} for which a clone has places"
     if not all(network.clonable for network in config.networks or ()):
         return "it has a network that is not a TAP's"
+    return None
+
+
+def _why_no_clone_of_machine(config: VmConfig) -> str | None:
+    if config.channels:
+        return "it has channels"
+    if config.gdb:
+        return "it is there for a debugger"
+    if config.vmm_args:
+        return "of what its vmm_args stand for nothing is known"
+    if config.hugepages:
+        return "its memory is on hugepages, and a template's is a file"
+    if config.topology.numa_nodes > 1:
+        return "it has several NUMA nodes, each with memory of its own"
     return None
 
 
@@ -103,7 +117,8 @@ def made_of(
         "initramfs": identify(config.initramfs) if config.initramfs else None,
         "disks": [[*_disk_words(disk), *_disk_identity(disk, identify)] for disk in config.all_disks],
         "cmdline": config.cmdline,
-        "processors": [config.cpus, config.max_cpus, config.cpu_model],
+        "processors": [config.processors, repr(config.cpus), config.max_cpus, config.cpu, config.nested],
+        "devices": [config.rng, config.balloon, config.iommu],
         "memory_mb": [config.memory_mb, config.max_memory_mb],
         "networks": [network_mode] if config.networks is None else ["tap"] * len(config.networks),
         "hotplug": config.hotplug,

@@ -30,10 +30,12 @@ MOST_DEVICES, MOST_DEVICES_WITH_HOTPLUG = 22, 14
 class Abilities:
     """What a VMM has that no method of its driver shows.
 
-    `user_network`, `multicast_network`: networks that need nothing of the host's. `cpu_models`: `cpu_model` chooses one.
+    `user_network`, `multicast_network`: networks that need nothing of the host's. `cpu_models`: `cpu` chooses one.
     `other_architectures`: guests of another one than this machine's run too.
     `live_root_disk`: all of a root disk is in its file while the VM is paused, so that it can go on after a snapshot.
     `disk_buses`: the buses that a `Disk` can be on. `block_sizes`: blocks of a disk may be larger than 512 bytes.
+    `without_rng`: there can be a VM without a virtio-rng. `nested`: a guest can have guests of its own.
+    `iommu`: the option of a kernel's configuration by which Linux uses the IOMMU that is emulated, None where none is.
     `spare_slots`: for how many devices a VM with `hotplug` has places.
     `console_piece`: how many bytes of a command's output may be on their way to us over the virtio console at once.
     """
@@ -45,6 +47,9 @@ class Abilities:
     live_root_disk: bool = False
     disk_buses: frozenset[str] = frozenset({"virtio"})
     block_sizes: bool = False
+    without_rng: bool = False
+    nested: bool = False
+    iommu: str | None = None
     spare_slots: int = 0
     console_piece: int = 1 << 13
 
@@ -222,6 +227,22 @@ class ForwardsPorts(Protocol):
 
 
 @runtime_checkable
+class DumpsMemory(Protocol):
+    """A guest's memory can be written to a file."""
+
+    def dump_memory(self, handle: VmHandle, target: Path) -> None:
+        """Write the guest's memory to an ELF core, of a VM that runs, is paused or has panicked; it goes on as before."""
+
+
+@runtime_checkable
+class Debugs(Protocol):
+    """A debugger can be attached: it is listened for at `GDB_SOCKET` in the run directory of a VM with `gdb`."""
+
+    def why_no_debugger(self, config: VmConfig) -> str | None:
+        """Return why it cannot be to this VM, or None where it can."""
+
+
+@runtime_checkable
 class PowerButton(Protocol):
     """The machine has a power button."""
 
@@ -243,6 +264,8 @@ class AbleDriver(
     Resizes,
     Vsock,
     ForwardsPorts,
+    DumpsMemory,
+    Debugs,
     PowerButton,
     Protocol,
 ):
@@ -263,6 +286,8 @@ IN_WORDS: dict[type, str] = {
     Resizes: "change processors or memory of a guest that runs",
     Vsock: "give a guest a vsock",
     ForwardsPorts: "forward a port to a guest on a user-mode network",
+    DumpsMemory: "write a guest's memory to a file",
+    Debugs: "have a debugger attached",
     PowerButton: "press a guest's power button",
 }
 
@@ -285,18 +310,32 @@ def check_abilities(driver: VmDriver, config: VmConfig) -> None:
     """Raise UnsupportedError, or InvalidConfigError, for the first thing that the VMM does not have, whatever the host has."""
     _check_devices(config)
     able = driver.abilities
-    if config.cpu_model is not None and not able.cpu_models:
-        raise unsupported(driver.vmm, config.name, "choose the model of a processor", "leave out cpu_model")
+    if config.cpu is not None and not able.cpu_models:
+        raise unsupported(driver.vmm, config.name, "choose the model of a processor", "leave out cpu")
     if config.channels and not isinstance(driver, Channels):
         raise unsupported(driver.vmm, config.name, IN_WORDS[Channels], "leave out channels")
     if config.firmware is not None and not isinstance(driver, BootsFirmware):
         raise unsupported(driver.vmm, config.name, IN_WORDS[BootsFirmware])
+    if not config.rng and not able.without_rng:
+        raise unsupported(driver.vmm, config.name, "make a VM without a virtio-rng", "leave out rng")
+    if config.nested and not able.nested:
+        raise unsupported(driver.vmm, config.name, "have a guest with guests of its own, of this architecture", "leave out nested")
+    if config.iommu and able.iommu is None:
+        raise unsupported(driver.vmm, config.name, "give a VM an IOMMU", "leave out iommu")
+    if config.gdb:
+        _check_debugger(driver, config)
     _check_disks(driver, config)
     for network in config.networks or ():
         if network.ability is not None and not getattr(able, network.ability):
             raise unsupported(
                 driver.vmm, config.name, "have a network without a TAP", "run as root, which can make TAPs, or use --chvm-vmm=qemu"
             )
+
+
+def _check_debugger(driver: VmDriver, config: VmConfig) -> None:
+    why = driver.why_no_debugger(config) if isinstance(driver, Debugs) else "it has no stub"
+    if why is not None:
+        raise unsupported(driver.vmm, config.name, f"{IN_WORDS[Debugs]} ({why})")
 
 
 def _check_disks(driver: VmDriver, config: VmConfig) -> None:

@@ -21,6 +21,8 @@ CONSOLE_FILE = "console.log"
 KERNEL_TIME_FILE = "kernel-time"
 # What a VM writes to its root disk: in its run directory, and in a snapshot's, where it is never written again.
 ROOT_FILE = "root.qcow2"
+# In a run directory: where a debugger is listened for.
+GDB_SOCKET = "gdb.sock"
 
 
 @dataclass(frozen=True, slots=True)

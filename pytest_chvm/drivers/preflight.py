@@ -8,6 +8,7 @@ from pathlib import Path
 from pytest_chvm.drivers.images import check_disk
 from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError
 from pytest_chvm.guest.kernels.image import check_kernel_image
+from pytest_chvm.host.hugepages import check_hugepages
 from pytest_chvm.host.limits import memory_limit
 from pytest_chvm.host.namespaces import check_netns
 from pytest_chvm.host.virtiofsd import check_shared_dir
@@ -68,8 +69,10 @@ def _check_file(key: str, path: Path) -> None:
 
 def _check_size(config: VmConfig) -> None:
     # VMMs overcommit processors, but not memory.
-    if config.cpus > MOST_CPUS:
-        raise InvalidConfigError(f"cpus={config.cpus}, and the host has {os.cpu_count()}: a VM can have {MOST_CPUS} at most")
+    if config.processors > MOST_CPUS:
+        raise InvalidConfigError(f"cpus={config.processors}, and the host has {os.cpu_count()}: a VM can have {MOST_CPUS} at most")
+    if config.hugepages:
+        check_hugepages(config.memory_mb, config.topology.numa_nodes)
     host_mb = memory_limit() >> 20
     if config.memory_mb > host_mb:
         raise MissingRequirementError(

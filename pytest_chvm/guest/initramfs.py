@@ -36,6 +36,8 @@ WANTED_MODULES = (
     "af_packet",
     "pvpanic_pci",
     "vmw_vsock_virtio_transport",
+    # Says where the kernel's description of itself is, for whoever reads a dump of its memory.
+    "qemu_fw_cfg",
 )
 BUSYBOX_PLACES = (Path("/bin/busybox"), Path("/usr/bin/busybox"), Path("/usr/lib/busybox/busybox-static"))
 DIRECTORIES = (

@@ -33,3 +33,16 @@ def why_no_kvm() -> str | None:
     if not {"vmx", "svm"} & set(flags.split()):
         return "/dev/kvm opens, but the CPU has neither vmx nor svm"
     return None
+
+
+def require_nested_kvm(vm_name: str) -> None:
+    """Raise MissingRequirementError where guests of this machine's KVM can have no guests of their own."""
+    from pytest_chvm.errors import MissingRequirementError
+
+    switches = [Path(f"/sys/module/{module}/parameters/nested") for module in ("kvm_intel", "kvm_amd")]
+    if not any(switch.exists() and switch.read_text().strip() in ("Y", "1") for switch in switches):
+        raise MissingRequirementError(
+            f"VM {vm_name!r}: nested=True, and this machine's KVM is without it: load kvm_intel or kvm_amd with nested=1, or use "
+            "accel='tcg'",
+            vm_name=vm_name,
+        )

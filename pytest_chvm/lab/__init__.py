@@ -229,7 +229,7 @@ def _boot(kernel: Kernel, memory_mb: int, shares: list[SharedDir], boot_timeout:
         memory_mb=memory_mb,
         networks=(),
         shared_dirs=(SharedDir("root", Path("/"), read_only=True, cache="always", announce_submounts=False), *shares),
-        cpu_model=CPU_MODEL,
+        cpu=CPU_MODEL,
         channels=(agent.CHANNEL,),
     )
     return launch(config, settings=settings, vmm="qemu", accel="tcg", boot_timeout=boot_timeout)

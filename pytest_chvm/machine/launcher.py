@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -217,6 +218,8 @@ class Launcher:
                 self.owner.add_vm(vm)
             if origin.saved is not None:
                 saving.renew(machine, plan.guest.words(plan.settings.ready_marker) + lent.nics.words)
+            if plan.guest.config.gdb:
+                self.host.show_progress(f"VM {vm.name} waits for a debugger: {shlex.join(vm.gdb_command)}")
             if plan.wait:
                 vm.wait_ready()
         except BaseException:
@@ -235,9 +238,9 @@ class Launcher:
         undo.callback(_log_failures, lease.release)
         if self.owner is not None:
             self.owner.add_lease(lease)
-        lease.describe(name=config.name, vmm=plan.driver.vmm, cpus=config.cpus, memory_mb=config.memory_mb)
+        lease.describe(name=config.name, vmm=plan.driver.vmm, cpus=config.processors, memory_mb=config.memory_mb)
         budget = budget_of(settings.memory_budget_mb, settings.max_vms)
-        boots_with = config.cpus if origin.saved is None else 0
+        boots_with = config.processors if origin.saved is None else 0
         share = take_share(budget, config.memory_mb, boots_with, lease, config.name, self.host.show_progress)
         undo.callback(share.release)
         return Lent(lease, share, lease_nics(config, plan.network, settings, lease, undo), held)

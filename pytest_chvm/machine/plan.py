@@ -14,7 +14,7 @@ from pytest_chvm.clones.templates import made_of, why_no_clone
 from pytest_chvm.clones.truth import why_booted
 from pytest_chvm.drivers import choose_vmm, make_driver
 from pytest_chvm.drivers.base import BootsFirmware, Saves, VmDriver, check_abilities, logger
-from pytest_chvm.errors import HostError, UnsupportedError, VmError
+from pytest_chvm.errors import HostError, MissingRequirementError, UnsupportedError, VmError
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.limits import processors
@@ -28,6 +28,7 @@ FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
 
 # With more processors than this for each of the host's, a VM mostly waits for itself.
 OVERCOMMIT = 4
+DEBUGGER_TIMEOUT_S = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +86,20 @@ def make_plan(
     config = guest.config
     driver.binary()
     check_abilities(driver, config)
+    if config.iommu:
+        _check_iommu(guest, driver)
     if config.firmware is not None:
         assert isinstance(driver, BootsFirmware)
         driver.firmware()
     if config.shared_dirs:
         find_virtiofsd(settings.virtiofsd).check(config.shared_dirs)
-    if config.cpus > OVERCOMMIT * processors():
-        logger.warning("VM %r has %d processors, and the host %d: it will be slow", config.name, config.cpus, processors())
+    if config.processors > OVERCOMMIT * processors():
+        logger.warning("VM %r has %d processors, and the host %d: it will be slow", config.name, config.processors, processors())
     network, _why = network_mode(settings, driver, outbound=config.outbound)
     check_networks(config, network, driver)
     no_clone = why_no_clone(guest, driver, network_mode=network)
     boot_timeout_s = _boot_timeout_s(guest, settings, longest_boot_s)
-    plan = Plan(guest, driver, settings, network, wait, boot_timeout_s, no_clone)
+    plan = Plan(guest, driver, settings, network, wait and config.gdb != "wait", boot_timeout_s, no_clone)
     plan = _boot_or_clone(plan, template_store(settings, host))
     if plan.why_cold is not None and settings.boot == "clone":
         raise UnsupportedError(
@@ -105,8 +108,26 @@ def make_plan(
     return plan
 
 
+def _check_iommu(guest: Guest, driver: VmDriver) -> None:
+    """Raise MissingRequirementError where the guest's kernel is known not to use the IOMMU: behind it nothing would work."""
+    from pytest_chvm.guest.kernels.config import config_of
+
+    option = driver.abilities.iommu
+    known = None if guest.kernel is None else config_of(guest.kernel)
+    if known is not None and option is not None and known.get(option, "n") == "n":
+        raise MissingRequirementError(
+            f"VM {guest.config.name!r}: iommu=True, and its kernel lacks CONFIG_{option}: choose another kernel, or another VMM",
+            vm_name=guest.config.name,
+        )
+
+
 def _boot_timeout_s(guest: Guest, settings: Settings, longest_s: float | None) -> float:
-    """Return how long a boot may take: as was said, and where nothing was as such a guest takes; no longer than `longest_s`."""
+    """Return how long a boot may take: as was said, and where nothing was as such a guest takes; no longer than `longest_s`.
+
+    One that a debugger is waited for has a day: a person sits there.
+    """
+    if guest.config.gdb == "wait":
+        return DEBUGGER_TIMEOUT_S
     said_s = settings.boot_timeout
     timeout_s = guest.boot_timeout_s if said_s == Settings().boot_timeout else said_s
     return timeout_s if longest_s is None else min(timeout_s, longest_s)

@@ -17,7 +17,7 @@ from pytest_chvm.base.untouched import Socket
 from pytest_chvm.drivers.base import logger
 from pytest_chvm.errors import GuestCommandError, InvalidConfigError, VmIOError
 from pytest_chvm.guest import renewal
-from pytest_chvm.machine import hotplug, starts
+from pytest_chvm.machine import debugger, hotplug, starts
 from pytest_chvm.machine.commands import GuestCommands
 from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.ending import Ending
@@ -221,6 +221,23 @@ class Vm(GuestCommands):
     def remove(self, device: Device) -> None:
         """Unplug a device that was plugged in."""
         hotplug.remove(self._machine, device)
+
+    def dump_memory(self, path: str | os.PathLike[str]) -> Path:
+        """Write the guest's memory to an ELF core that `crash` and drgn open, also of one that is paused or has panicked.
+
+        The guest stands still meanwhile. Returns the path; a file that is there is replaced. What opens it looks for the kernel's
+        description of itself (VMCOREINFO), which QEMU has of a kernel with CONFIG_FW_CFG_SYSFS. Raises UnsupportedError where the
+        VMM cannot, VmIOError where the file cannot be written.
+        """
+        return debugger.dump_memory(self._machine, as_path("path", path))
+
+    @property
+    def gdb_command(self) -> list[str]:
+        """The command that attaches gdb to a VM with `gdb`: with the kernel's `vmlinux` where one with debug information is known.
+
+        Raises UnsupportedError for another VM.
+        """
+        return debugger.gdb_command(self._machine)
 
     def resize(self, *, cpus: int | None = None, memory_mb: int | None = None) -> None:
         """Give the VM another number of processors or MiB of memory, up to `max_cpus` and `max_memory_mb` of its config.

@@ -32,6 +32,7 @@ from pytest_chvm.model.handle import VmStatus as VmStatus
 from pytest_chvm.model.host_root import HOST_ROOT_TAG as HOST_ROOT_TAG
 from pytest_chvm.model.host_root import HostRoot as HostRoot
 from pytest_chvm.model.host_root import Resident as Resident
+from pytest_chvm.model.machine import Cpus as Cpus
 from pytest_chvm.model.networks import INTERFACE_PATTERN as INTERFACE_PATTERN
 from pytest_chvm.model.networks import Attachment as Attachment
 from pytest_chvm.model.networks import Network as Network

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 from pytest_chvm.base.choices import Accel, Arch, BootWay, NetworkMode, Vmm
-from pytest_chvm.model import Attachment, Disk, HostRoot, SharedDir, StrPath
+from pytest_chvm.model import Attachment, Cpus, Disk, HostRoot, SharedDir, StrPath
 from pytest_chvm.model.clone_facts import CloneFact
 
 
@@ -23,7 +23,7 @@ class ConfigArguments(TypedDict, total=False):
     initramfs: StrPath | None
     cmdline: str | None
     cmdline_extra: str | None
-    cpus: int
+    cpus: int | Cpus
     memory_mb: int
     root: Literal["host"] | HostRoot | None
     root_disk: StrPath | None
@@ -37,7 +37,15 @@ class ConfigArguments(TypedDict, total=False):
     netns: str | None
     shared_dirs: Mapping[str, StrPath] | Sequence[SharedDir] | SharedDir
     serial_log: StrPath | None
+    cpu: str | None
     cpu_model: str | None
+    hugepages: bool
+    nested: bool
+    rng: bool
+    balloon: bool
+    iommu: bool
+    gdb: bool | Literal["wait"]
+    vmm_args: Sequence[str]
     channels: Sequence[str]
     hotplug: bool
     outbound: bool

@@ -16,6 +16,7 @@ from pytest_chvm.model.architecture import Architecture, architecture, why_no_ar
 from pytest_chvm.model.clone_facts import CloneFact, checked_facts
 from pytest_chvm.model.disks import DISK_KINDS, AnyDisk, Disk, VmDisk, all_disks
 from pytest_chvm.model.host_root import HostRoot
+from pytest_chvm.model.machine import Cpus, Gdb, checked_vmm_args, why_no_cpus
 from pytest_chvm.model.networks import Attachment, SocketPairFd, Tap
 from pytest_chvm.model.seeds import SEED_FIELDS, seed_text
 from pytest_chvm.model.shares import SharedDir
@@ -43,7 +44,12 @@ class VmConfig:
     to the one or the other.
     `arch` is the processor architecture, as `uname -m` names it (None: this machine's); another one is emulated.
     `root="host"`, or a `HostRoot`: the guest's root is the host's, read-only, below a layer that goes with the VM.
-    `cpu_model` is QEMU's `-cpu`, a model and its flags; None: the host's processor with KVM, all that QEMU can do without.
+    `cpus` is their number, or `Cpus` with sockets, threads and NUMA nodes. `cpu` is QEMU's `-cpu`, a model and its flags
+    ("max,-avx2"); None: the host's processor with KVM, all that QEMU can do without. `cpu_model` is its earlier name.
+    `hugepages`: the memory is on free hugepages of the host's. `nested`: the guest can have guests of its own, by `/dev/kvm`.
+    `rng`, `balloon`, `iommu`: whether it has a virtio-rng, a virtio-balloon, an IOMMU. `gdb`: a debugger can be attached, by
+    `vm.gdb_command`; with "wait" the VM is returned stopped at its first instruction.
+    `vmm_args` are further words of the VMM's command line, a last resort: nobody looks at them.
     `channels` are names of virtio-serial ports: `/dev/virtio-ports/<name>` in the guest where udev runs, `vm.open_channel(name)`
     outside. `hotplug`: there is room for devices to be plugged in while it runs; `max_cpus` and `max_memory_mb`: up to how much
     `vm.resize` can go (None: no further). `outbound=False`: by its user-mode network the guest reaches
@@ -63,7 +69,7 @@ class VmConfig:
     initramfs: Path | None = None
     cmdline: str | None = None
     cmdline_extra: str | None = None
-    cpus: int = 1
+    cpus: int | Cpus = 1
     memory_mb: int = 256
     root: Literal["host"] | HostRoot | None = None
     root_disk: Path | None = None
@@ -78,7 +84,15 @@ class VmConfig:
     shared_dirs: tuple[SharedDir, ...] = ()
     serial_log: Path | None = None
     arch: Arch | None = None
+    cpu: str | None = None
     cpu_model: str | None = None
+    hugepages: bool = False
+    nested: bool = False
+    rng: bool = True
+    balloon: bool = False
+    iommu: bool = False
+    gdb: Gdb = False
+    vmm_args: tuple[str, ...] = ()
     channels: tuple[str, ...] = ()
     hotplug: bool = False
     max_cpus: int | None = None
@@ -107,16 +121,7 @@ class VmConfig:
             if value is not None:
                 object.__setattr__(self, key, as_path(key, value))
         self._check_guest()
-        for key in ("cpus", "memory_mb"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise self._invalid(f"{key}={value!r}, expected a whole number of 1 or more")
-        for key, least in (("max_cpus", self.cpus), ("max_memory_mb", self.memory_mb)):
-            value = getattr(self, key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise self._invalid(f"{key}={value!r}, expected a whole number, {least} or more")
-        if not isinstance(self.outbound, bool):
-            raise self._invalid(f"outbound={self.outbound!r}, expected True or False")
+        self._check_machine()
         for key in ("cmdline", "cmdline_extra"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
@@ -127,16 +132,36 @@ class VmConfig:
             not isinstance(self.netns, str) or not re.fullmatch(r"[^/\s\0]{1,255}", self.netns) or self.netns in (".", "..")
         ):
             raise self._invalid(f"netns={self.netns!r} cannot be the name of a network namespace")
-        if self.cpu_model is not None and (not isinstance(self.cpu_model, str) or not CPU_MODEL_PATTERN.fullmatch(self.cpu_model)):
-            raise self._invalid(f"cpu_model={self.cpu_model!r}, expected a model and its flags: 'EPYC,+svm'")
         try:
             object.__setattr__(self, "clone_must_have", checked_facts(self.clone_must_have))
+            object.__setattr__(self, "vmm_args", checked_vmm_args(self.vmm_args))
         except InvalidConfigError as error:
             raise self._invalid(str(error)) from error
         object.__setattr__(self, "channels", self._checked_channels())
         object.__setattr__(self, "disks", self._checked_disks())
         object.__setattr__(self, "networks", self._checked_networks())
         object.__setattr__(self, "shared_dirs", self._checked_shared_dirs())
+
+    def _check_machine(self) -> None:
+        if isinstance(self.memory_mb, bool) or not isinstance(self.memory_mb, int) or self.memory_mb < 1:
+            raise self._invalid(f"memory_mb={self.memory_mb!r}, expected a whole number of 1 or more")
+        if (why := why_no_cpus(self.cpus, self.memory_mb, self.max_cpus)) is not None:
+            raise self._invalid(why)
+        for key, least in (("max_cpus", self.processors), ("max_memory_mb", self.memory_mb)):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise self._invalid(f"{key}={value!r}, expected a whole number, {least} or more")
+        for key in ("outbound", "hugepages", "nested", "rng", "balloon", "iommu"):
+            if not isinstance(value := getattr(self, key), bool):
+                raise self._invalid(f"{key}={value!r}, expected True or False")
+        if self.gdb not in (True, False, "wait"):
+            raise self._invalid(f"gdb={self.gdb!r}, expected True, False or 'wait'")
+        if self.cpu is not None and self.cpu_model is not None:
+            raise self._invalid(f"cpu={self.cpu!r} and cpu_model={self.cpu_model!r}, which are the same: leave cpu_model out")
+        object.__setattr__(self, "cpu", self.cpu_model if self.cpu is None else self.cpu)
+        object.__setattr__(self, "cpu_model", None)
+        if self.cpu is not None and (not isinstance(self.cpu, str) or not CPU_MODEL_PATTERN.fullmatch(self.cpu)):
+            raise self._invalid(f"cpu={self.cpu!r}, expected a model and its flags: 'EPYC,+svm'")
 
     def _check_guest(self) -> None:
         self._check_arch()
@@ -235,6 +260,16 @@ class VmConfig:
     def architecture(self) -> Architecture:
         """Its processor architecture."""
         return architecture(self.arch)
+
+    @property
+    def processors(self) -> int:
+        """How many processors it is booted with."""
+        return self.cpus.count if isinstance(self.cpus, Cpus) else self.cpus
+
+    @property
+    def topology(self) -> Cpus:
+        """Its processors in full: of a number of them each has a socket of its own, on one NUMA node."""
+        return self.cpus if isinstance(self.cpus, Cpus) else Cpus(sockets=self.cpus)
 
     @property
     def all_disks(self) -> tuple[AnyDisk, ...]:

@@ -85,7 +85,7 @@ class VmFactory:
             given["serial_log"] = self.new_log(given["name"])
         settings = self.settings.with_arguments({"boot_timeout": given.pop("boot_timeout", None)})
         vm = launch(settings=settings, owner=self, host=self._host, longest_boot_s=self._longest_boot_s, **given)
-        if self._check is not None and given.get("wait", True):
+        if self._check is not None and given.get("wait", True) and given.get("gdb") != "wait":
             self._check(vm)
         return vm
 

@@ -32,6 +32,8 @@ class VmRecord:
     events: tuple[Event, ...]
     # What its kernel said when it gave up.
     panic: str | None = None
+    # What attaches a debugger to it.
+    gdb: str | None = None
 
 
 def sections_of(records: Iterable[VmRecord]) -> Iterator[tuple[str, str]]:
@@ -40,6 +42,8 @@ def sections_of(records: Iterable[VmRecord]) -> Iterator[tuple[str, str]]:
     What is empty is left out.
     """
     for record in records:
+        if record.gdb:
+            yield f"gdb of VM {record.name}", record.gdb
         if record.panic:
             yield f"kernel panic of VM {record.name}", record.panic
         yield (

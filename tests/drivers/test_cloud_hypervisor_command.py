@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from pytest_chvm import (
     BootFailedError,
     CloudHypervisorDriver,
+    Cpus,
     Disk,
     InvalidConfigError,
     MissingRequirementError,
@@ -155,6 +157,30 @@ def test_further_disks_are_what_it_has_of_such(arguments, image):
 def test_what_it_does_not_have_of_disks_is_refused(ch, stand_in_ch, disk, message):
     with pytest.raises(UnsupportedError, match=message):
         ch.boot(disks=[disk])
+    assert stand_in_ch.records() == []
+
+
+def test_processors_memory_and_devices_of_ones_own(arguments, tmp_path):
+    words, handle = arguments(
+        cpus=Cpus(sockets=2, cores=3, threads=2, numa_nodes=2), memory_mb=512, balloon=True, iommu=True, vmm_args=["--watchdog", "a b"]
+    )  # fmt: skip
+    options = options_of(words)
+    assert options["--cpus"] == ["boot=12,topology=2:3:1:2"]
+    assert options["--memory"] == ["size=0"]
+    assert options["--memory-zone"] == ["id=memory0,size=256M", "id=memory1,size=256M"]
+    assert options["--numa"] == [
+        "guest_numa_id=0,cpus=[0-5],memory_zones=[memory0]",
+        "guest_numa_id=1,cpus=[6-11],memory_zones=[memory1]",
+    ]
+    assert (options["--balloon"], options["--rng"]) == (["size=0"], ["src=/dev/urandom,iommu=on"])
+    # As a person would type them.
+    assert shlex.join(handle.command).endswith(" --watchdog 'a b'")
+
+
+@pytest.mark.parametrize("config", [{"rng": False}, {"cpu": "max,-avx2"}, {"gdb": True}])
+def test_what_it_does_not_have_of_machines_is_refused(ch, stand_in_ch, config):
+    with pytest.raises(UnsupportedError, match="cloud-hypervisor cannot"):
+        ch.boot(**config)
     assert stand_in_ch.records() == []
 
 

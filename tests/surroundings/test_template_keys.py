@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pytest_chvm
-from pytest_chvm import Disk, HostError, QemuDriver, UnsupportedError, VmConfig
+from pytest_chvm import Cpus, Disk, HostError, QemuDriver, UnsupportedError, VmConfig
 from pytest_chvm.clones import templates
 from pytest_chvm.clones.digests import content_key, file_identity
 from pytest_chvm.clones.templates import made_of
@@ -88,7 +88,7 @@ def key(guest):
 @pytest.mark.parametrize(
     "config",
     [
-        {"cpus": 2}, {"max_cpus": 2}, {"cpu_model": "Nehalem"}, {"memory_mb": 300}, {"max_memory_mb": 512}, {"hotplug": True},
+        {"cpus": 2}, {"max_cpus": 2}, {"cpu": "Nehalem"}, {"cpus": Cpus(cores=2)}, {"nested": True}, {"rng": False}, {"balloon": True}, {"iommu": True}, {"memory_mb": 300}, {"max_memory_mb": 512}, {"hotplug": True},
         {"networks": []}, {"cmdline": "quiet"}, {"kernel": Path(__file__)}, {"initramfs": Path(__file__)}, {"root_disk": Path(__file__)},
         {"disks": [Disk(size_mb=8)]}, {"disks": [Disk(Path(__file__), read_only=True)]},
     ],

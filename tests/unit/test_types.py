@@ -29,7 +29,8 @@ def test(chvm_vm: VmFactory) -> None:
         assert_type(other.check_output(["true"]), str)
 """
 WRONG = {
-    "chvm_vm(cpu=2)": 'Unexpected keyword argument "cpu"',
+    "chvm_vm(processors=2)": 'Unexpected keyword argument "processors"',
+    "chvm_vm(cpu=2)": "incompatible type",
     'chvm_vm(cpus="2")': "incompatible type",
     'chvm_vm(boot="warm")': "incompatible type",
     "launch(VmConfig(kernel=3))": "incompatible type",

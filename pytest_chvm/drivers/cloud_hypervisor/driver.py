@@ -15,7 +15,9 @@ from pytest_chvm.drivers.base import (
     Abilities,
     BootsFirmware,
     Console,
+    Debugs,
     Describes,
+    DumpsMemory,
     Plugs,
     PowerButton,
     Reboots,
@@ -30,8 +32,9 @@ from pytest_chvm.drivers.base import (
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, MEMORY_FILE, Boot, BootOptions, VmmCommand
 from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
 from pytest_chvm.drivers.cloud_hypervisor import disks as ch_disks
+from pytest_chvm.drivers.cloud_hypervisor import dump as ch_dump
 from pytest_chvm.drivers.cloud_hypervisor import landlock as ch_landlock
-from pytest_chvm.drivers.cloud_hypervisor import state
+from pytest_chvm.drivers.cloud_hypervisor import parts, state
 from pytest_chvm.drivers.cloud_hypervisor.disks import quoted
 from pytest_chvm.drivers.cloud_hypervisor.events import EventMonitor
 from pytest_chvm.drivers.cloud_hypervisor.firmware import find_firmware
@@ -41,11 +44,11 @@ from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.memory import copy_sparse, inherited_memory
 from pytest_chvm.drivers.process import VmmProcess
 from pytest_chvm.drivers.taps import taps_of
-from pytest_chvm.errors import HypervisorError, InvalidConfigError, UnsupportedError, VmError, VmIOError, VmNotFoundError
+from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmIOError, VmNotFoundError
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.host import Host, default_host
-from pytest_chvm.host.kvm import is_in_lab, why_no_kvm
+from pytest_chvm.host.kvm import is_in_lab, require_nested_kvm, why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import DiskKind, SharedDir, VmConfig, VmHandle, VmStatus
 
@@ -60,14 +63,14 @@ WITHOUT_XSAVE = "noxsave"
 
 
 class CloudHypervisorDriver(
-    VmDriver, Saves, Console, Describes, Watches, Reboots, BootsFirmware, Plugs, Resizes, Vsock, PowerButton
+    VmDriver, Saves, Console, Describes, Watches, Reboots, BootsFirmware, Plugs, Resizes, Vsock, DumpsMemory, Debugs, PowerButton
 ):
     """Runs VMs with Cloud Hypervisor, which needs KVM."""
 
     vmm = "cloud-hypervisor"
     # What does not fit into the PTY it keeps until the guest writes more, which it would not. A PTY's buffers take 8 KiB (the
     # limit of pty_common_install(), drivers/tty/pty.c) and what is in the line discipline.
-    abilities = Abilities(disk_buses=ch_disks.BUSES, spare_slots=8, console_piece=1 << 13)
+    abilities = Abilities(disk_buses=ch_disks.BUSES, iommu="VIRTIO_IOMMU", nested=True, spare_slots=8, console_piece=1 << 13)
 
     def __init__(
         self, *, accel: str = "auto", binary: Path | None = None, virtiofsd: Path | None = None, host: Host | None = None
@@ -130,8 +133,9 @@ class CloudHypervisorDriver(
             machine += ["--kernel", os.fspath(config.kernel or ""), "--cmdline", words]
         if config.initramfs is not None:
             machine += ["--initramfs", os.fspath(config.initramfs)]
-        machine += ["--cpus", f"boot={config.cpus}{f',max={config.max_cpus}' if config.max_cpus else ''}"]
-        machine += self._memory(boot)
+        if config.nested:
+            require_nested_kvm(config.name)
+        machine += [*parts.processors(config), *parts.memory(boot), *parts.small_devices(config)]
         machine += ch_disks.arguments(disk_files(boot))
         taps = taps_of(boot)
         for tap in taps:
@@ -139,8 +143,9 @@ class CloudHypervisorDriver(
         machine += ["--serial", f"file={quoted(boot.serial_log)}", "--console", "pty" if boot.options.console else "off"]
         for share, path in zip(config.shared_dirs, boot.share_sockets, strict=True):
             machine += ["--fs", f"tag={share.tag},socket={quoted(path)},num_queues=1,queue_size=512"]
+        machine += config.vmm_args
         # With it the guest's panic is an event.
-        control = [*self._control(boot), *(["--pvpanic"] if boot.options.console else [])]
+        control = [*self._control(boot), *parts.debugger(boot), *(["--pvpanic"] if boot.options.console else [])]
         if ch_landlock.is_confined(boot):
             rules = [f"path={quoted(path)},access={access}" for path, access in ch_landlock.rules(boot, taps)]
             control += ["--landlock", "--landlock-rules", *rules]
@@ -150,22 +155,6 @@ class CloudHypervisorDriver(
     def _control(boot: Boot) -> list[str]:
         events = boot.add_fd(open_event_log(boot.lease.directory))
         return ["--api-socket", f"fd={boot.add_listener('api.sock')}", "--event-monitor", f"fd={events}"]
-
-    @staticmethod
-    def _memory(boot: Boot) -> list[str]:
-        config = boot.config
-        if boot.memory is not None:
-            if config.max_memory_mb:
-                raise UnsupportedError(
-                    f"VM {config.name!r}: Cloud Hypervisor cannot add memory to a VM that can be cloned: leave out max_memory_mb",
-                    vm_name=config.name,
-                )
-            path = quoted(Path(boot.memory.path))
-            return ["--memory", "size=0", "--memory-zone", f"id=memory,size={config.memory_mb}M,file={path},shared=on"]
-        room = f",hotplug_size={config.max_memory_mb - config.memory_mb}M" if config.max_memory_mb else ""
-        # For vhost-user: a shared dir, now or plugged in later.
-        shared = ",shared=on" if config.shared_dirs or config.hotplug else ""
-        return ["--memory", f"size={config.memory_mb}M{room}{shared}"]
 
     def stop(self, handle: VmHandle) -> None:
         """End the VMM with SIGTERM, after 10 s with SIGKILL, and remove all that the VM had."""
@@ -294,6 +283,17 @@ class CloudHypervisorDriver(
             # CIDs may repeat among VMs: each has its own UNIX socket.
             self._call(handle, "vm.add-vsock", {"cid": 3, "socket": os.fspath(path)})
         return path
+
+    def dump_memory(self, handle: VmHandle, target: Path) -> None:
+        """Write the guest's memory to an ELF core, where this was built with that; raises UnsupportedError elsewhere."""
+        ch_dump.dump(handle.name, lambda endpoint, body: self._call(handle, endpoint, body), target, paused=self._is_paused(handle))
+
+    def _is_paused(self, handle: VmHandle) -> bool:
+        return self.info(handle).get("state") == "Paused"
+
+    def why_no_debugger(self, config: VmConfig) -> str | None:
+        """Return why a debugger cannot be attached to a VM."""
+        return parts.why_no_debugger(self.binary().path, config)
 
     def pause(self, handle: VmHandle) -> None:
         """Stop the guest's processors."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 from collections.abc import Sequence
@@ -16,8 +15,9 @@ from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, MEMORY_FILE, ROOT_FILE, Bo
 from pytest_chvm.drivers.disks import copy_overlay, default_cmdline, disk_files, image_format, plugged_files, save_empty_disks
 from pytest_chvm.drivers.keys import binary_key
 from pytest_chvm.drivers.process import VmmProcess
-from pytest_chvm.drivers.qemu import arguments, devices, qmp
+from pytest_chvm.drivers.qemu import arguments, devices, parts, qmp
 from pytest_chvm.drivers.qemu import disks as qemu_disks
+from pytest_chvm.drivers.qemu import dump as qemu_dump
 from pytest_chvm.drivers.qemu import events as qemu_events
 from pytest_chvm.drivers.qemu import firmware as qemu_firmware
 from pytest_chvm.drivers.qemu import state as qemu_state
@@ -27,7 +27,7 @@ from pytest_chvm.errors import HypervisorError, InvalidConfigError, VmError, VmI
 from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.host import Host, default_host
-from pytest_chvm.host.kvm import why_no_kvm
+from pytest_chvm.host.kvm import require_nested_kvm, why_no_kvm
 from pytest_chvm.host.virtiofsd import ServedShare
 from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmState, VmStatus, architecture
 
@@ -49,6 +49,9 @@ class QemuDriver(AbleDriver):
         live_root_disk=True,
         disk_buses=frozenset(qemu_disks.DRIVERS),
         block_sizes=True,
+        without_rng=True,
+        iommu="INTEL_IOMMU",
+        nested=True,
         spare_slots=devices.SPARE_PORTS,
         # QEMU drops what does not fit into the socket's buffer.
         console_piece=1 << 15,
@@ -66,6 +69,9 @@ class QemuDriver(AbleDriver):
         if accel not in ("auto", "kvm", "tcg"):
             raise InvalidConfigError(f"accel={accel!r}: expected auto, kvm or tcg")
         self.arch = architecture(arch)
+        if self.arch.name != "x86_64":
+            buses = self.abilities.disk_buses - {"nvdimm"}
+            self.abilities = replace(self.abilities, disk_buses=buses, iommu=None, nested=False)
         if accel == "kvm" and not self.arch.is_host:
             raise InvalidConfigError(
                 f"accel='kvm' runs guests of this machine's architecture only, and not {self.arch.name}: use accel='tcg'"
@@ -139,18 +145,16 @@ class QemuDriver(AbleDriver):
         machine += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         machine += ["-name", config.name, "-uuid", boot.machine_id, "-sandbox", SYSTEM_CALLS]
         kvm = self._uses_kvm()
+        if config.nested and kvm:
+            require_nested_kvm(config.name)
         files = disk_files(boot)
-        slots, slots_mb = qemu_disks.memory_slots(files)
-        machine += ["-machine", f"{self._machine.type},memory-backend=ram{',nvdimm=on' if slots else ''}"]
-        machine += ["-accel", "kvm" if kvm else "tcg", "-cpu", config.cpu_model or ("host" if kvm else self._machine.cpu)]
-        machine += ["-smp", f"{config.cpus}{f',maxcpus={config.max_cpus}' if config.max_cpus else ''}"]
-        room = f",slots={8 + slots},maxmem={(config.max_memory_mb or config.memory_mb) + slots_mb}M"
-        machine += ["-m", f"{config.memory_mb}M{room if config.max_memory_mb or slots else ''}"]
+        machine += parts.machine(config, self._machine.type, files)
+        machine += ["-accel", "kvm" if kvm else "tcg", *parts.processors(config, kvm=kvm, in_software=self._machine.cpu)]
+        machine += parts.memory(boot, files)
         machine += devices.port_arguments() if config.hotplug else []
-        machine += self._memory(boot)
         machine += self._boot_source(config) if config.firmware is None else qemu_firmware.firmware_arguments(boot, self.arch.name)
         machine += ["-chardev", f"file,id=serial,path={arguments.quoted(boot.serial_log)},append=on", "-serial", "chardev:serial"]
-        machine += ["-device", "virtio-rng-pci", *self._machine.devices]
+        machine += [*parts.small_devices(config), *self._machine.devices]
         machine += arguments.nics(boot, shown)
         if vsock := qemu_vsock.open_device(config.name):
             fd, cid = vsock
@@ -160,34 +164,13 @@ class QemuDriver(AbleDriver):
         machine += qemu_disks.arguments(files)
         # A clone's shared dirs are plugged in before it goes on.
         machine += arguments.shares(boot) if boot.restoring is None else []
+        machine += config.vmm_args
         control = ["-incoming", "defer", "-S"] if boot.restoring is not None else []
         control += ["-chardev", f"socket,id=qmp,fd={boot.add_listener('qmp.sock')},server=on,wait=off"]
         control += ["-mon", "chardev=qmp,mode=control", *qemu_events.event_arguments(boot)]
         control += qemu_events.PANIC_DEVICE if boot.options.console else ()
-        return VmmCommand(machine, control + self._serial_ports(boot), qemu_events.event_log(boot.lease.directory), shown)
-
-    @staticmethod
-    def _memory(boot: Boot) -> list[str]:
-        size = f"id=ram,size={boot.config.memory_mb}M"
-        if boot.memory is not None:
-            path = arguments.quoted(Path(boot.memory.path))
-            return ["-object", f"memory-backend-file,{size},mem-path={path},share={'on' if boot.memory.shared else 'off'}"]
-        # For vhost-user: a shared dir, now or plugged in later.
-        if boot.config.shared_dirs or boot.config.hotplug:
-            return ["-object", f"memory-backend-memfd,{size},share=on"]
-        return ["-object", f"memory-backend-ram,{size}"]
-
-    @staticmethod
-    def _serial_ports(boot: Boot) -> list[str]:
-        words = ["-device", "virtio-serial-pci"] if boot.options.console or boot.config.channels else []
-        if boot.options.console:
-            words += ["-device", "virtconsole,chardev=console"]
-            words += ["-chardev", f"socket,id=console,fd={boot.add_listener('console.sock')},server=on,wait=off"]
-        for index, name in enumerate(boot.config.channels):
-            words += ["-device", f"virtserialport,chardev=channel{index},name={name}"]
-            listener = boot.add_listener(_channel_socket(name))
-            words += ["-chardev", f"socket,id=channel{index},fd={listener},server=on,wait=off"]
-        return words
+        control += [*parts.serial_ports(boot), *parts.debugger(boot)]
+        return VmmCommand(machine, control, qemu_events.event_log(boot.lease.directory), shown)
 
     @staticmethod
     def _boot_source(config: VmConfig) -> list[str]:
@@ -221,7 +204,7 @@ class QemuDriver(AbleDriver):
 
     def open_channel(self, handle: VmHandle, name: str) -> int:
         """Return a connection to the socket behind a virtio-serial port; QEMU serves one at a time."""
-        return self._connect(handle, _channel_socket(name), f"channel {name!r}")
+        return self._connect(handle, parts.channel_socket(name), f"channel {name!r}")
 
     def _connect(self, handle: VmHandle, socket_name: str, what: str) -> int:
         peer = Socket(socket.AF_UNIX)
@@ -314,6 +297,13 @@ class QemuDriver(AbleDriver):
         listing = str(self._qmp(handle, ("human-monitor-command", {"command-line": "info usernet"})))
         return qmp.forwarded_port(handle.name, str(answer), listing, port)
 
+    def dump_memory(self, handle: VmHandle, target: Path) -> None:
+        """Write the guest's memory to an ELF core."""
+        qemu_dump.dump(handle.name, self._socket(handle, "qmp.sock"), target)
+
+    def why_no_debugger(self, config: VmConfig) -> str | None:
+        """Return None: its stub is always there."""
+
     def pause(self, handle: VmHandle) -> None:
         """Stop the guest's processors."""
         self._qmp(handle, ("stop", {}))
@@ -383,11 +373,6 @@ class QemuDriver(AbleDriver):
         if handle.run_dir is None:
             raise VmNotFoundError(f"VM {handle.name!r}: the handle names no run directory", vm_name=handle.name)
         return handle.run_dir / name
-
-
-def _channel_socket(name: str) -> str:
-    # Of fixed length, so that the path fits into a socket's address whatever the name.
-    return f"channel-{hashlib.sha256(name.encode()).hexdigest()[:8]}.sock"
 
 
 DRIVER = QemuDriver

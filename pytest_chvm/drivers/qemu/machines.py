@@ -10,6 +10,8 @@ from pytest_chvm.errors import MissingRequirementError
 # A number that differs in a clone: its kernel (CONFIG_VMGENID, Linux 5.18 and newer) then reseeds itself before it draws another
 # random number. Kernels without that driver are reseeded by `guest/renewal.py` alone.
 GENERATION_DEVICE = ("-device", "vmgenid,guid=auto")
+# Where the guest's kernel (CONFIG_FW_CFG_SYSFS) says where its own description is, which a dump of its memory is read by.
+DESCRIPTION_DEVICE = ("-device", "vmcoreinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +32,14 @@ class Machine:
 
 MACHINES = {
     "x86_64": Machine(
-        "q35", "max", GENERATION_DEVICE, ("bios-256k.bin", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin"), "pc-q35-",
+        "q35", "max", (*GENERATION_DEVICE, *DESCRIPTION_DEVICE),
+        ("bios-256k.bin", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin"), "pc-q35-",
         "qemu-system-x86 (Debian, Ubuntu) or qemu-system-x86-core (Fedora)",
     ),
     # The newest interrupt controller takes more processors than eight, and goes with KVM and without. Signing pointers as the
     # architecture has it takes a third of a boot.
     "aarch64": Machine(
-        "virt,gic-version=max", "max,pauth-impdef=on", (), (), "virt-",
+        "virt,gic-version=max", "max,pauth-impdef=on", DESCRIPTION_DEVICE, (), "virt-",
         "qemu-system-arm (Debian, Ubuntu) or qemu-system-aarch64-core (Fedora)",
     ),
     "riscv64": Machine(
