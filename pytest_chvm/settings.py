@@ -153,6 +153,7 @@ class Settings:
     kernel_splat: str = _choice(("warn", "fail", "ignore"), "what a test does when a guest's kernel reports a bug (default: warn)")
     missing: str = _choice(("fail", "skip"), "what a test does when a VM cannot be had on this machine (default: fail)")
     keep: str = _choice(("never", "failed", "always"), "whose logs to keep below --chvm-artifacts (default: never)")
+    core: str = _choice(("never", "failed"), "whether --chvm-keep keeps the memory of a failed test's VMs too (default: never)")
     artifacts: Path | None = _option(_path, None, "directory for the logs that --chvm-keep keeps (default: chvm-artifacts)", "DIR")
     max_vms: int | None = _option(count, None, "VMs that may run at once, of all runs on the machine (default: any number)", "N")
     memory_budget_mb: int | None = _option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
@@ -182,24 +183,35 @@ def _panic_of(vm: Vm) -> str | None:
     return text and with_source(vm.machine, text)
 
 
+def _gdb_of(vm: Vm) -> str | None:
+    return shlex.join(vm.gdb_command) if vm.config.gdb else None
+
+
 def _report_vms(item: pytest.Item, report: pytest.TestReport, factories: list[VmFactory]) -> None:
     from pytest_chvm.report.sections import VmRecord, directory_of, keep_logs, sections_of
 
     settings = item.config.stash[settings_key]
     # A template and the VM that it was built for share a log.
     vms = {vm.serial_log: vm for factory in factories for vm in factory.vms}
+    told = vms.values() if report.failed else ()
+    panics, gdb = {vm.name: _panic_of(vm) for vm in told}, {vm.name: _gdb_of(vm) for vm in told}
     records = [
-        VmRecord(vm.name, vm.serial_log, vm.vmm_log, vm.handle.event_log, vm.events, _panic_of(vm) if report.failed else None)
+        VmRecord(vm.name, vm.serial_log, vm.vmm_log, vm.handle.event_log, vm.events, panics.get(vm.name), gdb.get(vm.name))
         for vm in vms.values()
     ]
+    name = directory_of(item.nodeid, worker_of(item.config), item.stash.get(attempt_key, 1))
+    place = (settings.artifacts or item.config.rootpath / DEFAULT_ARTIFACTS) / name
     if report.failed:
         report.sections.extend(sections_of(records))
+        if settings.core == "failed" and settings.keep != "never":
+            from pytest_chvm.report.memory import keep_memory
+
+            report.sections.extend(keep_memory(vms.values(), place))
     if report.when == "teardown":
         failed = item.stash.get(failed_key, False)
         if settings.keep == "always" or (settings.keep == "failed" and failed):
-            place = directory_of(item.nodeid, worker_of(item.config), item.stash.get(attempt_key, 1))
             try:
-                keep_logs(records, (settings.artifacts or item.config.rootpath / DEFAULT_ARTIFACTS) / place)
+                keep_logs(records, place)
             except OSError as error:
                 report.sections.append(("logs of VMs", f"they cannot be kept: {error}"))
         # Those of the session's go on, but for the clones that ended with this test.

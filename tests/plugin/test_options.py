@@ -37,6 +37,7 @@ VALUES = {
     "missing": ("fail", "skip", "fail", "skip"),
     "kernel_splat": ("warn", "ignore", "fail", "warn"),
     "keep": ("never", "failed", "always", "never"),
+    "core": ("never", "failed", "never", "failed"),
     "artifacts": (None, "/ini/artifacts", "/env/artifacts", "/line/artifacts"),
     "max_vms": (None, "5", "6", "7"),
     "memory_budget_mb": (None, "1025", "1026", "1027"),
