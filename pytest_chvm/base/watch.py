@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.base.pidfds import open_pidfd
 
 # Where the user has no inotify(7) instance left (fs.inotify.max_user_instances: 128 by default, editors and all) or no watch.
 LOOK_AGAIN_S = 0.05
@@ -36,7 +37,7 @@ class FileWatch:
         pidfd = None
         if pid is not None:
             try:
-                pidfd = os.pidfd_open(pid)
+                pidfd = open_pidfd(pid)
             except ProcessLookupError:
                 return True
         try:

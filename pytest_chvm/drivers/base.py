@@ -17,8 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, BootOptions
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmError
 from pytest_chvm.host.binaries import Binary
-from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmStatus
+from pytest_chvm.model import ServedShare, SharedDir, VmConfig, VmHandle, VmStatus
 
 logger = logging.getLogger("pytest_chvm")
 

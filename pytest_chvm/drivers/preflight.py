@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pytest_chvm.drivers.images import check_disk
 from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError
 from pytest_chvm.guest.kernels.image import check_kernel_image
 from pytest_chvm.host.hugepages import check_hugepages
 from pytest_chvm.host.limits import memory_limit
 from pytest_chvm.host.namespaces import check_netns
-from pytest_chvm.host.virtiofsd import check_shared_dir
 from pytest_chvm.model import VmConfig
 
 # An empty log can be made on a full disk, but the guest's ready line could not be written to it.
@@ -30,11 +28,15 @@ def preflight(config: VmConfig) -> None:
         for disk in config.disks_with_images:
             _check_file(disk.kind.field, disk.image)
         for disk in config.disks_with_images:
+            from pytest_chvm.drivers.images import check_disk
+
             check_disk(disk)
             if disk.written and not os.access(disk.image, os.W_OK):
                 raise InvalidConfigError(f"{disk} cannot be written, and the guest's writes are to stay on it")
         _check_size(config)
         for share in config.shared_dirs:
+            from pytest_chvm.host.virtiofsd import check_shared_dir
+
             check_shared_dir(share)
         if config.netns is not None:
             check_netns(config.netns)

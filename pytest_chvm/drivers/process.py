@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_chvm.base.steps import take_all
 from pytest_chvm.base.text import last_lines
@@ -30,9 +31,10 @@ from pytest_chvm.host.keeper import records
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.networks.tap import remove_taps
 from pytest_chvm.host.processes import end_all, end_process, is_running
-from pytest_chvm.host.virtiofsd import PROGRAMS as SIDECAR_PROGRAMS
-from pytest_chvm.host.virtiofsd import ServedShare, find_virtiofsd, serve_share, start_share
-from pytest_chvm.model import ProcessIdentity, VmConfig, VmHandle, VmState, VmStatus
+from pytest_chvm.model import ProcessIdentity, ServedShare, VmConfig, VmHandle, VmState, VmStatus
+
+if TYPE_CHECKING:
+    from pytest_chvm.host.virtiofsd import StartedShare
 
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 2.0
@@ -107,14 +109,7 @@ class VmmProcess:
         )  # fmt: skip
         _start_log(serial_log, config, restoring and restoring / CONSOLE_FILE)
         _start_log(handle.vmm_log, config)
-        started = []
-        program = find_virtiofsd(self.virtiofsd) if config.shared_dirs else None
-        for index, share in enumerate(config.shared_dirs):
-            assert program is not None
-            path = boot.socket(f"fs{index}.sock")
-            logger.debug("%s: starting virtiofsd for %s", config.name, share.tag)
-            started.append(start_share(program, share, path, self.host, lease))
-            boot.share_sockets.append(path)
+        started = self._start_shares(boot) if config.shared_dirs else []
         # Which may mean to copy it, while they start.
         boot.memory = _memory_of(boot)
         sidecars = [share.wait().process for share in started]
@@ -130,6 +125,19 @@ class VmmProcess:
         return replace(
             handle, process=process, taps=tuple(boot.taps_to_remove), sidecars=tuple(sidecars), command=command.for_people()
         )
+
+    def _start_shares(self, boot: Boot) -> list[StartedShare]:
+        # Most VMs have none, and each process that starts a VM would wait for it.
+        from pytest_chvm.host.virtiofsd import find_virtiofsd, start_share
+
+        program = find_virtiofsd(self.virtiofsd)
+        started = []
+        for index, share in enumerate(boot.config.shared_dirs):
+            path = boot.socket(f"fs{index}.sock")
+            logger.debug("%s: starting virtiofsd for %s", boot.config.name, share.tag)
+            started.append(start_share(program, share, path, self.host, boot.lease))
+            boot.share_sockets.append(path)
+        return started
 
     @contextmanager
     def restoring(self, handle: VmHandle, kill: Callable[[VmHandle], None]) -> Iterator[None]:
@@ -224,11 +232,12 @@ class VmmProcess:
 
     def renew_sidecars(self, handle: VmHandle, shares: Sequence[ServedShare]) -> tuple[VmHandle, list[ServedShare]]:
         """Start a second virtiofsd at each socket, for a VMM that will connect anew; the first ends with its connection."""
-        program = find_virtiofsd(self.virtiofsd) if shares else None
-        fresh = []
-        for served in shares:
-            assert program is not None
-            fresh.append(serve_share(program, served.share, served.socket, self.host))
+        if not shares:
+            return handle, []
+        from pytest_chvm.host.virtiofsd import find_virtiofsd, serve_share
+
+        program = find_virtiofsd(self.virtiofsd)
+        fresh = [serve_share(program, served.share, served.socket, self.host) for served in shares]
         return replace(handle, sidecars=(*handle.sidecars, *(served.process for served in fresh))), fresh
 
     def set_paused(self, handle: VmHandle, paused: bool) -> None:
@@ -237,7 +246,11 @@ class VmmProcess:
 
 
 def _end_sidecars(handle: VmHandle) -> list[str]:
-    ended = end_all(handle.sidecars, SIDECAR_PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
+    if not handle.sidecars:
+        return []
+    from pytest_chvm.host.virtiofsd import PROGRAMS
+
+    ended = end_all(handle.sidecars, PROGRAMS, term_timeout_s=SIDECAR_TIMEOUT_S, kill_timeout_s=SIDECAR_TIMEOUT_S)
     return [f"virtiofsd: {failure}" for failure in ended]
 
 

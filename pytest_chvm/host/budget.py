@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pytest_chvm.base.deadline import Deadline, wait_readable
 from pytest_chvm.base.lockfiles import is_locked, is_stopped, remove_free_lock
+from pytest_chvm.base.pidfds import open_pidfd
 from pytest_chvm.base.untouched import monotonic_ns
 from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.errors import MissingRequirementError
@@ -215,7 +216,7 @@ def _wait(directory: Path, watch: FileWatch, deadline: Deadline) -> None:
     try:
         for pid in {int(match[3]) for name in os.listdir(directory) if (match := FILE_PATTERN.fullmatch(name))} - {os.getpid()}:
             try:
-                pidfds.append(os.pidfd_open(pid))
+                pidfds.append(open_pidfd(pid))
             except ProcessLookupError:
                 # It ended since its file was seen: look again.
                 return

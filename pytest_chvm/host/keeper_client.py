@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.base.pidfds import open_pidfd
 from pytest_chvm.base.untouched import socket_pair
 from pytest_chvm.errors import BootFailedError, HostError
 from pytest_chvm.host.directories import make_owner_dir, runtime_dirs
@@ -183,7 +184,7 @@ class Keeper:
     def returncode(self, process: ProcessIdentity) -> int | None:
         """Return how a program that this keeper has started ended: its status, or minus the signal; None while it runs."""
         try:
-            pidfd = os.pidfd_open(process.pid)
+            pidfd = open_pidfd(process.pid)
         except ProcessLookupError:
             # Reaped already: the keeper knows.
             pass

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
+from pytest_chvm.base.pidfds import open_pidfd
 from pytest_chvm.errors import HostError, StateFailedError
 from pytest_chvm.host.host import keeper_of
 from pytest_chvm.host.keeper import remains
@@ -54,7 +55,7 @@ def end_process(process: ProcessIdentity, programs: Sequence[str], *, term_timeo
     already is no error. One that a keeper of this process's started is also collected by it: not even a zombie is left.
     """
     try:
-        pidfd = os.pidfd_open(process.pid)
+        pidfd = open_pidfd(process.pid)
     except ProcessLookupError:
         return False
     killed = _end_checked(process, pidfd, programs, term_timeout_s=term_timeout_s, kill_timeout_s=kill_timeout_s)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_chvm.base.deadline import Deadline
+from pytest_chvm.base.pidfds import open_pidfd
 from pytest_chvm.base.text import clean_text
 from pytest_chvm.host.directories import runtime_dirs
 from pytest_chvm.host.keeper import records, remains
@@ -71,7 +72,7 @@ def clean_up_after_worker(run: str, worker: str, timeout_s: float) -> list[str]:
 
 def _wait_ended(pid: int, ticks: int, deadline: Deadline) -> None:
     try:
-        pidfd = os.pidfd_open(pid)
+        pidfd = open_pidfd(pid)
     except ProcessLookupError:
         return
     try:

@@ -23,7 +23,7 @@ from pytest_chvm.host.host import Host
 from pytest_chvm.host.keeper_client import Keeper
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.host.versions import Feature, lacks, program_of
-from pytest_chvm.model import ProcessIdentity, SharedDir
+from pytest_chvm.model import ServedShare, SharedDir
 
 PROGRAMS = ("virtiofsd",)
 PLACES = ("/usr/libexec", "/usr/lib/virtiofsd", "/usr/lib/qemu", "/usr/lib", "/usr/local/bin", "/usr/local/libexec")
@@ -115,20 +115,6 @@ class Virtiofsd:
         cache = "none" if share.cache == "never" else share.cache
         options = f"source={source},cache={cache},sandbox={sandbox},modcaps={NO_DEVICE_NODES}"
         return [*mount, os.fspath(self.path), f"--socket-path={socket_path}", "-o", options]
-
-
-@dataclass(frozen=True, slots=True)
-class ServedShare:
-    """A shared dir of a VM's, the virtiofsd that serves it, and the socket between the two."""
-
-    share: SharedDir
-    process: ProcessIdentity
-    socket: Path
-
-    @property
-    def log(self) -> Path:
-        """What its virtiofsd says."""
-        return self.socket.with_suffix(".log")
 
 
 def _mounted(share: SharedDir, place: str, *, read_only: bool) -> list[str]:

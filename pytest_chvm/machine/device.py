@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import ProcessIdentity
+from pytest_chvm.model import ProcessIdentity, ServedShare
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pytest_chvm.base.deadline import Deadline, wait_readable
+from pytest_chvm.base.pidfds import open_pidfd
 from pytest_chvm.base.text import last_lines
 from pytest_chvm.base.watch import FileWatch
 from pytest_chvm.drivers.base import Reboots, VmDriver, Watches, method_of
@@ -25,8 +26,7 @@ from pytest_chvm.guest.kernels.image import why_silent
 from pytest_chvm.guest.ready import PanicScanner, ReadyScanner
 from pytest_chvm.host.keeper.remains import start_time_ticks
 from pytest_chvm.host.keeper_client import Keeper
-from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import HOST_ROOT_TAG, ProcessIdentity, VmConfig, VmHandle, VmState, names_in_guest
+from pytest_chvm.model import HOST_ROOT_TAG, ProcessIdentity, ServedShare, VmConfig, VmHandle, VmState, names_in_guest
 
 Found = TypeVar("Found")
 EMPTY = "is empty."
@@ -295,7 +295,7 @@ class Health:
         for process in (self.process, *self._handle().sidecars):
             if process.pid not in self._pidfds:
                 try:
-                    self._pidfds[process.pid] = os.pidfd_open(process.pid)
+                    self._pidfds[process.pid] = open_pidfd(process.pid)
                 except ProcessLookupError:
                     self._raise_trouble()
         gone = [pid for pid, fd in self._pidfds.items() if pid != self.process.pid and wait_readable([fd], Deadline.after(0))]
@@ -331,7 +331,7 @@ class Health:
     def wait_ended(self, deadline: Deadline) -> bool:
         """Block until the VMM is gone; tells whether it is."""
         try:
-            pidfd = os.pidfd_open(self.process.pid)
+            pidfd = open_pidfd(self.process.pid)
         except ProcessLookupError:
             return True
         try:

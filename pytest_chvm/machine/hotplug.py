@@ -10,11 +10,11 @@ from pytest_chvm.drivers.images import check_disk
 from pytest_chvm.errors import InvalidConfigError, UnsupportedError
 from pytest_chvm.host.networks.tap import interface_exists, make_tap
 from pytest_chvm.host.processes import end_process
-from pytest_chvm.host.virtiofsd import PROGRAMS, ServedShare, check_shared_dir, find_virtiofsd, serve_share
+from pytest_chvm.host.virtiofsd import PROGRAMS, check_shared_dir, find_virtiofsd, serve_share
 from pytest_chvm.machine.device import Device
 from pytest_chvm.machine.events import PLUGGED, UNPLUGGED
 from pytest_chvm.machine.machine import Machine
-from pytest_chvm.model import DATA, ROOT, SharedDir, Tap, VmDisk, checked_mac, mac_for
+from pytest_chvm.model import DATA, ROOT, ServedShare, SharedDir, Tap, VmDisk, checked_mac, mac_for
 
 SIDECAR_TIMEOUT_S = 1.0
 # Higher than the number of any NIC that a VM has from its boot on.

@@ -18,7 +18,6 @@ from pytest_chvm.errors import HostError, MissingRequirementError, UnsupportedEr
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.limits import processors
-from pytest_chvm.host.virtiofsd import find_virtiofsd
 from pytest_chvm.machine.guest_choice import InspectBy, cache_dir, choose_guest
 from pytest_chvm.machine.nics import check_networks, network_mode
 from pytest_chvm.model import VmConfig, architecture
@@ -92,6 +91,8 @@ def make_plan(
         assert isinstance(driver, BootsFirmware)
         driver.firmware()
     if config.shared_dirs:
+        from pytest_chvm.host.virtiofsd import find_virtiofsd
+
         find_virtiofsd(settings.virtiofsd).check(config.shared_dirs)
     if config.processors > OVERCOMMIT * processors():
         logger.warning("VM %r has %d processors, and the host %d: it will be slow", config.name, config.processors, processors())

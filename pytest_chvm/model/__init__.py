@@ -43,6 +43,7 @@ from pytest_chvm.model.networks import UserNetwork as UserNetwork
 from pytest_chvm.model.results import CommandResult as CommandResult
 from pytest_chvm.model.shares import CACHE_POLICIES as CACHE_POLICIES
 from pytest_chvm.model.shares import TAG_PATTERN as TAG_PATTERN
+from pytest_chvm.model.shares import ServedShare as ServedShare
 from pytest_chvm.model.shares import SharedDir as SharedDir
 from pytest_chvm.model.values import MAC_PATTERN as MAC_PATTERN
 from pytest_chvm.model.values import NAME_PATTERN as NAME_PATTERN

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pytest_chvm.base.text import as_one_word
 from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.model.handle import ProcessIdentity
 from pytest_chvm.model.values import StrPath, as_path
 
 # 36 bytes is what virtio-fs has room for (virtio 1.2, 5.11.4); the name is also a directory of the guest.
@@ -92,3 +93,17 @@ def checked_hidden(what: str, hidden: object) -> tuple[str, ...]:
             raise InvalidConfigError(f"{what}: hidden has {each!r}, expected an absolute path, or one that begins with ~")
         patterns.append(pattern)
     return tuple(patterns)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedShare:
+    """A shared dir of a VM's, the virtiofsd that serves it, and the socket between the two."""
+
+    share: SharedDir
+    process: ProcessIdentity
+    socket: Path
+
+    @property
+    def log(self) -> Path:
+        """What its virtiofsd says."""
+        return self.socket.with_suffix(".log")

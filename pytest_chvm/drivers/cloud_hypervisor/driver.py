@@ -49,8 +49,7 @@ from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.kvm import is_in_lab, require_nested_kvm, why_no_kvm
-from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import DiskKind, SharedDir, VmConfig, VmHandle, VmStatus
+from pytest_chvm.model import DiskKind, ServedShare, SharedDir, VmConfig, VmHandle, VmStatus
 
 PLACES = ("/usr/bin", "/usr/local/bin")
 INSTALL = "install it from https://github.com/cloud-hypervisor/cloud-hypervisor/releases, or name one with --chvm-binary"

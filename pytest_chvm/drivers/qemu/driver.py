@@ -28,8 +28,7 @@ from pytest_chvm.host import versions
 from pytest_chvm.host.binaries import Binary, find_binary
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.kvm import require_nested_kvm, why_no_kvm
-from pytest_chvm.host.virtiofsd import ServedShare
-from pytest_chvm.model import SharedDir, VmConfig, VmHandle, VmState, VmStatus, architecture
+from pytest_chvm.model import ServedShare, SharedDir, VmConfig, VmHandle, VmState, VmStatus, architecture
 
 PLACES = ("/usr/bin", "/usr/local/bin", "/usr/libexec")
 SYSTEM_CALLS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
