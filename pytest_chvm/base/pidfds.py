@@ -1,4 +1,4 @@
-"""Descriptors of processes, by their pids. Of the standard library only: the keeper has it too."""
+"""Descriptors of processes, by their pids."""
 
 import errno
 import os
@@ -7,8 +7,8 @@ import os
 def open_pidfd(pid: int) -> int:
     """Return a descriptor of a process; raises ProcessLookupError where there is none.
 
-    The kernel says EINVAL of a pid that has no process any more, and is still the number of a session or group of others, or whose
-    process is just being collected (pidfd_prepare in kernel/fork.c).
+    Older kernels say EINVAL of a pid whose process is being collected, or that is only the number of a session or group of others
+    by now (pidfd_prepare in kernel/fork.c).
     """
     try:
         return os.pidfd_open(pid)

@@ -60,7 +60,7 @@ def in_another_process(handle, call, patience_s=10.0):
         input=handle.to_json(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=True,
     )
     return done.stdout.strip()
@@ -207,7 +207,8 @@ def test_the_rest_is_removed_also_when_the_vmm_part_failed(
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_handle_works_in_another_process(vmm, settled, end, tap_name, wait_ended, link_exists):
     handle = settled(vmm.boot(networks=[Tap(tap_name)]))
-    assert in_another_process(handle, "driver.state(handle)").endswith("VmStatus(state=<VmState.RUNNING: 'running'>, ip=None)")
+    # In the lab a process starts for so long that the guest may be ready by then.
+    assert re.search(r"VmStatus\(state=<VmState\.(RUNNING|READY)", in_another_process(handle, "driver.state(handle)"))
     assert wait_ended(handle.process.pid, 0) is False
     assert in_another_process(handle, f"driver.{end}(handle)") == "returned None"
     assert wait_ended(handle.process.pid, 0)
