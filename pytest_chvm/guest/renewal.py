@@ -59,6 +59,12 @@ def line(words: Sequence[str], *, stale_nics: int = 0) -> str:
     return f"[ $chvm_renewed ] && {{ {flush}chvm_configure {shlex.join(words)}; }}"
 
 
+def host_key_word(key_type: str, private: str, public: str) -> str:
+    """Return the word by which a clone is told a new SSH host key, as configure_any.sh reads it: the lines of its two files."""
+    lines = [line for line in private.splitlines() if not line.startswith("-----")]
+    return f"chvm.ssh_key={','.join([key_type, public, *lines])}"
+
+
 def message() -> bytes:
     """Return the message for the program: the time now, and a seed."""
     return renew.message(wall_clock_ns(), random_bytes(renew.SEED_SIZE))
@@ -113,7 +119,7 @@ def put_into(
                 if done.returncode != 0:
                     break
             else:
-                return f"chvm_renew={directory}/renew; . {directory}/configure.sh"
+                return f"chvm_renew={directory}/renew; . {directory}/configure.sh; chvm_prepare"
     except (VmIOError, GuestCommandError) as error:
         raise UnsupportedError(f"nothing can renew its clones: {error}") from error
     said = (done.stdout + done.stderr).strip()[:200]

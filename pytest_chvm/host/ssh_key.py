@@ -1,10 +1,15 @@
-"""The key pair with which a run logs into its guests: made at the first use, in the run's own directory, and gone with it."""
+"""SSH keys: the pair with which a run logs into its guests, and those by which each clone of a guest is known.
+
+The first is made at the first use, in the run's own directory, and gone with it. The others are made here since a processor made of
+software takes seconds for them.
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +18,8 @@ from pytest_chvm.host.host import Host
 
 PROGRAMS = ("ssh", "ssh-keygen")
 KEYGEN_TIMEOUT_S = 30.0
+# Those that take milliseconds; an RSA key takes a second.
+HOST_KEY_TYPES = ("ed25519", "ecdsa")
 
 _lock = threading.Lock()
 
@@ -43,15 +50,50 @@ def _make(file: Path) -> Path:
         raise MissingRequirementError(
             f"{' and '.join(missing)} not found on PATH: install OpenSSH's client (Debian: openssh-client), or use vm.run"
         )
+    with _making(file, "ed25519", "pytest-chvm") as process:
+        try:
+            said, _ = process.communicate(timeout=KEYGEN_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            raise HostError(f"ssh-keygen made no key within {KEYGEN_TIMEOUT_S:g} s in {str(file.parent)!r}") from error
+    if process.returncode != 0:
+        raise HostError(f"ssh-keygen made no key in {str(file.parent)!r}: {said.strip()[:200]}")
+    return file
+
+
+@dataclass(frozen=True, slots=True)
+class HostKey:
+    """A key by which a machine is known: the text of the private key's file, and of the public one's without its end."""
+
+    type: str
+    private: str
+    public: str
+
+
+def new_host_keys(directory: Path, machine: str) -> list[HostKey]:
+    """Return new keys for a machine of that name, by way of files of a directory; none where they cannot be made here."""
+    if shutil.which("ssh-keygen") is None:
+        return []
+    files = {key_type: directory / f"ssh_host_{key_type}_key" for key_type in HOST_KEY_TYPES}
+    # At once: each of them mostly waits for its program to be loaded.
+    running = {key_type: _making(file, key_type, f"root@{machine}") for key_type, file in files.items()}
+    keys = []
+    for key_type, process in running.items():
+        with process, suppress(subprocess.TimeoutExpired, OSError):
+            try:
+                process.communicate(timeout=KEYGEN_TIMEOUT_S)
+            finally:
+                process.kill()
+            file, public = files[key_type], files[key_type].with_suffix(".pub")
+            if process.returncode == 0:
+                keys.append(HostKey(key_type, file.read_text(), public.read_text().strip()))
+            file.unlink(missing_ok=True)
+            public.unlink(missing_ok=True)
+    return keys
+
+
+def _making(file: Path, key_type: str, comment: str) -> subprocess.Popen[str]:
     # What an interrupted call has left.
     file.unlink(missing_ok=True)
-    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "pytest-chvm", "-f", str(file)]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=KEYGEN_TIMEOUT_S, check=False, errors="replace"
-        )
-    except subprocess.TimeoutExpired as error:
-        raise HostError(f"ssh-keygen made no key within {KEYGEN_TIMEOUT_S:g} s in {str(file.parent)!r}") from error
-    if done.returncode != 0:
-        raise HostError(f"ssh-keygen made no key in {str(file.parent)!r}: {(done.stderr or done.stdout).strip()[:200]}")
-    return file
+    command = ["ssh-keygen", "-q", "-t", key_type, "-N", "", "-C", comment, "-f", str(file)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")

@@ -44,8 +44,17 @@ def renew(machine: Machine, words: Sequence[str]) -> None:
 
     Raises VmIOError where the renewal does not begin before the boot's deadline.
     """
-    line = renewal.line(words, stale_nics=machine.origin.stale_nics)
+    line = renewal.line([*words, *_host_key_words(machine)], stale_nics=machine.origin.stale_nics)
     _renewing(machine).renew(renewal.message, line, machine.boot_deadline)
+
+
+def _host_key_words(machine: Machine) -> list[str]:
+    if not machine.guest.takes_host_keys:
+        return []
+    from pytest_chvm.host.ssh_key import new_host_keys
+
+    keys = new_host_keys(machine.lease.directory, machine.name)
+    return [renewal.host_key_word(key.type, key.private, key.public) for key in keys]
 
 
 def _renewing(machine: Machine) -> RenewingChannel:

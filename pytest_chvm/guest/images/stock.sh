@@ -21,8 +21,8 @@ named() {
 setup() {
     ip link set dev lo up
     number=0
-    while nic=$(chvm_nic $number) && [ "$nic" ]; do
-        named "$nic"
+    while chvm_nic $number; do
+        named $chvm_device
         number=$((number + 1))
     done
     for word in $chvm_words; do
@@ -73,7 +73,7 @@ has_address() {
     old=$IFS IFS=,
     set -- $1
     IFS=$old
-    [ -z "$2" ] || ip -o -4 addr show dev "$(chvm_nic ${1#eth})" | grep -qF " ${2%/*}/"
+    [ -z "$2" ] || { chvm_nic ${1#eth} && ip -o -4 addr show dev $chvm_device | grep -qF " ${2%/*}/"; }
 }
 # For an init that is not systemd: waits until what it starts at boot has been started. Boot scripts of sysvinit, OpenRC, BusyBox
 # and runit are known by their names; once none has run for a while they are through.

@@ -38,6 +38,8 @@ class Guest(ABC):
     channel: ClassVar[str] = "console"
     # Whether nothing in it has asked its kernel for the boot id when it is ready: the kernel then makes one in each clone.
     keeps_boot_id_unread: ClassVar[bool] = False
+    # Whether its clones are handed new SSH host keys, where it has some.
+    takes_host_keys: ClassVar[bool] = False
     # Whether all that its kernel warns of is on its serial console.
     warns_on_console: ClassVar[bool] = False
 

@@ -17,6 +17,7 @@ class ImageGuest(Guest):
     """A guest that knows nothing of us but the line that says that it is ready."""
 
     cloned_at_once: ClassVar[bool] = False
+    takes_host_keys: ClassVar[bool] = True
     reads_words_of_file: ClassVar[bool] = False
 
     def own_words(self) -> list[str]:

@@ -25,6 +25,7 @@ class StockGuest(Guest):
     """An image's own system behind our initramfs, which leaves in its `/run` what the host needs."""
 
     cloned_at_once: ClassVar[bool] = False
+    takes_host_keys: ClassVar[bool] = True
     reads_words_of_file: ClassVar[bool] = True
     warns_on_console: ClassVar[bool] = True
     # A whole system, which software may have to run.
