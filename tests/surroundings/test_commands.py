@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from pytest_chvm import CommandTimeoutError, InvalidConfigError, VmIOError
+from pytest_chvm.guest.channels import Line
 from pytest_chvm.guest.channels.console.shell import GuestShell
 
 
@@ -153,7 +154,7 @@ def local_shell(words):
         start_new_session=True,
     )
     os.close(theirs)
-    shell = GuestShell("host", lambda: os.dup(ours), list, lambda: None, lambda: None, 1 << 15)
+    shell = GuestShell(Line("host", lambda: os.dup(ours), list, lambda: None, lambda: None, 1 << 15))
     try:
         yield lambda command, timeout=20, data=None: shell.run(command, timeout=timeout, input=data)
     finally:

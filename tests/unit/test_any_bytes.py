@@ -15,6 +15,7 @@ from pytest_chvm import HypervisorError, InvalidConfigError, Settings, VmError, 
 from pytest_chvm.drivers.cloud_hypervisor import api as ch_api
 from pytest_chvm.drivers.cloud_hypervisor.events import EventMonitor
 from pytest_chvm.drivers.qemu import qmp
+from pytest_chvm.guest.channels import Line
 from pytest_chvm.guest.channels.console.shell import GuestShell
 from pytest_chvm.guest.ready import PanicScanner
 from pytest_chvm.settings import OPTIONS
@@ -204,7 +205,7 @@ def test_an_answer_of_the_guests_shell(pieces, greets):
 
     thread = threading.Thread(target=guest, daemon=True)
     thread.start()
-    shell = GuestShell("v", lambda: os.dup(ours.fileno()), list, lambda: None, lambda: None, 1 << 15)
+    shell = GuestShell(Line("v", lambda: os.dup(ours.fileno()), list, lambda: None, lambda: None, 1 << 15))
     said = ""
     try:
         done = shell.run("true", timeout=5, input=None)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pytest_chvm import CommandTimeoutError, VmIOError
 from pytest_chvm.base.deadline import Deadline
 from pytest_chvm.base.text import shown_outputs
+from pytest_chvm.guest.channels import Line
 from pytest_chvm.guest.channels.console import shell
 from pytest_chvm.guest.channels.console.shell import GuestShell
 from pytest_chvm.guest.renew import AWAY
@@ -93,7 +94,7 @@ def console():
 
     def make(respond, hello=None, check_alive=lambda: None):
         peer = Peer(respond, hello)
-        guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, check_alive, check_alive, OUTPUT_PIECE)
+        guest = GuestShell(Line("web", lambda: os.dup(peer.ours.fileno()), list, check_alive, check_alive, OUTPUT_PIECE))
         guest.drops = lambda: peer.drops
         guest.scripts = lambda: (peer.ours.shutdown(socket.SHUT_WR), peer.thread.join(5), peer.scripts)[-1]
         guest.end = lambda: peer.theirs.shutdown(socket.SHUT_RDWR)
@@ -172,7 +173,7 @@ def test_any_outputs_arrive_as_they_were_however_they_are_cut(stdout, stderr, st
             yield whole[start:end]
 
     peer = Peer(respond)
-    guest = GuestShell("web", lambda: os.dup(peer.ours.fileno()), list, lambda: None, lambda: None, OUTPUT_PIECE)
+    guest = GuestShell(Line("web", lambda: os.dup(peer.ours.fileno()), list, lambda: None, lambda: None, OUTPUT_PIECE))
     try:
         done = run(guest)
         assert (done.stdout_bytes, done.stderr_bytes, done.returncode) == (stdout, stderr, status)

@@ -8,4 +8,4 @@ from pytest_chvm.guest.channels.console.shell import GuestShell
 
 def open_channel(line: Line) -> GuestShell:
     """Return the shell on a guest's console."""
-    return GuestShell(line.vm_name, line.open_console, line.wake_fds, line.check_alive, line.check_ending, line.console_piece)
+    return GuestShell(line)

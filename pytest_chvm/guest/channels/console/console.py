@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pytest_chvm.base.deadline import Deadline, poll_until
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import VmIOError
+from pytest_chvm.guest.channels import Line
 
 # An answer larger than this is not the guest's memory any more, but somebody's trick.
 LARGEST_ANSWER = 256 << 20
@@ -110,19 +111,14 @@ class Message:
 
 @dataclass(eq=False)
 class Console:
-    """The console of one guest. `open_console` returns a descriptor of it, readable and writable.
+    """The console of one guest, at the end of a line; its outputs come in pieces of `line.console_piece` bytes at most."""
 
-    `wake_fds` are watched while an answer is awaited; when one is readable, and twice a second, `check_alive` is called, which
-    raises what has become of the guest; `console_closed` does so when the VMM has closed the console, as it does on its way out.
-    `output_piece` is how many bytes of outputs may be on their way from the guest at once.
-    """
+    line: Line
 
-    vm_name: str
-    open_console: Callable[[], int]
-    wake_fds: Callable[[], list[int]]
-    check_alive: Callable[[], None]
-    console_closed: Callable[[], None]
-    output_piece: int
+    @property
+    def vm_name(self) -> str:
+        """The name of the VM."""
+        return self.line.vm_name
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
@@ -164,7 +160,7 @@ class Console:
 
     def _open(self) -> None:
         if self._fd is None:
-            self._fd = self.open_console()
+            self._fd = self.line.open_console()
             os.set_blocking(self._fd, False)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -246,7 +242,7 @@ class Console:
         poll = select.poll()
         poll.register(self._fd, select.POLLIN | (select.POLLOUT if to_send else 0))
         poll.register(self._wake, select.POLLIN)
-        for wake in self.wake_fds():
+        for wake in self.line.wake_fds():
             poll.register(wake, select.POLLIN)
         # In pieces: another thread may have taken note of what would wake this one.
         events = dict(poll_until(poll, Deadline.after(deadline.wait_s)))
@@ -256,7 +252,7 @@ class Console:
                 os.eventfd_read(self._wake)
         ready = events.pop(self._fd, 0)
         if not ready and (events or not nudged):
-            self.check_alive()
+            self.line.check_alive()
         return ready
 
     def _fill(self) -> None:
@@ -273,7 +269,7 @@ class Console:
         self._let_go()
         self._changed.release()
         try:
-            self.console_closed()
+            self.line.check_ending()
         finally:
             self._changed.acquire()
         raise VmIOError(
@@ -373,7 +369,7 @@ class Console:
             )
             answer.kept = False
         if size:
-            self._piece = (answer, name, min(size, self.output_piece))
+            self._piece = (answer, name, min(size, self.line.console_piece))
         else:
             answer.ends_output(name)
             self._forget_if_over(answer)

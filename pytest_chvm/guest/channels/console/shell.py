@@ -286,7 +286,7 @@ class GuestShell(StreamConsole):
             if self._expect(said, patience) == b"sh":
                 # One line starts the loop, so that the shell has read nothing beyond it when the loop answers.
                 loop = Answer(LOOP)
-                self._send(shell_script(self.output_piece) + f"chvm_loop {loop.token}\n".encode())
+                self._send(shell_script(self.line.console_piece) + f"chvm_loop {loop.token}\n".encode())
                 self._lose_all()
                 self._expect(loop, patience)
             self._in_step = True
