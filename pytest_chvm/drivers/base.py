@@ -21,8 +21,8 @@ from pytest_chvm.model import ServedShare, SharedDir, VmConfig, VmHandle, VmStat
 
 logger = logging.getLogger("pytest_chvm")
 
-# A PCI bus has 32 places, of which the machine and what every VM has take up to ten, and room for hotplug eight.
-MOST_DEVICES, MOST_DEVICES_WITH_HOTPLUG = 22, 14
+# A PCI bus has 32 places, of which the machine and what every VM has take up to eleven, and room for hotplug eight.
+MOST_DEVICES, MOST_DEVICES_WITH_HOTPLUG = 21, 13
 
 
 @dataclass(frozen=True, slots=True)

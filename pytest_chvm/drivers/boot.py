@@ -33,6 +33,7 @@ class BootOptions:
     `nonce`: what the ready line must have after the IP. `template_dir`: the memory is a file there, and so is what the VM writes to
     its root disk, so that a snapshot in that directory need not copy them. `snapshots`: where snapshots of the VM will be.
     `restore_timeout_s`: how long a restore may take until the VM runs. `checked`: the caller has asked `preflight` already.
+    `modules_disk`: an image with the modules of the guest's kernel, which is the last disk.
     """
 
     lease: Lease | None = None
@@ -43,6 +44,7 @@ class BootOptions:
     snapshots: Path | None = None
     restore_timeout_s: float = 60.0
     checked: bool = False
+    modules_disk: Path | None = None
 
 
 DEFAULT_OPTIONS = BootOptions()

@@ -12,12 +12,14 @@ from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.drivers.boot import ROOT_FILE, Boot
 from pytest_chvm.drivers.memory import copy_sparse
 from pytest_chvm.errors import HostError, InvalidConfigError, MissingRequirementError, UnsupportedError
-from pytest_chvm.model import ROOT, SEED, AnyDisk, DiskKind, EmptyDisk, VmConfig, VmDisk, plugged_into_clones
+from pytest_chvm.model import MODULES, ROOT, SEED, AnyDisk, DiskKind, EmptyDisk, VmConfig, VmDisk, plugged_into_clones
 
 QCOW2_MAGIC = b"QFI\xfb"
 # Incompatible feature bits (QEMU's docs/interop/qcow2.txt): dirty (refcounts may be wrong), external data file.
 DIRTY, DATA_IN_ANOTHER_FILE = 1, 4
 OVERLAY_TIMEOUT_S = 30.0
+# Where the last disk is on the PCI bus: in the place behind it a q35 has its own devices.
+LAST_SLOT = 30
 # Of the file of a disk that was made empty.
 EMPTY_SUFFIX = ".empty.raw"
 # An overlay goes elsewhere than to the disk only where the disk has less.
@@ -114,7 +116,9 @@ def disk_files(boot: Boot) -> list[DiskFile]:
             _make_empty_disk(disk, boot)
     plugged = plugged_into_clones(config.all_disks) if boot.restoring is not None else ()
     place = boot.options.template_dir or boot.lease.directory
-    return [_disk_file(disk, place) for disk in config.all_disks if disk not in plugged]
+    files = [_disk_file(disk, place) for disk in config.all_disks if disk not in plugged]
+    modules = boot.options.modules_disk
+    return files if modules is None else [*files, DiskFile(MODULES, modules, "raw")]
 
 
 def plugged_files(config: VmConfig, run_dir: Path) -> list[DiskFile]:

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_chvm.base.progress import Progress
+from pytest_chvm.base.text import as_one_word
 from pytest_chvm.base.untouched import random_hex
-from pytest_chvm.errors import InvalidConfigError
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
 from pytest_chvm.guest.drivers import modules_for
 from pytest_chvm.guest.initramfs import WANTED_MODULES, add_words, build_initramfs, find_busybox
 from pytest_chvm.guest.kernels.image import check_kernel_image
 from pytest_chvm.guest.kernels.kernel import Kernel, inspect_kernel
+from pytest_chvm.guest.kernels.module_tree import ALIAS_FILE, module_image
 from pytest_chvm.guest.kernels.modules import modules_of
 from pytest_chvm.guest.kernels.unpacked import unpacked_kernel
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
-from pytest_chvm.model import Architecture, HostRoot, VmConfig
+from pytest_chvm.model import Architecture, HostRoot, VmConfig, plugged_into_clones
 
 # What only one kind of guest needs is imported with it: each process that starts a VM would wait for it.
 if TYPE_CHECKING:
@@ -47,6 +49,13 @@ def guest_of(
     is a stock image, whose system `inspect` looks for; the rest is the built-in guest. Raises InvalidConfigError where it cannot be
     had, and what `inspect` does.
     """
+    is_image = config.initramfs is not None or config.root_disk is not None or config.firmware is not None
+    if config.modules and is_image:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: modules={list(config.modules)}, which the built-in guest loads, and an image loads its own: run "
+            "modprobe in it, or name them in its /etc/modules-load.d",
+            vm_name=config.name,
+        )
     # Not a check of the config's own: a complete one has both.
     if config.firmware is not None:
         return _firmware_guest(config, cache, progress)
@@ -80,7 +89,40 @@ def _built_in_guest(config: VmConfig, kernel: Kernel, cmdline: str, cache: Path,
 
         initramfs = add_resident(initramfs, config.root.resident, cache, progress)
     cmdline = cmdline if config.cmdline is None else config.cmdline
-    return kind(config.replace(initramfs=initramfs, cmdline=cmdline), random_hex(8), _lacks(kernel), kernel=kernel)
+    disk = _modules_disk(kernel, cache, progress)
+    load_words = _load_words(config, kernel, disk)
+    plugs_disks = bool(plugged_into_clones(config.all_disks))
+    config = config.replace(initramfs=initramfs, cmdline=cmdline)
+    return kind(
+        config, random_hex(8), _lacks(kernel), kernel=kernel, modules_disk=disk, load_words=load_words, plugs_disks=plugs_disks
+    )
+
+
+@lru_cache(maxsize=16)
+def _modules_disk(kernel: Kernel, cache: Path, progress: Progress) -> Path | None:
+    if kernel.modules_dir is None or kernel.release is None:
+        return None
+    try:
+        return module_image(kernel, find_busybox(cache, progress), cache, progress)
+    except MissingRequirementError as error:
+        progress(str(error))
+        return None
+
+
+def _load_words(config: VmConfig, kernel: Kernel, disk: Path | None) -> tuple[str, ...]:
+    """Return what the guest is told of the modules that it is to load; raises InvalidConfigError for one that its kernel lacks."""
+    if not config.modules:
+        return ()
+    from pytest_chvm.guest.kernels.module_names import modules_to_load
+
+    try:
+        if disk is None:
+            why = _lacks(kernel) or "no disk with its modules, for want of mke2fs (package e2fsprogs)"
+            raise MissingRequirementError(f"modules={list(config.modules)}, and the kernel has {why}")
+        wanted = modules_to_load(config.modules, kernel, disk.with_name(ALIAS_FILE))
+    except InvalidConfigError as error:
+        raise type(error)(f"VM {config.name!r}: {error}", vm_name=config.name) from None
+    return tuple(f"chvm.load={place},{as_one_word(module)}" for place, module in wanted.items())
 
 
 def _firmware_guest(config: VmConfig, cache: Path, progress: Progress) -> Guest:

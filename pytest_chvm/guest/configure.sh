@@ -3,6 +3,8 @@
 #   chvm.net=DEVICE,ADDRESS/NETMASK,GATEWAY,MAC   one a NIC (each but the first may be empty)
 #   chvm.share=TAG,ro|rw,PLACE                    one a shared dir, the place as printf's %b takes it
 #   chvm.root=TAG[,nosuid]                        before those: the shared dir that is to be the root of all commands
+#   chvm.modules=disk                             one of the disks, the last, has all modules of this kernel
+#   chvm.load=NUMBER,MODULE PARAMETER...          after that: one to load, as printf's %b takes it
 #   chvm.disk=DEVICE                              one that must be there
 #   chvm.ip= chvm.nonce= chvm.marker= chvm.hostname=
 # At last it says on the serial console that the machine is ready, after a line for each thing that it is not: MARKER failed=WHAT.
@@ -66,6 +68,44 @@ chvm_settle() {
     read -r source </sys/devices/system/clocksource/clocksource0/current_clocksource
     [ $source != tsc-early ] || timeout 5 grep -qm1 'clocksource: Switched to clocksource tsc$' /dev/kmsg
 }
+# The disk with all modules of this kernel, where modprobe looks for them. It was put away for another disk, which is waited for.
+chvm_show_modules() {
+    local place block serial= device count
+    read -r place </proc/sys/kernel/osrelease
+    place=/lib/modules/$place
+    [ ! -e $place/modules.dep ] || return 0
+    if { read -r device count </run/chvm-modules; } 2>/dev/null; then
+        rm /run/chvm-modules
+        chvm_retry chvm_more_disks $count
+        echo $device >/sys/bus/virtio/drivers/virtio_blk/bind
+    fi
+    for block in /sys/block/vd*; do
+        # It ends without a newline.
+        { read -r serial <$block/serial; } 2>/dev/null
+        [ "$serial" = chvm-modules ] && mkdir -p $place && mount -t ext4 -o ro /dev/${block##*/} $place && return
+    done
+    echo "chvm: the disk with the modules of this kernel cannot be mounted: that needs CONFIG_VIRTIO_BLK and CONFIG_EXT4_FS"
+}
+chvm_more_disks() {
+    set -- $1 /sys/block/vd*
+    [ -e $2 ] && [ $# -gt $(($1 + 1)) ]
+}
+# Before a disk is plugged in, so that this one gets the name that it would have; fails where the modules are in use.
+chvm_put_modules_away() {
+    local place device block
+    read -r place </proc/sys/kernel/osrelease
+    while read -r device block _; do
+        [ $block != /lib/modules/$place ] || break
+    done </proc/mounts
+    [ "$block" ] && umount $block || return
+    device=$(readlink /sys/block/${device#/dev/}/device)
+    device=${device##*/}
+    echo $device >/sys/bus/virtio/drivers/virtio_blk/unbind || return
+    set -- /sys/block/vd*
+    [ -e $1 ] || shift
+    echo $device $# >/run/chvm-modules
+}
+chvm_load() { modprobe $(printf %b "${1#*,}"); }
 chvm_configure() {
     local chvm_root= word value ip=127.0.0.1 marker=CHVM_READY nonce= share=0 failed= machine_id level _
     read -r machine_id </proc/sys/kernel/random/uuid
@@ -86,6 +126,8 @@ chvm_configure() {
             chvm_root $value || failed="$failed share$share"
             share=$((share + 1))
             ;;
+        chvm.modules=*) chvm_show_modules ;;
+        chvm.load=*) chvm_load "$value" || failed="$failed module${value%%,*}" ;;
         chvm.disk=*) chvm_retry [ -b $value ] || failed="$failed disk${value#/dev/}" ;;
         esac
     done >$chvm_console 2>&1

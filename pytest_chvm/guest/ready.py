@@ -27,7 +27,7 @@ SEQUENCE = rb"\x1b(?:\[[0-?]{0,24}[ -/]{0,2}[@-~]|[ -/]{1,2}[0-~]|[0-9=>A-OQ-WYZ
 # What a guest may say that it could not set up: `share0` is the first shared dir of the VM's, `nic0` its first NIC,
 # `cloud-init` what its seed says; `console` and `panic` are the console for its shell and the panic device, without
 # which it is ready all the same.
-FAILED = re.compile(r"failed=((?:share|nic)\d{1,3}|disk[a-z0-9]{1,16}|console|panic|cloud-init)")
+FAILED = re.compile(r"failed=((?:share|nic|module)\d{1,3}|disk[a-z0-9]{1,16}|console|panic|cloud-init)")
 MOST_FAILED = 32
 
 # What printk puts before a line: a level, the time, and with CONFIG_PRINTK_CALLER the task or processor. At the start of a line,

@@ -260,6 +260,17 @@ class GuestCommands:
 
         return GuestKernel(self._machine)
 
+    def load_module(self, path: str | os.PathLike[str], **parameters: object) -> str:
+        """Load a kernel module of the host's (`.ko`, also compressed) into the guest, after those it needs; returns its name.
+
+        `parameters` are the module's, as insmod takes them: True and False are 1 and 0, a list is several values. Modules that come
+        with the guest's kernel are there already: `modules=`, or `modprobe` in the guest. Raises InvalidConfigError where it is no
+        module, or one for another kernel release, and GuestCommandError with what the kernel says where that does not take it.
+        """
+        from pytest_chvm.machine import modules
+
+        return modules.load(self._machine, as_path("path", path), parameters, self.write_bytes)
+
     def dmesg(self) -> list[KernelMessage]:
         """Return the messages in the log of the guest's kernel, in order, those of its boot too.
 

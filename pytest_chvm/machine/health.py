@@ -143,6 +143,8 @@ class Health:
         if kind == "share" and int(number) < len(self._config.shared_dirs):
             share = self._config.shared_dirs[int(number)]
             return "the host's root" if share.tag == HOST_ROOT_TAG else f"shared dir {share.tag!r} ({share.host_path})"
+        if kind == "module" and int(number) < len(self._config.modules):
+            return f"the module {self._config.modules[int(number)]!r}"
         if word.startswith("disk"):
             disks = self._config.all_disks
             named = dict(zip(names_in_guest(disks), disks, strict=True))

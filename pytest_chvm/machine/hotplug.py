@@ -33,7 +33,9 @@ def add_disk(machine: Machine, image: Path, *, read_only: bool) -> Device:
         check_disk(VmDisk(ROOT if read_only else DATA, image))
     except InvalidConfigError as error:
         raise InvalidConfigError(f"VM {machine.name!r}: {error}", vm_name=machine.name) from None
-    return _plugged_in(machine, Device(machine.driver.add_disk(machine.handle, image, read_only=read_only), "disk"))
+    with machine.modules_put_away():
+        device = machine.driver.add_disk(machine.handle, image, read_only=read_only)
+    return _plugged_in(machine, Device(device, "disk"))
 
 
 def add_network(machine: Machine, tap: Tap) -> Device:

@@ -305,6 +305,7 @@ def _boot(plan: Plan, origin: Origin, lent: Lent, template_dir: Path | None, und
         snapshots=snapshots if snapshots.is_dir() else None,
         restore_timeout_s=plan.boot_timeout_s,
         checked=True,
+        modules_disk=guest.modules_disk,
     )
     boot_deadline = Deadline.after(plan.boot_timeout_s)
     handle = driver.boot(config, options) if origin.saved is None else driver.restore(config, origin.saved, options)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,6 +17,7 @@ from pytest_chvm.errors import CommandTimeoutError, GuestCommandError, Unsupport
 from pytest_chvm.guest.channels import Channel, Line, Process, StartingChannel, open_channel
 from pytest_chvm.guest.commands import Place, Script, script_of, shown
 from pytest_chvm.guest.kinds import Guest
+from pytest_chvm.guest.kinds.built_in import PUT_MODULES_AWAY, SHOW_MODULES
 from pytest_chvm.host.leases import Lease
 from pytest_chvm.machine import liveness
 from pytest_chvm.machine.device import Device
@@ -295,6 +296,17 @@ class Machine:
         """Tell whether the guest's kernel says of itself that it had an oops; True where it does not answer."""
         said = self._ask("cat /proc/sys/kernel/tainted")
         return said is None or not said.strip().isdigit() or bool(int(said) & TAINT_DIE)
+
+    @contextmanager
+    def modules_put_away(self) -> Iterator[None]:
+        """Have the disk with the modules of the guest's kernel be gone while another is plugged in, which is named as without it.
+
+        Afterwards the guest has seen the other.
+        """
+        is_away = self.guest.modules_disk is not None and self._ask(PUT_MODULES_AWAY) is not None
+        yield
+        if is_away:
+            self._ask(SHOW_MODULES)
 
     def _kernel_log(self) -> bytes | None:
         return self._ask(DMESG)

@@ -16,6 +16,7 @@ from pytest_chvm.model.disks import DATA as DATA
 from pytest_chvm.model.disks import DISK_KINDS as DISK_KINDS
 from pytest_chvm.model.disks import MEMORY_BUSES as MEMORY_BUSES
 from pytest_chvm.model.disks import MEMORY_STEP_MB as MEMORY_STEP_MB
+from pytest_chvm.model.disks import MODULES as MODULES
 from pytest_chvm.model.disks import ROOT as ROOT
 from pytest_chvm.model.disks import SEED as SEED
 from pytest_chvm.model.disks import AnyDisk as AnyDisk

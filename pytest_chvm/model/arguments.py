@@ -23,6 +23,7 @@ class ConfigArguments(TypedDict, total=False):
     initramfs: StrPath | None
     cmdline: str | None
     cmdline_extra: str | None
+    modules: Sequence[str]
     cpus: int | Cpus
     memory_mb: int
     root: Literal["host"] | HostRoot | None

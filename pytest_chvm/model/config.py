@@ -17,6 +17,7 @@ from pytest_chvm.model.clone_facts import CloneFact, checked_facts
 from pytest_chvm.model.disks import DISK_KINDS, AnyDisk, Disk, VmDisk, all_disks
 from pytest_chvm.model.host_root import HostRoot
 from pytest_chvm.model.machine import Cpus, Gdb, checked_vmm_args, why_no_cpus
+from pytest_chvm.model.modules import checked_modules
 from pytest_chvm.model.networks import Attachment, SocketPairFd, Tap
 from pytest_chvm.model.seeds import SEED_FIELDS, seed_text
 from pytest_chvm.model.shares import SharedDir
@@ -43,6 +44,7 @@ class VmConfig:
     of a VM that was started it is the image. `cmdline` takes the place of the default kernel command line, `cmdline_extra` is added
     to the one or the other.
     `arch` is the processor architecture, as `uname -m` names it (None: this machine's); another one is emulated.
+    `modules` are loaded when the VM is ready, each as `modprobe` takes it: "btrfs", "dummy numdummies=2".
     `root="host"`, or a `HostRoot`: the guest's root is the host's, read-only, below a layer that goes with the VM.
     `cpus` is their number, or `Cpus` with sockets, threads and NUMA nodes. `cpu` is QEMU's `-cpu`, a model and its flags
     ("max,-avx2"); None: the host's processor with KVM, all that QEMU can do without. `cpu_model` is its earlier name.
@@ -69,6 +71,7 @@ class VmConfig:
     initramfs: Path | None = None
     cmdline: str | None = None
     cmdline_extra: str | None = None
+    modules: tuple[str, ...] = ()
     cpus: int | Cpus = 1
     memory_mb: int = 256
     root: Literal["host"] | HostRoot | None = None
@@ -138,6 +141,7 @@ class VmConfig:
         except InvalidConfigError as error:
             raise self._invalid(str(error)) from error
         object.__setattr__(self, "channels", self._checked_channels())
+        object.__setattr__(self, "modules", checked_modules(f"VM {self.name!r}: modules", self.modules))
         object.__setattr__(self, "disks", self._checked_disks())
         object.__setattr__(self, "networks", self._checked_networks())
         object.__setattr__(self, "shared_dirs", self._checked_shared_dirs())

@@ -106,6 +106,8 @@ class DiskKind:
 ROOT = DiskKind("root_disk", "root", throwaway=True)
 SEED = DiskKind("seed_iso", "seed", read_only=True)
 DATA = DiskKind("data_disk", "data", awaited=True)
+# All modules of a guest's kernel: what the built-in guest knows it by is in guest/configure.sh. It is behind all others.
+MODULES = DiskKind("modules", "modules", read_only=True, serial="chvm-modules")
 # In the order in which a guest sees them; after them come those of `disks`.
 DISK_KINDS = (ROOT, SEED, DATA)
 

@@ -13,7 +13,10 @@ from tests.relay import CLOUD_HYPERVISOR
 
 # An NVMe controller fills its serial number up with spaces.
 BY_SERIAL = "grep -lsx '{} *' /sys/block/*/serial /sys/block/*/device/serial | cut -d/ -f4"
-SIZES = "for block in /sys/block/*; do echo ${block##*/} $(($(cat $block/size) / 2048)); done"
+# Of all but the disk with the kernel's modules.
+SIZES = (
+    "for block in /sys/block/*; do grep -sq chvm-modules $block/serial || echo ${block##*/} $(($(cat $block/size) / 2048)); done"
+)
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_chvm.drivers.disks import DiskFile
+from pytest_chvm.drivers.disks import LAST_SLOT, DiskFile
+from pytest_chvm.model import MODULES
 
 # The others are not emulated.
 BUSES = frozenset({"virtio", "pmem"})
@@ -24,6 +25,7 @@ def arguments(files: Sequence[DiskFile]) -> list[str]:
         more = ",readonly=on" if file.kind.read_only else ""
         more += f",image_type={file.format}{',backing_files=on' if file.format == 'qcow2' else ''}"
         more += f",serial={file.kind.serial}" if file.kind.serial else ""
+        more += f",pci_device_id={LAST_SLOT}" if file.kind is MODULES else ""
         words += ["--disk", f"path={quoted(file.path)}{more}"]
     return words
 

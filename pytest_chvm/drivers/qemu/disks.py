@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from pytest_chvm.drivers.disks import DiskFile
+from pytest_chvm.drivers.disks import LAST_SLOT, DiskFile
 from pytest_chvm.drivers.qemu import devices
 from pytest_chvm.drivers.qemu.arguments import quoted
-from pytest_chvm.model import MEMORY_BUSES, DiskKind, VmHandle
+from pytest_chvm.model import MEMORY_BUSES, MODULES, DiskKind, VmHandle
 
 SCSI_CONTROLLER = {"driver": "virtio-scsi-pci", "id": "scsi"}
 DRIVERS = {"virtio": "virtio-blk-pci", "nvme": "nvme", "scsi": "scsi-hd", "nvdimm": "nvdimm", "pmem": "virtio-pmem-pci"}
@@ -17,8 +17,8 @@ DRIVERS = {"virtio": "virtio-blk-pci", "nvme": "nvme", "scsi": "scsi-hd", "nvdim
 FUNCTIONS = 8
 
 
-def arguments(files: Sequence[DiskFile]) -> list[str]:
-    """Return the arguments of the disks that a VM is booted with."""
+def arguments(files: Sequence[DiskFile], *, hotplug: bool) -> list[str]:
+    """Return the arguments of the disks that a VM is booted with; with `hotplug` others may come."""
     words = []
     for file in files:
         if file.kind.bus in MEMORY_BUSES:
@@ -30,8 +30,17 @@ def arguments(files: Sequence[DiskFile]) -> list[str]:
         words += ["-blockdev", node]
         if file.kind.bus == "scsi" and _as_option(SCSI_CONTROLLER) not in words:
             words += ["-device", _as_option(SCSI_CONTROLLER)]
-        words += ["-device", _as_option(_device(file.kind))]
+        words += _last_device(file.kind, hotplug=hotplug) if file.kind is MODULES else ["-device", _as_option(_device(file.kind))]
     return words
+
+
+def _last_device(kind: DiskKind, *, hotplug: bool) -> list[str]:
+    """Return the arguments of the device that is behind all others: Linux goes through a bus before those behind its bridges."""
+    place = f"addr={LAST_SLOT:x}"
+    if not hotplug:
+        return ["-device", f"{_as_option(_device(kind))},{place}"]
+    port = f"pcie-root-port,id=last,chassis={LAST_SLOT},slot={LAST_SLOT},{place}"
+    return ["-device", port, "-device", f"{_as_option(_device(kind))},bus=last"]
 
 
 def memory_slots(files: Sequence[DiskFile]) -> tuple[int, int]:

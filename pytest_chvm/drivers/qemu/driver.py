@@ -160,7 +160,7 @@ class QemuDriver(AbleDriver):
             number = boot.add_fd(fd)
             machine += ["-device", f"vhost-vsock-pci,id={qemu_vsock.DEVICE},guest-cid={cid},vhostfd={number}"]
             shown[f",vhostfd={number}"] = ""
-        machine += qemu_disks.arguments(files)
+        machine += qemu_disks.arguments(files, hotplug=config.hotplug)
         # A clone's shared dirs are plugged in before it goes on.
         machine += arguments.shares(boot) if boot.restoring is None else []
         machine += config.vmm_args

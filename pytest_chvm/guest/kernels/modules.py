@@ -75,7 +75,8 @@ def module_files(modules_dir: Path) -> dict[str, Path]:
         built = (modules_dir / line.removeprefix("kernel/") for line in lines)
         paths = [path for each in built if (path := each.with_suffix(".ko")).is_file()]
     else:
-        paths = sorted(modules_dir.glob("kernel/**/*.ko*"))
+        # Those that were installed beside the kernel's own come first, as with depmod (depmod.d(5)).
+        paths = [path for place in ("updates", "extra", "kernel") for path in sorted(modules_dir.glob(f"{place}/**/*.ko*"))]
     for path in paths:
         files.setdefault(_module_name(path), path)
     return files
@@ -148,7 +149,7 @@ def modules_in_order(tree: Path, wanted: Iterable[str]) -> list[Module]:
         if path is None or name in ordered or name in ancestors:
             return
         data = decompressed(path)
-        for needed in _dependencies(data):
+        for needed in dependencies(data):
             visit(needed, (*ancestors, name))
         ordered[name] = Module(name, path, data)
 
@@ -161,7 +162,8 @@ def _module_name(path: Path) -> str:
     return path.name.split(".ko")[0].replace("-", "_")
 
 
-def _dependencies(data: bytes) -> Iterator[str]:
+def dependencies(data: bytes) -> Iterator[str]:
+    """Yield the names of the modules that one, as the plain ELF file, needs before it."""
     for match in re.finditer(rb"\0(?:depends=([^\0]*)|softdep=pre:([^\0]*))(?=\0)", data):
         for word in re.split(rb"[,\s]+", match[1] or match[2] or b""):
             name = word.decode(errors="replace").replace("-", "_")

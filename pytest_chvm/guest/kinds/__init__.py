@@ -21,6 +21,8 @@ class Guest(ABC):
     """What is booted: a complete config, and the nonce that its ready line must have, if any.
 
     `lacks` says in words why it may lack drivers. `kernel` is the config's as it was before it was unpacked (None: as it is there).
+    `modules_disk` is a disk with all modules of its kernel, and `load_words` say which of them a
+    boot loads before it is ready. `plugs_disks`: a clone of it has disks plugged in.
     """
 
     # Whether its first VM is a clone too: its template is known to boot. Of another guest the first VM shows whether it does.
@@ -47,6 +49,9 @@ class Guest(ABC):
     nonce: str | None = None
     lacks: str | None = None
     kernel: Kernel | None = field(default=None, kw_only=True)
+    modules_disk: Path | None = field(default=None, kw_only=True)
+    load_words: tuple[str, ...] = field(default=(), kw_only=True)
+    plugs_disks: bool = field(default=False, kw_only=True)
 
     def words(self, marker: str) -> list[str]:
         """Return what the guest is told beside its networks, on its kernel command line or as a clone."""

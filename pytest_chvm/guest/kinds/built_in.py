@@ -18,6 +18,9 @@ from pytest_chvm.model import SharedDir, VmConfig
 
 # Has its shell read what sets the guest up; before it is saved too, so that a clone's does not have to.
 READ_SET_UP = ". /lib/chvm/configure.sh"
+PUT_MODULES_AWAY = f"{READ_SET_UP}; chvm_put_modules_away"
+SHOW_MODULES = f"{READ_SET_UP}; chvm_show_modules"
+MODULES_WORD = "chvm.modules=disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +44,19 @@ class BuiltInGuest(Guest):
         """Return its host name; an image has its own."""
         return [f"chvm.hostname={self.config.name.replace('_', '-').replace('.', '-')}"]
 
+    def words(self, marker: str) -> list[str]:
+        """Return all that it is told; where its modules were put away for disks, behind those, that it is to bring them back."""
+        modules = [MODULES_WORD] if self.modules_disk is not None and self.plugs_disks else []
+        return [*Guest.words(self, marker), *modules]
+
     def boot_words(self, marker: str, networks: list[str]) -> list[str]:
-        """Return all its words."""
-        return self.words(marker) + networks
+        """Return all its words; a clone is not told of the modules that its template has loaded."""
+        modules = [MODULES_WORD] if self.modules_disk is not None else []
+        return [*modules, *self.load_words, *self.words(marker), *networks]
 
     def clone_key(self, _marker: str) -> list[str]:
-        """Return its name: each clone is told what it says when it is ready."""
-        return ["built-in"]
+        """Return its name and its modules: each clone is told what it says when it is ready."""
+        return ["built-in", str(self.modules_disk), *self.load_words, *(["plugs disks"] if self.plugs_disks else [])]
 
     def why_no_clone(self, _network_mode: str) -> str | None:
         """Return why nothing could renew it; all that it does with its devices it can do again."""
@@ -62,8 +71,12 @@ class BuiltInGuest(Guest):
         return f"{READ_SET_UP}; chvm_share {shlex.quote(share.guest_word)}"
 
     def set_up_for_saving(self, _run: Run, _ip: Callable[[], str], _told: Sequence[str], *, trial: bool) -> str:
-        """Return what reads its set-up; one of which only clones come also waits for the clock source that they will have."""
-        return f"{READ_SET_UP}; chvm_settle" if trial else READ_SET_UP
+        """Return what reads its set-up; one of which only clones come also waits for the clock source that they will have.
+
+        Where they have disks plugged in, its disk of modules has no name meanwhile.
+        """
+        away = "; chvm_put_modules_away" if self.plugs_disks else ""
+        return f"{READ_SET_UP}{away}; chvm_settle" if trial else READ_SET_UP
 
     def nonce_after_reboot(self, nonce: str | None) -> str | None:
         """Return the same: it is on its kernel command line."""

@@ -6,7 +6,6 @@ import os
 import shlex
 import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import ClassVar
 
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.base.untouched import random_hex
-from pytest_chvm.errors import HostError
 from pytest_chvm.guest import enter
 from pytest_chvm.guest.commands import script_of
 from pytest_chvm.guest.initramfs import Entry, find_busybox
 from pytest_chvm.guest.kernels.kernel import Kernel
-from pytest_chvm.guest.kernels.modules import index_modules
+from pytest_chvm.guest.kernels.module_tree import module_tree
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
 from pytest_chvm.model import HOST_ROOT_TAG, SharedDir, architecture
 
@@ -69,15 +67,13 @@ class HostRootGuest(BuiltInGuest):
 def _modules_link(kernel: Kernel, cache: Path, progress: Progress) -> bytes:
     """Return where a link to the kernel's modules is to be, for modprobe, and what it leads to; empty for none."""
     tree = kernel.modules_dir
-    if tree is None or tree.name != kernel.release:
+    if tree is None or kernel.release is None:
         return b""
     places = Path("/lib/modules").resolve()
     if places / tree.name == tree.resolve():
         return b""
-    # Where the index cannot be written, modprobe says that it is missing.
-    with suppress(HostError):
-        index_modules(tree, find_busybox(cache, progress))
-    return os.fsencode(f"{places}\n{tree.resolve()}\n")
+    linked = module_tree(kernel, find_busybox(cache, progress), cache, progress)
+    return os.fsencode(f"{places}\n{linked.resolve()}\n")
 
 
 def _words(command: str | Sequence[str]) -> tuple[Sequence[str], str]:
