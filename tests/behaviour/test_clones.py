@@ -246,7 +246,7 @@ def test_a_clone_has_its_data_disk(boot, tmp_path, form):
     vm.check_output("printf kept >/dev/vda; sync")
     vm.reboot()
     assert vm.check_output("head -c 4 /dev/vda") == "kept"
-    with pytest.raises(UnsupportedError, match=r"cannot be saved: it has a data_disk"):
+    with pytest.raises(UnsupportedError, match=r"cannot be saved: it has data_disk"):
         vm.snapshot()
     vm.shutdown()
     with boot(boot="clone", name="again", network="none", data_disk=disk) as again:

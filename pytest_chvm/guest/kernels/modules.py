@@ -149,7 +149,7 @@ def modules_in_order(tree: Path, wanted: Iterable[str]) -> list[Module]:
         if path is None or name in ordered or name in ancestors:
             return
         data = decompressed(path)
-        for needed in dependencies(data):
+        for needed in (*dependencies(data), *_wanted_before(data)):
             visit(needed, (*ancestors, name))
         ordered[name] = Module(name, path, data)
 
@@ -164,8 +164,14 @@ def _module_name(path: Path) -> str:
 
 def dependencies(data: bytes) -> Iterator[str]:
     """Yield the names of the modules that one, as the plain ELF file, needs before it."""
-    for match in re.finditer(rb"\0(?:depends=([^\0]*)|softdep=pre:([^\0]*))(?=\0)", data):
-        for word in re.split(rb"[,\s]+", match[1] or match[2] or b""):
+    for match in re.finditer(rb"\0depends=([^\0]*)(?=\0)", data):
+        yield from filter(None, (word.replace("-", "_") for word in match[1].decode(errors="replace").split(",")))
+
+
+def _wanted_before(data: bytes) -> Iterator[str]:
+    """Yield the names of those that are to come before it where they can be had (softdep, modprobe.d(5))."""
+    for match in re.finditer(rb"\0softdep=pre:([^\0]*)(?=\0)", data):
+        for word in re.split(rb"[,\s]+", match[1]):
             name = word.decode(errors="replace").replace("-", "_")
             if name.startswith("post:"):
                 break
@@ -174,7 +180,7 @@ def dependencies(data: bytes) -> Iterator[str]:
 
 
 def decompressed(path: Path) -> bytes:
-    """Return the plain ELF file of a module."""
+    """Return the plain ELF file of a module; raises OSError, LZMAError, zlib.error or ValueError where there is none."""
     data = path.read_bytes()
     if path.suffix == ".xz":
         return lzma.decompress(data)
@@ -183,5 +189,8 @@ def decompressed(path: Path) -> bytes:
     if path.suffix == ".zst":
         import zstandard
 
-        return bytes(zstandard.ZstdDecompressor().stream_reader(data).read())
+        try:
+            return bytes(zstandard.ZstdDecompressor().stream_reader(data).read())
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from error
     return data
