@@ -24,6 +24,7 @@ from pytest_chvm.guest.kernels.unpacked import unpacked_kernel
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
 from pytest_chvm.model import Architecture, HostRoot, VmConfig, plugged_into_clones
+from pytest_chvm.model.seeds import SEED_FIELDS
 
 # What only one kind of guest needs is imported with it: each process that starts a VM would wait for it.
 if TYPE_CHECKING:
@@ -149,6 +150,8 @@ def _stock_guest(config: VmConfig, kernel: Kernel | None, cache: Path, progress:
             "/boot nor beside its modules: name one with kernel=PATH",
             vm_name=config.name,
         )
+    if not system.cloud_init:
+        _refuse_seed(config)
     known = kernel or inspect_kernel(image)
     # One that was copied out of the image has its modules there.
     if kernel is None or known.modules_dir is None:
@@ -156,9 +159,30 @@ def _stock_guest(config: VmConfig, kernel: Kernel | None, cache: Path, progress:
     initramfs = _initramfs_in_front(system, known, cache, progress)
     cmdline = config.cmdline
     if cmdline is None:
-        cmdline = f"{system.cmdline} {config.architecture.console_word}"
+        cmdline = f"{system.cmdline} {config.architecture.console_word}{_less_said(system.cmdline)}"
     config = config.replace(kernel=unpacked_kernel(known.image, cache), initramfs=initramfs, cmdline=cmdline)
     return StockGuest(config, random_hex(8), None if kernel is None else _lacks(known), kernel=known)
+
+
+def _refuse_seed(config: VmConfig) -> None:
+    given = ", ".join(field for field, name in SEED_FIELDS.items() if name in config.seed_texts)
+    if given:
+        raise InvalidConfigError(
+            f"VM {config.name!r}: {given} is for an image's cloud-init, and root_disk {str(config.root_disk)!r} has none, neither "
+            "/etc/cloud nor /usr/bin/cloud-init: nothing in it would read that. Leave it out, or take an image that has cloud-init "
+            "('chvm guest build debian' makes one); what else reads a seed gets it by seed_iso=",
+            vm_name=config.name,
+        )
+
+
+def _less_said(cmdline: str) -> str:
+    """Return what keeps an image's kernel and its systemd from telling all that they do on the serial console.
+
+    That is emulated byte by byte, and most of a boot's time where the VMM is run by software. Warnings are printed nevertheless
+    (kernel-parameters.txt), and so is what systemd says of units that fail (`quiet` in systemd(1)).
+    """
+    chosen = re.search(r"(?:^|\s)(quiet|debug|loglevel=|ignore_loglevel|systemd\.show_status=|systemd\.log_)", cmdline)
+    return "" if chosen else " quiet loglevel=5"
 
 
 def _lacks(kernel: Kernel) -> str | None:

@@ -110,6 +110,7 @@ class Machine:
                 self.check_alive,
                 self.health.check_ending,
                 vmm_driver.abilities.console_piece,
+                self.guest.connect_timeout_s,
             )
             self.channel = open_channel(self.guest.channel, line)
             self.splats = self._new_splat_watch()

@@ -72,21 +72,25 @@ def tiny_tree(tree: Path, *, root: str = "/dev/sda1") -> Path:
     return tree
 
 
-def partitioned(disk: Path, file_system: Path, *, label: str = "gpt") -> Path:
-    """Make a disk whose second partition is that file system."""
+def partitioned(disk: Path, file_system: Path, *, label: str = "gpt", named: str = "") -> Path:
+    """Make a disk whose second partition is that file system; `named` is more that sfdisk(8) is told of it."""
     size = file_system.stat().st_size
     with disk.open("wb") as file:
         file.truncate(size + (4 << 20))
     subprocess.run(
         ["sfdisk", "--quiet", disk],
-        input=f"label: {label}\nstart=2048, size=2048\nstart=4096, size={size >> 9}\n",
+        input=f"label: {label}\nstart=2048, size=2048\nstart=4096, size={size >> 9}{named}\n",
         text=True,
         check=True,
     )
-    subprocess.run(
-        ["dd", f"if={file_system}", f"of={disk}", "bs=1M", "seek=2", "conv=notrunc,sparse"], check=True, capture_output=True
-    )
+    put(file_system, disk, at_mb=2)
     return disk
+
+
+def put(file_system: Path, disk: Path, *, at_mb: int) -> None:
+    """Write a file system to a place of a disk."""
+    command = ["dd", f"if={file_system}", f"of={disk}", "bs=1M", f"seek={at_mb}", "conv=notrunc,sparse"]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def ext4(tree: Path, image: Path, size: str = "96M") -> Path:

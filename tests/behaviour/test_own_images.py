@@ -11,8 +11,8 @@ import pytest
 
 from pytest_chvm import HostError, Settings, Tap, UnsupportedError, VmConfig, VmState
 from pytest_chvm.base.deadline import Deadline
-from pytest_chvm.guest.channels.console.shell import CONNECT_TIMEOUT_S
 from pytest_chvm.guest.initramfs import Entry, write_cpio
+from pytest_chvm.guest.kinds.image import ImageGuest
 from pytest_chvm.machine.guest_choice import choose_guest
 from tests.relay import CLOUD_HYPERVISOR
 
@@ -165,7 +165,7 @@ def test_an_image_without_a_shell_is_booted_each_time_and_says_why(boot, tmp_pat
     with pytest.raises(UnsupportedError, match="no shell answers"):
         own(boot="clone", name="insists")
     found_out_s = clock.total_s - clock.remaining_s
-    assert found_out_s > CONNECT_TIMEOUT_S
+    assert found_out_s > ImageGuest.connect_timeout_s
     # It is not tried again: a boot alone is shorter.
     clock = Deadline.after(1000)
     vm = own(name="goes-on")

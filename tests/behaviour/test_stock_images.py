@@ -54,7 +54,8 @@ def test_an_image_alone_boots_its_own_system(boot, image):
     assert vm.check_output("cat /run/by-the-image") == "started\n"
     words = vm.check_output("cat /proc/cmdline").split()
     assert "of-the-image" in words
-    assert not {"another", "console=tty0", "ro"} & set(words)
+    assert "quiet" in words
+    assert not {"another", "console=tty0", "ro", "loglevel=5"} & set(words)
     assert vm.check_output("readlink /proc/1/exe; hostname") == "/bin/busybox\nstock-image\n"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((vm.ip, 1), 10)
@@ -108,7 +109,30 @@ def test_file_systems_and_partition_tables(chvm_vm, tree, tmp_path, kind):
     assert root[2] == file_system_type
     assert vm.check_output("cat /run/by-the-image") == "started\n"
     if "no boot loader" in kind:
-        assert re.search(r"root=UUID=[0-9a-f-]{36} ", vm.check_output("cat /proc/cmdline"))
+        # The kernel says on the serial console what it warns of, and no more.
+        assert re.search(r"root=UUID=[0-9a-f-]{36} console=\S+ quiet loglevel=5 ", vm.check_output("cat /proc/cmdline"))
+
+
+def test_of_two_systems_the_one_is_booted_whose_partition_the_boot_loader_names(chvm_vm, tree, tmp_path):
+    named = "3f6bc2ab-0123-4567-89ab-cdef01234567"
+    second, first = tmp_path / "second", tmp_path / "first"
+    shutil.copytree(tree, second, symlinks=True)
+    grub_cfg = second / "boot/grub/grub.cfg"
+    grub_cfg.write_text(grub_cfg.read_text().replace("root=/dev/sda2", f"root=PARTUUID={named}"))
+    for name in ("etc", "sbin", "dev", "proc", "sys", "run"):
+        (first / name).mkdir(parents=True)
+    (first / "sbin/init").write_text("#!/bin/sh\necho the wrong system\n")
+    disk = images.partitioned(tmp_path / "disk.raw", images.ext4(second, tmp_path / "root"), named=f", uuid={named}")
+    images.put(images.ext4(first, tmp_path / "other", "1M"), disk, at_mb=1)
+    vm = chvm_vm(vmm="qemu", root_disk=disk, network="none", boot="cold")
+    assert vm.check_output("cat /run/by-the-image") == "started\n"
+
+
+def test_what_cloud_init_is_told_wants_an_image_that_has_it(chvm_vm, image):
+    with pytest.raises(
+        InvalidConfigError, match=r"user_data, meta_data is for an image's cloud-init.*stock.qcow2' has none.*guest build"
+    ):
+        chvm_vm(vmm="qemu", root_disk=image, network="none", user_data={"packages": ["nginx"]}, meta_data={"a": "b"})
 
 
 def test_a_shared_dir_is_mounted_where_the_built_in_guest_has_it(chvm_vm, image, tmp_path):

@@ -22,7 +22,7 @@ class Line:
     `open_console` returns a descriptor of the guest's virtio console, readable and writable. `wake_fds` are to be watched while an
     answer is awaited; when one is readable, and twice a second, `check_alive` is to be called, which raises what has become of the
     guest; `check_ending` does so when the VMM hangs up, as it does on its way out. `console_piece` is how many bytes of outputs may
-    be on their way from the console at once.
+    be on their way from the console at once. After `connect_timeout_s` seconds without an answer to the first line nobody listens.
     """
 
     vm_name: str
@@ -31,6 +31,7 @@ class Line:
     check_alive: Callable[[], None]
     check_ending: Callable[[], None]
     console_piece: int
+    connect_timeout_s: float = 10.0
 
 
 class Channel(Protocol):

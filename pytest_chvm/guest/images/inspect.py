@@ -17,7 +17,15 @@ from pathlib import Path, PurePosixPath
 
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.images.boot_entries import BootEntry, chosen_entry, newest
-from pytest_chvm.guest.images.superblocks import HEAD_BYTES, FileSystem, identify, what_else
+from pytest_chvm.guest.images.superblocks import (
+    HEAD_BYTES,
+    MOST_PARTITIONS,
+    FileSystem,
+    Partition,
+    identify,
+    partitions,
+    what_else,
+)
 from pytest_chvm.guest.kernels.kernel import inspect_kernel
 from pytest_chvm.guest.kinds import Run
 
@@ -31,9 +39,8 @@ MODULES = (
 MODULES_OF = {"btrfs": ("btrfs", "xxhash_generic", "blake2b_generic", "sha256_generic"), "xfs": ("xfs",), "ext4": ("ext4",)}
 # Of a boot loader's words those that say where it would print, and what our initramfs does in the place of the image's.
 NOT_TAKEN = re.compile(r"(console|earlycon|earlyprintk|initrd|BOOT_IMAGE|rootwait|rootflags|rd)([.=].*)?|ro|rw|splash|rhgb")
-SAID = re.compile(r"(mounted|refused|root|kernel|config) (vda\d{0,3}) ([ -~]{0,1000})")
+SAID = re.compile(r"(mounted|refused|root|kernel|config|cloud-init) (vda\d{0,3}) ([ -~]{0,1000})")
 LARGEST_TEXT, HANDED_OUT_BYTES = 1 << 20, 512 << 20
-MOST_PARTITIONS = 128
 SYSTEM_FILE, KERNEL_FILE = "system.json", "kernel"
 
 
@@ -45,13 +52,15 @@ class NoSystemError(Exception):
 class System:
     """The system on an image: where its root is on the disk, and what its kernel is told.
 
-    `device`: the partition's name in a guest, or the disk's. `options`: what its root is mounted with.
+    `device`: the partition's name in a guest, or the disk's. `options`: what its root is mounted with. `cloud_init`: whether it has
+    something that reads a seed.
     """
 
     device: str
     type: str
     options: str
     cmdline: str
+    cloud_init: bool
 
     def write(self, directory: Path) -> None:
         """Keep it in a directory, beside its kernel and modules."""
@@ -65,12 +74,14 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What a VM has seen on a disk: by device its file systems; roots, kernels and configurations as (device, path)."""
+    """What a VM has seen on a disk: by device its file systems and partitions; roots and what is in them as (device, path)."""
 
     systems: Mapping[str, FileSystem]
+    partitions: Mapping[str, Partition]
     roots: Sequence[tuple[str, str]]
     kernels: Sequence[tuple[str, str]]
     configs: Sequence[tuple[str, str]]
+    cloud_inits: Sequence[tuple[str, str]]
 
 
 def take_system(run: Run, handed_out: Path, directory: Path) -> System:
@@ -96,7 +107,8 @@ def _take_system(vm: _Look, directory: Path) -> System:
     words = [word for word in (entry.options.split() if entry else []) if not NOT_TAKEN.fullmatch(word)]
     if not any(word.startswith("root=") for word in words):
         words.insert(0, f"root=UUID={found.systems[device].uuid}")
-    system = System(device, found.systems[device].type, ",".join(options[-1:]), " ".join(words))
+    cloud_init = (device, prefix) in found.cloud_inits
+    system = System(device, found.systems[device].type, ",".join(options[-1:]), " ".join(words), cloud_init)
     if kernel is not None:
         _take_kernel(vm, kernel, f"/mnt/{device}/{prefix}", system, directory)
     system.write(directory)
@@ -137,19 +149,14 @@ class _Look:
 def _look(vm: _Look) -> _Found:
     listed = vm.ask("until [ -b /dev/vda ]; do usleep 10000; done; cd /sys/class/block && ls -d vda*")
     devices = sorted(re.findall(r"^vda\d{0,3}$", listed, re.M), key=lambda name: int(name[3:] or 0))
-    partitions = devices[1 : MOST_PARTITIONS + 1] or devices[:1]
-    # Each of the same size, however small the partition.
-    vm.ask(
-        f"{{ {'; '.join(f'dd if=/dev/{device} bs={HEAD_BYTES} count=1 conv=sync' for device in partitions)}; }} >/dev/vdb && sync"
-    )
-    with vm.handed_out.open("rb") as file:
-        heads = file.read(HEAD_BYTES * len(partitions))
+    heads = _heads(vm, devices[: MOST_PARTITIONS + 1])
+    named = partitions(heads["vda"])
+    looked_at = devices[1 : MOST_PARTITIONS + 1] or devices[:1]
     systems, others = {}, []
-    for number, device in enumerate(partitions):
-        head = heads[number * HEAD_BYTES : (number + 1) * HEAD_BYTES]
-        if (system := identify(head)) is not None:
+    for device in looked_at:
+        if (system := identify(heads[device])) is not None:
             systems[device] = system
-        elif other := what_else(head):
+        elif other := what_else(heads[device]):
             others.append(f"{device} is {other}")
     script = resources.files(__package__).joinpath("inspect.sh").read_text()
     lines = "".join(f"{device} {system.type}\n" for device, system in systems.items())
@@ -159,11 +166,20 @@ def _look(vm: _Look) -> _Found:
     def places(kind: str) -> list[tuple[str, str]]:
         return [(device, path.removeprefix("./")) for what, device, path in said if what == kind and device in systems]
 
-    found = _Found(systems, places("root"), places("kernel"), places("config"))
+    in_table = {f"vda{number}": partition for number, partition in named.items()}
+    found = _Found(systems, in_table, places("root"), places("kernel"), places("config"), places("cloud-init"))
     if not found.roots:
         seen = [f"{device} is {systems[device].type}, without an init" for device, _ in places("mounted")]
-        raise NoSystemError("; ".join([*seen, *others]) or f"nothing known here begins {' or '.join(partitions)}")
+        raise NoSystemError("; ".join([*seen, *others]) or f"nothing known here begins {' or '.join(looked_at)}")
     return found
+
+
+def _heads(vm: _Look, devices: Sequence[str]) -> dict[str, bytes]:
+    """Return how each device begins."""
+    # Each of the same size, however small the partition.
+    vm.ask(f"{{ {'; '.join(f'dd if=/dev/{device} bs={HEAD_BYTES} count=1 conv=sync' for device in devices)}; }} >/dev/vdb && sync")
+    with vm.handed_out.open("rb") as file:
+        return {device: file.read(HEAD_BYTES) for device in devices}
 
 
 def _texts(vm: _Look, configs: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -185,6 +201,8 @@ def _root(found: _Found, entry: BootEntry | None) -> tuple[str, str]:
             f"LABEL={system.label}",
             *(f"/dev/{disk}{number}" for disk in ("vda", "sda", "xvda", "hda")),
         )
+        if (partition := found.partitions.get(device)) is not None:
+            names += (f"PARTUUID={partition.uuid}", f"PARTLABEL={partition.label}")
         return named.lower() in map(str.lower, names)
 
     roots = [root for root in found.roots if is_named(root[0])] or found.roots

@@ -3,6 +3,7 @@
 #   root DEVICE PREFIX       where there is an init, below PREFIX/ of the file system
 #   kernel DEVICE PATH       what may be one
 #   config DEVICE PATH       a boot loader's
+#   cloud-init DEVICE PREFIX where a system has something that reads a seed: cloud-init, tiny-cloud, coreos-cloudinit
 say() { printf '%s %s %s\n' "$1" "$device" "$2"; }
 while read -r device type; do
     place=/mnt/$device
@@ -26,6 +27,9 @@ while read -r device type; do
             for init in sbin/init usr/sbin/init usr/lib/systemd/systemd lib/systemd/systemd bin/init; do
                 # A link may be absolute, and lead nowhere here.
                 if [ -e $prefix/$init ] || [ -L $prefix/$init ]; then say root $prefix && break; fi
+            done
+            for file in $prefix/etc/*cloud* $prefix/usr/bin/*cloud-init* $prefix/usr/bin/*cloudinit*; do
+                [ -e $file ] && say cloud-init $prefix && break
             done
         fi
         for file in $prefix/boot/* $prefix/vmlinu* $prefix/*/vmlinu* $prefix/usr/lib/modules/*/vmlinuz $prefix/lib/modules/*/vmlinuz; do

@@ -1,13 +1,15 @@
-"""File systems by how they begin, as a VM of ours has read them; whatever an image has there is looked at strictly."""
+"""Partition tables and file systems by how they begin, as a VM of ours has read them; whatever is there is looked at strictly."""
 
 from __future__ import annotations
 
+import struct
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
 # How much of a partition is looked at: the superblock of btrfs is the farthest, at 64 KiB.
 HEAD_BYTES = 68 << 10
+MOST_PARTITIONS, MOST_OF_MBR = 128, 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,34 @@ def identify(head: bytes) -> FileSystem | None:
         if head[place : place + len(magic)] == magic and len(head) >= 4096:
             return read(head)
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """What a partition table calls a partition: its PARTUUID and PARTLABEL as blkid(8) writes them."""
+
+    uuid: str
+    label: str = ""
+
+
+def partitions(head: bytes) -> dict[int, Partition]:
+    """Return the partitions of a disk that begins so, by the numbers that Linux gives them; none where there is no table.
+
+    GPT: UEFI specification, 5.3. An MBR's have no UUIDs of their own: Linux makes them (block/partitions/msdos.c).
+    """
+    if len(head) < 1024 or head[510:512] != b"\x55\xaa":
+        return {}
+    if head[512:520] != b"EFI PART":
+        signature = int.from_bytes(head[0x1B8:0x1BC], "little")
+        return {number: Partition(f"{signature:08x}-{number:02x}") for number in range(1, MOST_OF_MBR + 1)} if signature else {}
+    start, count, size = struct.unpack_from("<QII", head, 512 + 72)
+    found = {}
+    for number in range(1, min(count, MOST_PARTITIONS) + 1):
+        entry = head[start * 512 + (number - 1) * size :][: max(size, 128)]
+        if len(entry) >= 128 and any(entry[:16]):
+            label = entry[56:128].decode("utf-16-le", "replace").split("\0")[0]
+            found[number] = Partition(str(uuid.UUID(bytes_le=entry[16:32])), label)
+    return found
 
 
 def what_else(head: bytes) -> str | None:

@@ -31,6 +31,8 @@ class Guest(ABC):
     reads_words_of_file: ClassVar[bool]
     # How long it may take to be ready where nobody says.
     boot_timeout_s: ClassVar[float] = 60.0
+    # How long its shell may take to answer the first line, once it is ready.
+    connect_timeout_s: ClassVar[float] = 10.0
     # A shell script that says what a boot is still waiting for, where there is more to say than the console does.
     boot_state: ClassVar[str | None] = None
     # Whether the host's programs run in it as they are, and whether their libraries may be put where the host has them.

@@ -28,8 +28,9 @@ class StockGuest(Guest):
     takes_host_keys: ClassVar[bool] = True
     reads_words_of_file: ClassVar[bool] = True
     warns_on_console: ClassVar[bool] = True
-    # A whole system, which software may have to run.
+    # A whole system, which software may have to run; its services still start when it is ready.
     boot_timeout_s: ClassVar[float] = 300.0
+    connect_timeout_s: ClassVar[float] = 120.0
     boot_state: ClassVar[str | None] = BOOT_STATE
 
     def own_words(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Stock images: what is read of one, on texts and bytes as images have them, and on any others."""
 
+import json
 import shutil
 import subprocess
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from pytest_chvm.guest.images.boot_entries import chosen_entry, newest
 from pytest_chvm.guest.images.inspect import NOT_TAKEN, _with_dependencies
-from pytest_chvm.guest.images.superblocks import HEAD_BYTES, identify, what_else
+from pytest_chvm.guest.images.superblocks import HEAD_BYTES, identify, partitions, what_else
 
 DEBIAN = """
 set default="0"
@@ -116,10 +117,33 @@ def test_file_systems_are_told_by_how_they_begin(tmp_path, make, type):
     assert f"\nUUID={found.uuid}\n" in said
 
 
+@pytest.mark.parametrize("table", ["gpt", "dos"])
+def test_partitions_have_the_names_that_blkid_gives_them(tmp_path, table):
+    disk = tmp_path / "disk"
+    with disk.open("wb") as image:
+        image.truncate(16 << 20)
+    name = ', name="the root"' if table == "gpt" else ""
+    told = f"label: {table}\n2: start=4096, size=2048{name}\n1: start=2048, size=2048\n"
+    subprocess.run(["sfdisk", "--quiet", disk], input=told, text=True, check=True)
+    with disk.open("rb") as image:
+        found = partitions(image.read(HEAD_BYTES))
+    seen = json.loads(subprocess.run(["sfdisk", "--json", disk], capture_output=True, check=True).stdout)["partitiontable"]
+    signature = seen["id"].removeprefix("0x").lower()
+    for number, partition in enumerate(sorted(seen["partitions"], key=lambda one: one["node"]), 1):
+        assert found[number].uuid == partition.get("uuid", f"{signature}-{number:02}").lower()
+        assert found[number].label == partition.get("name", "")
+
+
 def test_what_cannot_be_a_root_is_named():
     assert "LUKS" in what_else(b"LUKS\xba\xbe".ljust(HEAD_BYTES, b"\0"))
     assert "LVM" in what_else(bytes(512) + b"LABELONE".ljust(HEAD_BYTES, b"\0"))
     assert what_else(bytes(HEAD_BYTES)) is None
+
+
+@given(st.binary(max_size=1200))
+def test_any_bytes_are_a_partition_table_or_none(data):
+    for head in (data, bytes(510) + b"\x55\xaa" + data, bytes(510) + b"\x55\xaaEFI PART" + bytes(64) + data):
+        assert len(partitions(head.ljust(HEAD_BYTES, data[-1:] or b"\0"))) <= 128
 
 
 @given(st.binary(max_size=600), st.sampled_from([0, 54, 82, 512, 0x438, 0x10040]))

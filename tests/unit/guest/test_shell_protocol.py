@@ -92,9 +92,9 @@ def answer(token, stdout=b"", stderr=b"", status=b"0"):
 def console():
     peers = []
 
-    def make(respond, hello=None, check_alive=lambda: None):
+    def make(respond, hello=None, check_alive=lambda: None, **more):
         peer = Peer(respond, hello)
-        guest = GuestShell(Line("web", lambda: os.dup(peer.ours.fileno()), list, check_alive, check_alive, OUTPUT_PIECE))
+        guest = GuestShell(Line("web", lambda: os.dup(peer.ours.fileno()), list, check_alive, check_alive, OUTPUT_PIECE, **more))
         guest.drops = lambda: peer.drops
         guest.scripts = lambda: (peer.ours.shutdown(socket.SHUT_WR), peer.thread.join(5), peer.scripts)[-1]
         guest.end = lambda: peer.theirs.shutdown(socket.SHUT_RDWR)
@@ -274,18 +274,18 @@ def test_peer_that_never_answers_is_a_timeout(console, monkeypatch):
     assert not at_once.expired
 
 
-def test_peer_without_a_shell_is_an_error_that_says_what_it_needs(console, monkeypatch):
-    monkeypatch.setattr(shell, "CONNECT_TIMEOUT_S", 0.3)
-    guest = console(lambda token: [], hello=lambda token: b"login: ")
+def test_peer_without_a_shell_is_an_error_that_says_what_it_needs(console):
+    guest = console(lambda token: [], hello=lambda token: b"login: ", connect_timeout_s=0.3)
     with pytest.raises(VmIOError, match=r"no shell answers on the guest's virtio console \(hvc0\).*needs a service that runs"):
         run(guest, timeout=30)
 
 
-def test_echo_of_the_greeting_is_not_taken_for_an_answer(console, monkeypatch):
+def test_echo_of_the_greeting_is_not_taken_for_an_answer(console):
     """A terminal that echoes sends back what it was typed, and no shell is behind it."""
-    monkeypatch.setattr(shell, "CONNECT_TIMEOUT_S", 0.3)
     guest = console(
-        lambda token: [], hello=lambda token: b"eval %s 2>/dev/null; echo; echo '%s''%s' sh\r\n" % (token, token[:16], token[16:])
+        lambda token: [],
+        hello=lambda token: b"eval %s 2>/dev/null; echo; echo '%s''%s' sh\r\n" % (token, token[:16], token[16:]),
+        connect_timeout_s=0.3,
     )
     with pytest.raises(VmIOError, match="no shell answers"):
         run(guest, timeout=30)

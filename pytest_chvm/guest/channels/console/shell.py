@@ -23,7 +23,6 @@ from pytest_chvm.guest.channels.console.streams import ConsoleProcess, StreamCon
 from pytest_chvm.guest.commands import script_of
 from pytest_chvm.model import CommandResult
 
-CONNECT_TIMEOUT_S = 10.0
 # Sent at once; others' commands wait while the guest reads it.
 INPUT_PIECE = 1 << 18
 KILL_TIMEOUT_S = 5.0
@@ -109,12 +108,12 @@ class GuestShell(StreamConsole):
         answer = Answer(kept=False)
         self._say(lambda: self._send(f"run {answer.token} ".encode() + _escaped(script.encode()) + b"\n"), timeout, answer)
 
-    def do(self, script: str, timeout: float = CONNECT_TIMEOUT_S) -> None:
+    def do(self, script: str, timeout: float | None = None) -> None:
         """Have the guest's shell itself run one line of printable ASCII before its next command, without waiting for the end.
 
-        Raises VmIOError where no shell answers in time.
+        `timeout` is in seconds (None: the line's `connect_timeout_s`). Raises VmIOError where no shell answers in time.
         """
-        self._say(lambda: self._send(f"do - {script}\n".encode("ascii")), timeout)
+        self._say(lambda: self._send(f"do - {script}\n".encode("ascii")), timeout or self.line.connect_timeout_s)
 
     def _say(self, send: Callable[[], Message], timeout: float | None, answer: Answer | None = None) -> None:
         deadline = Deadline.after(timeout)
@@ -180,13 +179,15 @@ class GuestShell(StreamConsole):
                 ) from error
 
     @contextmanager
-    def waiting(self, line: Callable[[str], str], timeout: float = CONNECT_TIMEOUT_S) -> Iterator[None]:
+    def waiting(self, line: Callable[[str], str], timeout: float | None = None) -> Iterator[None]:
         """Have the guest's shell wait for its renewal, as a snapshot has to find it; afterwards it goes on.
 
         `line` makes the line, as for `do`, after which it waits, of the token that it says then. Commands of other threads are
-        waited for before, and wait meanwhile. Raises VmIOError where they do not end, or the shell says nothing, in time.
+        waited for before, and wait meanwhile. `timeout` is in seconds (None: the line's `connect_timeout_s`). Raises VmIOError
+        where they do not end, or the shell says nothing, in time.
         """
         said = Answer(WAITS)
+        timeout = timeout or self.line.connect_timeout_s
         deadline = Deadline.after(timeout)
         try:
             with self._changed:
@@ -271,7 +272,7 @@ class GuestShell(StreamConsole):
         self._open()
         if self._in_step:
             return
-        patience = Deadline.after(min(CONNECT_TIMEOUT_S, deadline.remaining_s))
+        patience = Deadline.after(min(self.line.connect_timeout_s, deadline.remaining_s))
         said = Answer(SHELL_OR_LOOP)
         # The quotes keep a terminal's echo of the line from looking like its answer; the loop ignores the first line.
         half = len(said.token) // 2
