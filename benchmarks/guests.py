@@ -1,7 +1,7 @@
 """How long it takes to use guests as people have them: the host's own file system, a test inside, commands, files, a stock image.
 
-    python benchmarks/guests.py [--rounds 5] [--parts python inside commands files stock] [--image IMAGE] [--copy-mb 256]
-                                [--json build/guests.json]
+    python benchmarks/guests.py [--rounds 5] [--parts python inside commands files stock image-clone]
+                                [--image IMAGE] [--copy-mb 256] [--json build/guests.json]
 
 In each round, in an order drawn anew:
 
@@ -15,8 +15,10 @@ In each round, in an order drawn anew:
     virtiofs in, out    the same by `cp` in the guest, from and to a shared dir; and `TCP in`, from a socket to the guest's `nc`
     stock cold          `launch(root_disk=IMAGE, boot="cold")` to ready
     stock bare          the QEMU command of that VM with the image's own kernel, initramfs and command line, to its login prompt
+    image cold, clone   `launch(root_disk=IMAGE, user_data=...)` to its first command's output; three clones to one boot
 
-IMAGE is a Debian without cloud-init, which looks for its data source for minutes where nobody gives it one; made at the first run.
+IMAGE is for `stock` a Debian without cloud-init, which looks for its data source for minutes where nobody gives it one, and for the
+last a Debian with it, as stock cloud images are; both are made at the first run.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ LIMITS = {
     "put / fastest in": 2.0,
     "get / fastest out": 2.0,
     "stock cold / stock bare": 1.1,
+    "image clone / image cold": 1 / 30,
 }
 LINE = "print('hello')"
 SAID = "hello\n"
@@ -65,7 +68,7 @@ SHORT_REPEATED, COMMANDS = 3, 20
 TICKS = "while :; do echo tick; usleep 100000; done"
 PORT = 5001
 TIMEOUT_S = 600.0
-PARTS = ("python", "inside", "commands", "files", "stock")
+PARTS = ("python", "inside", "commands", "files", "stock", "image-clone")
 Kind = Callable[[], None]
 INSIDE = {
     "test_inside.py": "import pytest\n\n@pytest.mark.chvm(inside=True)\ndef test_nothing():\n    pass\n",
@@ -229,7 +232,7 @@ class Stock:
             release = vm.check_output("uname -r").strip()
             for name in ("vmlinuz", "initrd.img"):
                 vm.get(f"/boot/{name}-{release}", directory / name)
-            cmdline = f"root=UUID={vm.check_output('findmnt -no UUID /').strip()} ro console=ttyS0"
+            cmdline = f"root=UUID={vm.check_output('findmnt -no UUID /').strip()} ro console=ttyS0 quiet loglevel=5"
             command = list(vm.handle.command)
         for option, value in (("-kernel", "vmlinuz"), ("-initrd", "initrd.img"), ("-append", cmdline)):
             place = command.index(option) + 1
@@ -266,6 +269,7 @@ def rounds(options: argparse.Namespace, measured: boot.Measurements) -> None:
             "commands": lambda _place: command_kinds(stack, draw, measured),
             "files": lambda place: file_kinds(place, options.copy_mb, stack, draw, measured),
             "stock": lambda place: stock_kinds(place, options.image, measured),
+            "image-clone": lambda _place: image_kinds(options.image, measured),
         }
         kinds = []
         for part in options.parts:
@@ -318,6 +322,24 @@ def stock_kinds(directory: Path, image: Path | None, measured: boot.Measurements
     return [lambda: stock.cold(measured), lambda: stock.bare(measured)]
 
 
+def image_kinds(image: Path | None, measured: boot.Measurements) -> list[Kind]:
+    """Return what boots a stock image with cloud-init, and what clones it."""
+    image = image or build_debian(DebianRecipe(), cache_dir(Settings.resolve()), show_progress)
+    # Not counted: it makes the template.
+    image_vm(image, "clone", boot.Measurements())
+    return [lambda: image_vm(image, "cold", measured)] + [lambda: image_vm(image, "clone", measured)] * SHORT_REPEATED
+
+
+def image_vm(image: Path, how: str, measured: boot.Measurements) -> None:
+    """Have a VM of a stock image run its first command, cloud-init through."""
+    more: dict[str, object] = {"user_data": {"hostname": "told"}, "memory_mb": 512, "boot_timeout": TIMEOUT_S}
+    started = time.perf_counter()
+    with launch(vmm="qemu", boot=how, root_disk=image, **more) as vm:
+        said = vm.check_output("cat /run/cloud-init/result.json")
+        measured.add(f"image {how}", time.perf_counter() - started)
+    assert "DataSourceNoCloud" in said
+
+
 def plain_debian() -> Path:
     """Return the stock image, made at the first call."""
     return build_debian(DebianRecipe(without=("cloud-init",)), cache_dir(Settings.resolve()), show_progress)
@@ -349,7 +371,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="some of it (default: all)")
-    parser.add_argument("--image", type=Path, metavar="PATH", help="a stock image, qcow2 (default: Debian without cloud-init)")
+    parser.add_argument("--image", type=Path, metavar="PATH", help="a stock image, qcow2 (default: Debian; see above)")
     parser.add_argument("--copy-mb", type=int, default=256, metavar="N", help="size of the file that is copied (default: 256)")
     parser.add_argument("--vng", default=shutil.which("vng"), metavar="PATH", help="virtme-ng (default: from PATH)")
     parser.add_argument("--json", type=Path, default=Path("build/guests.json"), metavar="PATH", help="default: build/guests.json")

@@ -21,7 +21,7 @@ CLOUD_HYPERVISOR = "cloud-hypervisor"
 REPORTS = "CHVM_TEST_REPORTS"
 # A kernel for the lab, to run the tests with another than the built-in guest's.
 KERNEL = "CHVM_TEST_LAB_KERNEL"
-LAB_TIMEOUT_S = 900
+LAB_TIMEOUT_S = 1800
 NOT_RUN = "not run with the real Cloud Hypervisor"
 _results_key = pytest.StashKey[dict]()
 
