@@ -31,7 +31,7 @@ StateDirectory=logbox
 
 @pytest.fixture(scope="module")
 def debian(chvm_vm_factory: VmFactory) -> Vm:
-    """A stock image in which cloud-init has installed the daemon; after the first time a clone of that."""
+    """A stock image in which cloud-init has installed the daemon; from the second run on a clone of that."""
     image = Path(os.environ.get("LOGBOX_IMAGE", "debian.qcow2"))
     if not image.exists():
         pytest.skip(f"no {image}: make it with 'chvm guest build debian -o {image}', or name another with LOGBOX_IMAGE")
