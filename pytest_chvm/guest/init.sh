@@ -26,6 +26,8 @@ if [ -e /lib/chvm/root.fstab ]; then
     mkdir -p /host/layer/upper/etc /host/layer/work /run/lock
     chmod 1777 /run/lock
     touch /lib/chvm/root.ns
+    # For the host's bpftool and libbpf; the built-in guest's own programs have no use for it.
+    mount -t bpf bpf /sys/fs/bpf 2>/dev/null
     # modprobe looks for the modules of this kernel where the host has those of its own.
     { read -r places && read -r tree; } </lib/chvm/root.modules && mkdir -p "/host/layer/upper$places" &&
         ln -s "$tree" "/host/layer/upper$places"

@@ -32,6 +32,8 @@ WANTED_MODULES = (
     "virtio_blk",
     "virtiofs",
     "virtio_rng",
+    # ext4 asks for it by an alias, which only modprobe understands.
+    "crc32c_generic",
     "ext4",
     "af_packet",
     "pvpanic_pci",

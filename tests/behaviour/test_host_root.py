@@ -1,6 +1,7 @@
 """The host's file system as the guest's: the same programs at the same paths, read-only below, without the host's secrets."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -116,6 +117,40 @@ def test_files_are_copied_to_and_from_the_layer(on_qemu, tmp_path):
     on_qemu.put(tmp_path / "there", "/var/tmp/copy")
     assert on_qemu.get("/var/tmp/copy", tmp_path / "back").read_text() == "copied"
     assert not os.path.exists("/var/tmp/copy")
+
+
+@pytest.fixture
+def tool(request):
+    """A program of the host's that not every host has."""
+    if shutil.which(request.param) is None:
+        pytest.skip(f"{request.param} is not installed here (on Debian: package {request.param.replace('perf', 'linux-perf')})")
+    return request.param
+
+
+@pytest.mark.parametrize("tool", ["strace"], indirect=True)
+def test_strace_shows_what_a_program_asks_of_the_guests_kernel(on_qemu, tool):
+    done = on_qemu.run([tool, "-f", "-e", "trace=openat", "sh", "-c", "cat /etc/hostname"])
+    assert (done.returncode, '"/etc/hostname"' in done.stderr) == (0, True)
+
+
+@pytest.mark.parametrize("tool", ["bpftool"], indirect=True)
+def test_bpftool_makes_maps_that_stay(on_qemu, tool):
+    pinned = "/sys/fs/bpf/counts"
+    on_qemu.check_output(f"{tool} map create {pinned} type array key 4 value 4 entries 2 name counts")
+    on_qemu.check_output(f"{tool} map update pinned {pinned} key 1 0 0 0 value 7 0 0 0")
+    assert "07 00 00 00" in on_qemu.check_output(f"{tool} map lookup pinned {pinned} key 1 0 0 0")
+    assert on_qemu.check_output(f"{tool} prog list; rm {pinned}") == ""
+
+
+@pytest.mark.parametrize("tool", ["perf"], indirect=True)
+def test_perf_counts_samples_and_traces(on_qemu, tool):
+    """With the events that need no counters of a processor's: software emulates none."""
+    counted = on_qemu.run([tool, "stat", "-x,", "-e", "task-clock,syscalls:sys_enter_openat", "cat", "/etc/hostname"])
+    counts = {line.split(",")[2]: float(line.split(",")[0]) for line in counted.stderr.splitlines()}
+    assert counts["task-clock"] > 0
+    assert counts["syscalls:sys_enter_openat"] > 0
+    on_qemu.check_output(f"{tool} record -q -B -N -o /tmp/perf.data -e cpu-clock sh -c 'for i in 1 2 3 4 5 6 7 8; do :; done'")
+    assert "sh" in on_qemu.check_output(f"{tool} script -i /tmp/perf.data -F comm")
 
 
 def test_it_is_a_clone_with_an_identity_of_its_own(vm, boot):

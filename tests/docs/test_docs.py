@@ -71,7 +71,7 @@ def test_the_first_tests_of_readme_pass_and_print_what_it_shows(pytester, monkey
 
 @pytest.mark.slow
 def test_the_other_examples_of_readme_work(pytester):
-    snapshot, host_root, marker, needs, inside, ktap, machines, without_pytest = code_blocks("python")[1:]
+    snapshot, host_root, marker, needs, inside, ktap, modules, machines, without_pytest = code_blocks("python")[1:]
     indented = without_pytest.replace("\n", "\n    ").rstrip()
     # Whatever kernel this host has: the test runs or is skipped.
     needs += "def test_of_a_kernel(chvm_vm):\n    chvm_vm()\n"
@@ -79,11 +79,11 @@ def test_the_other_examples_of_readme_work(pytester):
         '"/src/linux/tools/testing/selftests/timers/posix_timers"', r'"printf", "TAP version 13\n1..1\nok 1 timers\n"'
     )
     tests = "\n\n".join(
-        [snapshot, host_root, marker, needs, inside, ktap, machines, f"def test_without_pytest():\n    {indented}\n"]
+        [snapshot, host_root, marker, needs, inside, ktap, modules, machines, f"def test_without_pytest():\n    {indented}\n"]
     )
     pytester.makepyfile(f"import os\nimport subprocess\n\nimport pytest\n\n\n{tests}")
 
     outcomes = pytester.runpytest_subprocess(*LIGHT).parseoutcomes()
 
-    assert outcomes["passed"] + outcomes.get("skipped", 0) == 9
+    assert outcomes["passed"] + outcomes.get("skipped", 0) == 10
     assert not outcomes.keys() & {"failed", "errors", "error"}

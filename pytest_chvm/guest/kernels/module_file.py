@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import lzma
 import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +28,7 @@ class ModuleFile:
 
 def read_module(file: Path) -> ModuleFile:
     """Return what a module's file says of itself; raises InvalidConfigError where it is none."""
-    try:
-        data = decompressed(file)
-    except (OSError, lzma.LZMAError, zlib.error, ValueError) as error:
-        raise InvalidConfigError(f"the module {str(file)!r} cannot be read: {error}") from error
+    data = decompressed(file)
     name, release = NAME.search(data), RELEASE.search(data)
     if not data.startswith(b"\x7fELF") or name is None or release is None:
         raise InvalidConfigError(

@@ -11,7 +11,6 @@ import re
 import subprocess
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,13 +89,12 @@ def is_build_tree(directory: Path) -> bool:
 def check_release(modules_dir: Path, release: str) -> None:
     """Raise InvalidConfigError where a kernel's modules are not of its release, by the `vermagic` of one (modinfo(8))."""
     for file in _some_module(modules_dir):
-        with suppress(OSError, zlib.error, lzma.LZMAError):
-            found = re.search(rb"\0vermagic=(\S+)", decompressed(file))
-            if found is not None and (of := found[1].decode(errors="replace")) != release:
-                raise InvalidConfigError(
-                    f"the modules in {str(modules_dir)!r} are of another release than their kernel: {file.name} is for {of}, and "
-                    f"the kernel is {release}, which would load none of them; build and install both anew"
-                )
+        found = re.search(rb"\0vermagic=(\S+)", decompressed(file))
+        if found is not None and (of := found[1].decode(errors="replace")) != release:
+            raise InvalidConfigError(
+                f"the modules in {str(modules_dir)!r} are of another release than their kernel: {file.name} is for {of}, and "
+                f"the kernel is {release}, which would load none of them; build and install both anew"
+            )
 
 
 def _some_module(modules_dir: Path) -> Iterator[Path]:
@@ -180,13 +178,19 @@ def _wanted_before(data: bytes) -> Iterator[str]:
 
 
 def decompressed(path: Path) -> bytes:
-    """Return the plain ELF file of a module; raises OSError, LZMAError, zlib.error or ValueError where there is none."""
-    data = path.read_bytes()
-    if path.suffix == ".xz":
+    """Return the plain ELF file of a module; raises InvalidConfigError where it cannot be read."""
+    try:
+        return _decompress(path.suffix, path.read_bytes())
+    except (OSError, lzma.LZMAError, zlib.error, ValueError) as error:
+        raise InvalidConfigError(f"the module {str(path)!r} cannot be read: {error}") from error
+
+
+def _decompress(suffix: str, data: bytes) -> bytes:
+    if suffix == ".xz":
         return lzma.decompress(data)
-    if path.suffix == ".gz":
+    if suffix == ".gz":
         return zlib.decompress(data, wbits=31)
-    if path.suffix == ".zst":
+    if suffix == ".zst":
         import zstandard
 
         try:
