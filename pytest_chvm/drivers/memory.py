@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def copy_data(file: Path, copy: Path) -> None:
 def inherited_memory(pid: int) -> Path | None:
     """Return the guest's memory among a VMM's descriptors, where that is a copy of ours (`/proc/PID/fd/N`)."""
     for fd in Path(f"/proc/{pid}/fd").iterdir():
-        if os.fspath(fd.readlink()).startswith(f"/memfd:{COPY_NAME}"):
-            return fd
+        # A VMM that is starting closes some of them meanwhile.
+        with suppress(FileNotFoundError):
+            if os.fspath(fd.readlink()).startswith(f"/memfd:{COPY_NAME}"):
+                return fd
     return None

@@ -14,8 +14,7 @@ def check_hugepages(memory_mb: int, numa_nodes: int, meminfo: Path = MEMINFO) ->
 
     They are those of the host's default size: Documentation/admin-guide/mm/hugetlbpage.rst.
     """
-    facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    size_kb = int(facts.get("Hugepagesize", "0 kB").split()[0])
+    facts, size_kb = _facts(meminfo), hugepage_size_kb(meminfo)
     if not size_kb:
         raise MissingRequirementError("hugepages=True, and the kernel of this host has none (CONFIG_HUGETLBFS)")
     if (memory_mb << 10) % (size_kb * numa_nodes):
@@ -29,3 +28,12 @@ def check_hugepages(memory_mb: int, numa_nodes: int, meminfo: Path = MEMINFO) ->
             f"hugepages=True needs {needed} free hugepages of {size_kb} KiB, and {free} are free: set more aside with "
             f"'sysctl vm.nr_hugepages={int(facts['HugePages_Total']) + needed - free}'"
         )
+
+
+def hugepage_size_kb(meminfo: Path = MEMINFO) -> int:
+    """Return the default size of the host's hugepages in KiB, 0 where its kernel has none."""
+    return int(_facts(meminfo).get("Hugepagesize", "0 kB").split()[0])
+
+
+def _facts(meminfo: Path) -> dict[str, str]:
+    return dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)

@@ -10,6 +10,7 @@ from pathlib import Path
 from pytest_chvm.drivers.boot import GDB_SOCKET, Boot
 from pytest_chvm.drivers.cloud_hypervisor.disks import quoted
 from pytest_chvm.errors import UnsupportedError
+from pytest_chvm.host.hugepages import hugepage_size_kb
 from pytest_chvm.model import Cpus, VmConfig
 
 HELP_TIMEOUT_S = 10.0
@@ -28,7 +29,8 @@ def processors(config: VmConfig) -> list[str]:
 def memory(boot: Boot) -> list[str]:
     """Return the arguments of the memory, in equal parts on its NUMA nodes."""
     config, cpus = boot.config, boot.config.topology
-    pages = ",hugepages=on" if config.hugepages else ""
+    # Their size is said, since it would ask /dev/hugepages, which need not be mounted.
+    pages = f",hugepages=on,hugepage_size={hugepage_size_kb()}K" if config.hugepages else ""
     # For vhost-user: a shared dir, now or plugged in later.
     shared = ",shared=on" if config.shared_dirs or config.hotplug else ""
     if cpus.numa_nodes > 1:
