@@ -33,12 +33,6 @@ def why_no_clone(guest: Guest, driver: VmDriver, *, network_mode: str) -> str | 
         return f"{driver.vmm} cannot {SAVE}"
     if (why := guest.why_no_clone(network_mode)) is not None:
         return why
-    try:
-        for disk in config.disks_with_images:
-            if not disk.written and disk.kind is not SEED:
-                plain_images(disk.image)
-    except (OSError, UnsupportedError) as error:
-        return str(error)
     if config.firmware is not None:
         return "its own boot loader boots it"
     if (why := _why_no_clone_of_machine(config)) is not None:
@@ -51,6 +45,12 @@ def why_no_clone(guest: Guest, driver: VmDriver, *, network_mode: str) -> str | 
         return f"it has more shared dirs and disks than the {slots} for which a clone has places"
     if not all(network.clonable for network in config.networks or ()):
         return "it has a network that is not a TAP's"
+    try:
+        for disk in config.disks_with_images:
+            if not disk.written and disk.kind is not SEED:
+                plain_images(disk.image)
+    except (OSError, UnsupportedError) as error:
+        return str(error)
     return None
 
 

@@ -12,12 +12,15 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pytest_chvm.drivers.boot import DEFAULT_OPTIONS, BootOptions
-from pytest_chvm.errors import InvalidConfigError, UnsupportedError, VmError
+from pytest_chvm.errors import InvalidConfigError, MissingRequirementError, UnsupportedError, VmError
 from pytest_chvm.host.binaries import Binary
 from pytest_chvm.model import ServedShare, SharedDir, VmConfig, VmHandle, VmStatus
+
+if TYPE_CHECKING:
+    from pytest_chvm.guest.kernels.kernel import Kernel
 
 logger = logging.getLogger("pytest_chvm")
 
@@ -305,8 +308,11 @@ def method_of(driver: VmDriver, name: str, vm_name: str) -> Any:
     return getattr(driver, name)
 
 
-def check_abilities(driver: VmDriver, config: VmConfig) -> None:
-    """Raise UnsupportedError, or InvalidConfigError, for the first thing that the VMM does not have, whatever the host has."""
+def check_abilities(driver: VmDriver, config: VmConfig, kernel: Kernel | None = None) -> None:
+    """Raise UnsupportedError, or InvalidConfigError, for the first thing that the VMM does not have, whatever the host has.
+
+    `kernel` is the guest's, where it is known: MissingRequirementError is raised where that has no driver for the VMM's IOMMU.
+    """
     _check_devices(config)
     able = driver.abilities
     if config.cpu is not None and not able.cpu_models:
@@ -329,6 +335,20 @@ def check_abilities(driver: VmDriver, config: VmConfig) -> None:
             raise unsupported(
                 driver.vmm, config.name, "have a network without a TAP", "run as root, which can make TAPs, or use --chvm-vmm=qemu"
             )
+    if config.iommu and kernel is not None:
+        _check_iommu(driver, config, kernel)
+
+
+def _check_iommu(driver: VmDriver, config: VmConfig, kernel: Kernel) -> None:
+    """Raise MissingRequirementError where a kernel is known not to use the IOMMU: behind it nothing would work."""
+    from pytest_chvm.guest.kernels.config import config_of
+
+    option, known = driver.abilities.iommu, config_of(kernel)
+    if known is not None and option is not None and known.get(option, "n") == "n":
+        raise MissingRequirementError(
+            f"VM {config.name!r}: iommu=True, and its kernel lacks CONFIG_{option}: choose another kernel, or another VMM",
+            vm_name=config.name,
+        )
 
 
 def _check_debugger(driver: VmDriver, config: VmConfig) -> None:

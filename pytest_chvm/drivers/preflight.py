@@ -21,8 +21,6 @@ MOST_CPUS = 254
 def preflight(config: VmConfig) -> None:
     """Raise InvalidConfigError or HostError, naming the VM, for the first thing that this host cannot give it."""
     try:
-        if config.firmware is None:
-            _check_kernel(config)
         if config.initramfs is not None:
             _check_file("initramfs", config.initramfs)
         for disk in config.disks_with_images:
@@ -34,14 +32,18 @@ def preflight(config: VmConfig) -> None:
             if disk.written and not os.access(disk.image, os.W_OK):
                 raise InvalidConfigError(f"{disk} cannot be written, and the guest's writes are to stay on it")
         _check_size(config)
+        if config.serial_log is not None:
+            _check_log(config.serial_log)
+        if config.firmware is None:
+            _check_kernel(config)
+        if config.hugepages:
+            check_hugepages(config.memory_mb, config.topology.numa_nodes)
         for share in config.shared_dirs:
             from pytest_chvm.host.virtiofsd import check_shared_dir
 
             check_shared_dir(share)
         if config.netns is not None:
             check_netns(config.netns)
-        if config.serial_log is not None:
-            _check_log(config.serial_log)
     except (InvalidConfigError, HostError) as error:
         raise type(error)(f"VM {config.name!r}: {error}", vm_name=config.name) from None
 
@@ -73,8 +75,6 @@ def _check_size(config: VmConfig) -> None:
     # VMMs overcommit processors, but not memory.
     if config.processors > MOST_CPUS:
         raise InvalidConfigError(f"cpus={config.processors}, and the host has {os.cpu_count()}: a VM can have {MOST_CPUS} at most")
-    if config.hugepages:
-        check_hugepages(config.memory_mb, config.topology.numa_nodes)
     host_mb = memory_limit() >> 20
     if config.memory_mb > host_mb:
         raise MissingRequirementError(

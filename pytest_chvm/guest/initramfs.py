@@ -62,7 +62,7 @@ def build_initramfs(
     `more` is whatever else it has.
     Raises MissingRequirementError where BusyBox is not to be had or the cache cannot be written.
     """
-    arch = architecture(kernel.arch)
+    arch = kernel.architecture
     busybox = find_busybox(cache, progress, arch)
     modules = modules_in_order(kernel.modules_dir, wanted) if kernel.modules_dir else []
     files = resources.files("pytest_chvm.guest")

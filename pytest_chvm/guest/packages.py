@@ -27,11 +27,25 @@ def fetch_package(package: str, cache: Path, progress: Progress, arch: Architect
     Raises PackageError where it cannot be had.
     """
     arch = arch or architecture(None)
+    return fetch_packages([package], packages_dir(cache, arch) / package, cache, progress, arch)
+
+
+def fetch_packages(
+    packages: Sequence[str], place: Path, cache: Path, progress: Progress, arch: Architecture, *, expected: str = "*"
+) -> Path:
+    """Return a directory of the cache's in which packages of an architecture are unpacked, at the first call.
+
+    Raises PackageError where one cannot be had, or where they have no file that matches `expected`.
+    """
 
     def build(directory: Path) -> None:
-        download_and_unpack(package, directory, progress, apt_options(arch, cache, progress))
+        options = apt_options(arch, cache, progress)
+        for package in packages:
+            download_and_unpack(package, directory, progress, options)
+        if not any(directory.glob(expected)):
+            raise PackageError(f"no {expected} in {', '.join(packages)}")
 
-    return built_once(packages_dir(cache, arch) / package, build, progress=progress)
+    return built_once(place, build, progress=progress)
 
 
 def packages_dir(cache: Path, arch: Architecture) -> Path:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pytest_chvm.guest.images.inspect import System
 
 # Returns the system on a config's root disk, and the directory that has its kernel and modules. It looks for it with the kernel of
-# the built-in guest.
-InspectBy = Callable[[Kernel, VmConfig], "tuple[System, Path]"]
+# the built-in guest, which it asks for where it has not looked before.
+InspectBy = Callable[[Callable[[], Kernel], VmConfig], "tuple[System, Path]"]
 
 
 def choose_guest(
@@ -45,10 +45,10 @@ def choose_guest(
     kernel, is_named = _kernel(config, settings, progress), config.kernel is not None
     if kernel is not None:
         config = config.replace(kernel=kernel.image if is_named else unpacked_kernel(kernel.image, cache_dir(settings)))
-    preflight(config)
     look = None
     if inspect is not None and config.root_disk is not None and config.firmware is None:
-        look = partial(inspect, built_in_kernel(settings, progress, config.arch))
+        look = partial(inspect, partial(built_in_kernel, settings, progress, config.architecture))
+    preflight(config)
     guest = guest_of(config, kernel, cache_dir(settings), progress, look, kernel_is_named=is_named)
     extra = guest.config.cmdline_extra
     if not extra:
@@ -62,9 +62,9 @@ def _kernel(config: VmConfig, settings: Settings, progress: Progress) -> Kernel 
     if config.firmware is not None:
         return None
     if config.kernel is None:
-        return built_in_kernel(settings, progress, config.arch)
+        return built_in_kernel(settings, progress, config.architecture)
     try:
-        return find_kernel(config.kernel, cache_dir(settings), progress, config.architecture.name)
+        return find_kernel(config.kernel, cache_dir(settings), progress, config.architecture)
     except InvalidConfigError as error:
         raise type(error)(f"VM {config.name!r}: {error}", vm_name=config.name) from error
 
@@ -74,12 +74,12 @@ def cache_dir(settings: Settings) -> Path:
     return settings.cache_dir or default_cache_dir()
 
 
-def built_in_kernel(settings: Settings, progress: Progress = show_progress, arch: str | None = None) -> Kernel:
+def built_in_kernel(settings: Settings, progress: Progress = show_progress, arch: Architecture | None = None) -> Kernel:
     """Return the built-in guest's kernel, fetched at the first call; raises InvalidConfigError where there is none.
 
-    `arch` is the architecture's name (None: this machine's).
+    `arch` is its architecture (None: this machine's).
     """
-    return _built_in_kernel(cache_dir(settings), architecture(arch), progress)
+    return _built_in_kernel(cache_dir(settings), arch or architecture(None), progress)
 
 
 @lru_cache(maxsize=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -39,11 +40,13 @@ class Launch(Protocol):
         """Start it, and return it when it is ready."""
 
 
-def inspected_system(settings: Settings, host: Host, launch: Launch, kernel: Kernel, config: VmConfig) -> tuple[System, Path]:
+def inspected_system(
+    settings: Settings, host: Host, launch: Launch, kernel: Callable[[], Kernel], config: VmConfig
+) -> tuple[System, Path]:
     """Return the system on a config's root disk, and the directory that has its kernel and modules.
 
-    `kernel` is the built-in guest's, which looks at it, started by `launch`. Raises InvalidConfigError where there is none that
-    boots here, and what `launch` does.
+    `kernel` returns the built-in guest's, which looks at it, started by `launch`. Raises InvalidConfigError where there is none
+    that boots here, and what `launch` does.
     """
     image = config.root_disk
     assert image is not None
@@ -58,7 +61,7 @@ def inspected_system(settings: Settings, host: Host, launch: Launch, kernel: Ker
 
     def build(directory: Path) -> None:
         host.show_progress(f"looking for the system on {image}")
-        _inspect(config, kernel, settings, host, launch, directory)
+        _inspect(config, kernel(), settings, host, launch, directory)
 
     directory = built_once(
         cache / "images" / key.hexdigest()[:32], build, lambda found: (found / SYSTEM_FILE).exists(), progress=host.show_progress

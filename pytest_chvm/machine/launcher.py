@@ -83,7 +83,7 @@ def launch(
     return Launcher(host, owner).start(plan)
 
 
-def _inspected(settings: Settings, host: Host, kernel: Kernel, config: VmConfig) -> tuple[System, Path]:
+def _inspected(settings: Settings, host: Host, kernel: Callable[[], Kernel], config: VmConfig) -> tuple[System, Path]:
     # Few VMs have a stock image.
     from pytest_chvm.machine.inspection import inspected_system
 

@@ -14,13 +14,13 @@ from pytest_chvm.clones.templates import made_of, why_no_clone
 from pytest_chvm.clones.truth import why_booted
 from pytest_chvm.drivers import choose_vmm, make_driver
 from pytest_chvm.drivers.base import BootsFirmware, Saves, VmDriver, check_abilities, logger
-from pytest_chvm.errors import HostError, MissingRequirementError, UnsupportedError, VmError
+from pytest_chvm.errors import HostError, UnsupportedError, VmError
 from pytest_chvm.guest.kinds import Guest
 from pytest_chvm.host.host import Host, default_host
 from pytest_chvm.host.limits import processors
 from pytest_chvm.machine.guest_choice import InspectBy, cache_dir, choose_guest
 from pytest_chvm.machine.nics import check_networks, network_mode
-from pytest_chvm.model import VmConfig, architecture
+from pytest_chvm.model import Architecture, VmConfig
 from pytest_chvm.settings import Settings
 
 FIRST_OF_IMAGE = "it is the first of its image: the next ones are clones"
@@ -73,7 +73,7 @@ def make_plan(
     Raises InvalidConfigError, MissingRequirementError or HostError for the first thing that it cannot have, and
     UnsupportedError where it is to be a clone and cannot be one.
     """
-    driver = driver_for(settings, host, config.arch)
+    driver = driver_for(settings, host, config.architecture)
     if not config.architecture.is_host:
         # Before a kernel is fetched for it.
         driver.binary()
@@ -84,9 +84,7 @@ def make_plan(
     guest = choose_guest(config, settings, host.show_progress, inspect=inspect)
     config = guest.config
     driver.binary()
-    check_abilities(driver, config)
-    if config.iommu:
-        _check_iommu(guest, driver)
+    check_abilities(driver, config, guest.kernel)
     if config.firmware is not None:
         assert isinstance(driver, BootsFirmware)
         driver.firmware()
@@ -98,8 +96,8 @@ def make_plan(
         logger.warning("VM %r has %d processors, and the host %d: it will be slow", config.name, config.processors, processors())
     network, _why = network_mode(settings, driver, outbound=config.outbound)
     check_networks(config, network, driver)
-    no_clone = why_no_clone(guest, driver, network_mode=network)
     boot_timeout_s = _boot_timeout_s(guest, settings, longest_boot_s)
+    no_clone = why_no_clone(guest, driver, network_mode=network)
     plan = Plan(guest, driver, settings, network, wait and config.gdb != "wait", boot_timeout_s, no_clone)
     plan = _boot_or_clone(plan, template_store(settings, host))
     if plan.why_cold is not None and settings.boot == "clone":
@@ -107,19 +105,6 @@ def make_plan(
             f"VM {config.name!r} cannot be a clone: {plan.why_cold}; use boot='auto' or 'cold'", vm_name=config.name
         )
     return plan
-
-
-def _check_iommu(guest: Guest, driver: VmDriver) -> None:
-    """Raise MissingRequirementError where the guest's kernel is known not to use the IOMMU: behind it nothing would work."""
-    from pytest_chvm.guest.kernels.config import config_of
-
-    option = driver.abilities.iommu
-    known = None if guest.kernel is None else config_of(guest.kernel)
-    if known is not None and option is not None and known.get(option, "n") == "n":
-        raise MissingRequirementError(
-            f"VM {guest.config.name!r}: iommu=True, and its kernel lacks CONFIG_{option}: choose another kernel, or another VMM",
-            vm_name=guest.config.name,
-        )
 
 
 def _boot_timeout_s(guest: Guest, settings: Settings, longest_s: float | None) -> float:
@@ -161,19 +146,19 @@ def template_store(settings: Settings, host: Host) -> TemplateStore:
     return TemplateStore(cache_dir(settings), host.show_progress)
 
 
-def driver_for(settings: Settings, host: Host | None = None, arch: str | None = None) -> VmDriver:
-    """Return the driver that the settings choose, for VMs of a host (default: this process's) and of an architecture.
+def driver_for(settings: Settings, host: Host | None = None, arch: Architecture | None = None) -> VmDriver:
+    """Return the driver that the settings choose, for VMs of a host and of an architecture.
 
-    It is made once for each choice.
+    By default it is this process's host, and this machine's architecture. It is made once for each choice.
     """
     host = host or default_host()
-    arch = None if architecture(arch).is_host else arch
-    key = (arch, settings.vmm, settings.accel, settings.binary, settings.virtiofsd, os.environ.get("PATH", ""))
+    other = None if arch is None or arch.is_host else arch.name
+    key = (other, settings.vmm, settings.accel, settings.binary, settings.virtiofsd, os.environ.get("PATH", ""))
     if key not in host.drivers:
         vmm = settings.vmm
         if vmm == "auto":
-            vmm, _why = choose_vmm(accel=settings.accel, binary=settings.binary, arch=arch)
+            vmm, _why = choose_vmm(accel=settings.accel, binary=settings.binary, arch=other)
         chosen: dict[str, Any] = {"accel": settings.accel, "binary": settings.binary, "virtiofsd": settings.virtiofsd}
-        host.drivers[key] = make_driver(vmm, **chosen, host=host, arch=arch)
+        host.drivers[key] = make_driver(vmm, **chosen, host=host, arch=other)
     driver: VmDriver = host.drivers[key]
     return driver

@@ -83,8 +83,8 @@ def _kernel_of(item: pytest.Item) -> Kernel | None:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     image = given.get("kernel") or parameters.get("chvm_kernel") or (settings.kernel[0] if settings.kernel else None)
     if image is not None:
-        progress, arch = begin_host(item.config).show_progress, architecture(given.get("arch")).name
+        progress, arch = begin_host(item.config).show_progress, architecture(given.get("arch"))
         return find_kernel(as_kernel("kernel", image), cache_dir(settings), progress, arch)
     if given.get("root_disk") or (settings.root_disk and not {"initramfs", "root"} & given.keys()):
         return None
-    return built_in_kernel(settings, begin_host(item.config).show_progress, given.get("arch"))
+    return built_in_kernel(settings, begin_host(item.config).show_progress, architecture(given.get("arch")))

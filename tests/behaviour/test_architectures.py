@@ -8,6 +8,7 @@ import pytest
 from pytest_chvm import InvalidConfigError, MissingRequirementError, Settings, SharedDir, UnsupportedError, VmConfig
 from pytest_chvm.machine.guest_choice import built_in_kernel, choose_guest
 from pytest_chvm.machine.plan import driver_for
+from pytest_chvm.model import architecture
 
 OTHER = "x86_64" if platform.machine() == "aarch64" else "aarch64"
 # Of what takes tens of seconds on a busy machine in software.
@@ -18,8 +19,8 @@ BOOT_TIMEOUT_S = 180
 def other_machine():
     """What a machine of the other architecture needs."""
     try:
-        driver_for(Settings.resolve(), arch=OTHER).binary()
-        built_in_kernel(Settings.resolve(), arch=OTHER)
+        driver_for(Settings.resolve(), arch=architecture(OTHER)).binary()
+        built_in_kernel(Settings.resolve(), arch=architecture(OTHER))
     except MissingRequirementError as error:
         pytest.skip(f"no {OTHER} guest here: {error}")
 
@@ -69,7 +70,7 @@ def test_clones_are_machines_of_their_own(vm, chvm_vm, tmp_path):
 def test_a_kernel_of_another_architecture_is_refused(guest):
     for arch, kernel, known in (
         (OTHER, guest.kernel, platform.machine()),
-        (None, built_in_kernel(Settings.resolve(), arch=OTHER).image, OTHER),
+        (None, built_in_kernel(Settings.resolve(), arch=architecture(OTHER)).image, OTHER),
     ):
         with pytest.raises(InvalidConfigError, match=f"for {known}, and .* is {arch or platform.machine()}: .* arch={known!r}"):
             choose_guest(VmConfig(arch=arch, kernel=kernel), Settings.resolve())

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from pytest_chvm.base.cache import built_once
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.errors import MissingRequirementError
 from pytest_chvm.guest.kernels.host import host_image
 from pytest_chvm.guest.kernels.kernel import Kernel, inspect_kernel
-from pytest_chvm.guest.packages import PackageError, apt_cache, apt_options, download_and_unpack, packages_dir
+from pytest_chvm.guest.packages import PackageError, apt_cache, apt_options, fetch_packages, packages_dir
 from pytest_chvm.model import Architecture, architecture
 
 # Packages whose kernel is made for VMs, first choice first; the first that the machine's package lists know is taken.
@@ -64,20 +62,13 @@ def fetch_kernel_package(package: str, cache: Path, progress: Progress, arch: Ar
     Raises PackageError where the distribution has no such package or it cannot be downloaded.
     """
     arch = arch or architecture(None)
-    options = apt_options(arch, cache, progress)
-    needed = _real_kernel_packages(package, options)
-
-    def build(directory: Path) -> None:
-        for name in needed:
-            download_and_unpack(name, directory, progress, options)
-        if not list((directory / "boot").glob("vmlinu*")):
-            raise PackageError(f"no kernel image in {', '.join(needed)}")
-
-    return built_once(packages_dir(cache, arch) / needed[0], build, progress=progress)
+    needed = _real_kernel_packages(package, cache, progress, arch)
+    return fetch_packages(needed, packages_dir(cache, arch) / needed[0], cache, progress, arch, expected="boot/vmlinu*")
 
 
-def _real_kernel_packages(package: str, options: Sequence[str]) -> list[str]:
+def _real_kernel_packages(package: str, cache: Path, progress: Progress, arch: Architecture) -> list[str]:
     """Return the image package behind a metapackage, and on Ubuntu the one that has its modules."""
+    options = apt_options(arch, cache, progress)
     found: list[str] = []
     pending = [package]
     while pending and len(found) < 4:

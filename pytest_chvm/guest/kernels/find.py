@@ -6,7 +6,6 @@ A form is a file of this folder: an image (`file`), a build tree (`tree`), a dir
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,22 +16,23 @@ from pytest_chvm.errors import VmError
 from pytest_chvm.guest.kernels.file import kernel_of_file
 from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.kernels.modules import check_release
-from pytest_chvm.model import architecture
+from pytest_chvm.model import Architecture, architecture
 
 
-def find_kernel(name: Path, cache: Path, progress: Progress, arch: str = platform.machine()) -> Kernel:
+def find_kernel(name: Path, cache: Path, progress: Progress, arch: Architecture | None = None) -> Kernel:
     """Return the kernel that a user has named, by a path or a word; a package is fetched.
 
-    Raises InvalidConfigError for what is no kernel, one for another machine than `arch`, a tree that was not built, or modules of
-    another release; MissingRequirementError where this machine does not have it: no such file or package, or it cannot be read.
+    `arch` is the architecture that it is for (None: this machine's). Raises InvalidConfigError for what is no kernel, one for
+    another machine, a tree that was not built, or modules of another release; MissingRequirementError where this machine does not
+    have it: no such file or package, or it cannot be read.
     """
-    kernel = _found(name, cache, progress, arch)
+    kernel = _found(name, cache, progress, arch or architecture(None))
     if kernel.modules_dir is not None and kernel.release is not None:
         check_release(kernel.modules_dir, kernel.release)
     return kernel
 
 
-def _found(name: Path, cache: Path, progress: Progress, arch: str) -> Kernel:
+def _found(name: Path, cache: Path, progress: Progress, arch: Architecture) -> Kernel:
     # Imported is what this form needs: each process that starts a VM does so.
     if name == Path(HOST_KERNEL):
         from pytest_chvm.guest.kernels.host import host_image
@@ -41,21 +41,21 @@ def _found(name: Path, cache: Path, progress: Progress, arch: str) -> Kernel:
     elif is_kernel_word(str(name)):
         from pytest_chvm.guest.kernels.package import image_of_package
 
-        name = image_of_package(str(name), cache, progress, architecture(arch))
+        name = image_of_package(str(name), cache, progress, arch)
     elif name.is_dir():
         from pytest_chvm.guest.kernels.installed import kernel_of_directory
         from pytest_chvm.guest.kernels.tree import is_tree, kernel_of_tree
 
-        return (kernel_of_tree if is_tree(name) else kernel_of_directory)(name, cache, progress, arch)
-    return kernel_of_file(name, cache, progress, arch)
+        return (kernel_of_tree if is_tree(name) else kernel_of_directory)(name, cache, progress, arch.name)
+    return kernel_of_file(name, cache, progress, arch.name)
 
 
-def kernel_ids(names: Sequence[Path], cache: Path, progress: Progress, arch: str = platform.machine()) -> list[str]:
+def kernel_ids(names: Sequence[Path], cache: Path, progress: Progress, arch: Architecture | None = None) -> list[str]:
     """Return what each of several kernels is called: its release, with as much of its name as tells it from the others.
 
     One that cannot be had is called as it was named. No package is fetched for it.
     """
-    releases = [_release(name, cache, progress, arch) for name in names]
+    releases = [_release(name, cache, progress, arch or architecture(None)) for name in names]
     short = [_joined(release, name.name) for release, name in zip(releases, names, strict=True)]
     whole = [_joined(release, str(name).strip("/")) for release, name in zip(releases, names, strict=True)]
     chosen = [release or name.name for release, name in zip(releases, names, strict=True)]
@@ -69,11 +69,11 @@ def _joined(release: str | None, name: str) -> str:
     return f"{release}-{text}" if release else text
 
 
-def _release(name: Path, cache: Path, progress: Progress, arch: str) -> str | None:
+def _release(name: Path, cache: Path, progress: Progress, arch: Architecture) -> str | None:
     with suppress(VmError, OSError):
         if is_kernel_word(str(name)) and name != Path(HOST_KERNEL):
             from pytest_chvm.guest.kernels.package import package_of
 
-            return package_of(str(name), cache, progress, architecture(arch)).release
+            return package_of(str(name), cache, progress, arch).release
         return _found(name, cache, progress, arch).release
     return None

@@ -14,6 +14,7 @@ from pathlib import Path
 from pytest_chvm.errors import InvalidConfigError
 from pytest_chvm.guest.kernels.image import check_kernel_image, machine_of
 from pytest_chvm.guest.kernels.modules import find_modules
+from pytest_chvm.model import Architecture, architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,11 @@ class Kernel:
     def file(self) -> Path:
         """The file as it is kept: what belongs to the kernel, like its configuration, is beside that."""
         return self.packed or self.image
+
+    @property
+    def architecture(self) -> Architecture:
+        """The processor architecture that it is for."""
+        return architecture(self.arch)
 
 
 def inspect_kernel(image: Path) -> Kernel:

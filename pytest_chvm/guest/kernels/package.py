@@ -16,7 +16,7 @@ from pytest_chvm.base.cache import built_once
 from pytest_chvm.base.progress import Progress
 from pytest_chvm.errors import InvalidConfigError, MissingRequirementError
 from pytest_chvm.guest.images.boot_entries import version_key
-from pytest_chvm.guest.packages import PackageError, apt_cache, apt_options, download_and_unpack, packages_dir
+from pytest_chvm.guest.packages import PackageError, apt_cache, apt_options, fetch_packages, packages_dir
 from pytest_chvm.model import Architecture
 from pytest_chvm.model.architecture import ARCHITECTURES
 
@@ -60,24 +60,17 @@ def image_of_package(word: str, cache: Path, progress: Progress, arch: Architect
     Raises InvalidConfigError for a word that can name none, MissingRequirementError where it cannot be had here.
     """
     package = package_of(word, cache, progress, arch)
-
-    def build(directory: Path) -> None:
-        download_and_unpack(package.name, directory, progress, apt_options(arch, cache, progress))
-        if not _image(directory, package):
-            raise PackageError(f"no kernel image in {package.name}")
-
     # The built-in guest's may be the same.
     places = [place / package.name for place in _places(cache, arch)]
     place = next((each for each in places if each.is_dir()), places[0])
     try:
-        tree = built_once(place, build, progress=progress)
+        expected = f"boot/vmlinu*-{package.release}"
+        tree = fetch_packages([package.name], place, cache, progress, arch, expected=expected)
     except PackageError as error:
         raise MissingRequirementError(
             f"kernel {word!r}: the package {package.name} cannot be fetched: {error}; are the package lists old ('apt-get update')?"
         ) from error
-    image = _image(tree, package)
-    assert image is not None
-    return image
+    return next(iter(sorted(tree.glob(expected))))
 
 
 def package_of(word: str, cache: Path, progress: Progress, arch: Architecture) -> Package:
@@ -139,7 +132,3 @@ def _listed(cache: Path, progress: Progress, arch: Architecture) -> Sequence[str
 def _places(cache: Path, arch: Architecture) -> tuple[Path, Path]:
     # Not fetched to where the built-in guest's is: that is whichever is there.
     return cache / "kernels" / "packages", packages_dir(cache, arch)
-
-
-def _image(tree: Path, package: Package) -> Path | None:
-    return next(iter(sorted((tree / "boot").glob(f"vmlinu*-{package.release}"))), None)

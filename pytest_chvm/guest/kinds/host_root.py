@@ -19,7 +19,7 @@ from pytest_chvm.guest.initramfs import Entry, find_busybox
 from pytest_chvm.guest.kernels.kernel import Kernel
 from pytest_chvm.guest.kernels.module_tree import module_tree
 from pytest_chvm.guest.kinds.built_in import BuiltInGuest
-from pytest_chvm.model import HOST_ROOT_TAG, SharedDir, architecture
+from pytest_chvm.model import HOST_ROOT_TAG, SharedDir
 
 # Of the test's environment, what its commands have in the guest too: no more than what finds the same programs.
 PASSED_ENVIRONMENT = ("PATH", "HOME")
@@ -40,7 +40,7 @@ class HostRootGuest(BuiltInGuest):
         mounts = resources.files("pytest_chvm.guest").joinpath("root.fstab").read_bytes()
         return [
             Entry("lib/chvm/root.fstab", stat.S_IFREG | 0o644, mounts),
-            Entry("lib/chvm/enter", stat.S_IFREG | 0o755, enter.program(architecture(kernel.arch))),
+            Entry("lib/chvm/enter", stat.S_IFREG | 0o755, enter.program(kernel.architecture)),
             Entry("lib/chvm/root.modules", stat.S_IFREG | 0o644, _modules_link(kernel, cache, progress)),
         ]
 

@@ -24,6 +24,7 @@ from pytest_chvm.guest.kernels.config import config_of
 from pytest_chvm.guest.kernels.find import find_kernel, kernel_ids
 from pytest_chvm.guest.kernels.modules import module_files, modules_in_order
 from pytest_chvm.guest.kernels.packing import PackingError, unpack
+from pytest_chvm.model import architecture
 
 RELEASE = "6.9.0-test"
 ARM64 = bytes(56) + b"ARM\x64" + bytes(5000)
@@ -52,7 +53,7 @@ def put(path, data=b""):
 @pytest.fixture
 def find(tmp_path):
     def found(name, arch="x86_64"):
-        return find_kernel(Path(name), tmp_path / "cache", lambda text: None, arch)
+        return find_kernel(Path(name), tmp_path / "cache", lambda text: None, architecture(arch))
 
     return found
 
@@ -359,14 +360,14 @@ def test_without_a_network_what_was_fetched_is_there_and_the_rest_is_missing(lis
         find("debian:6.1")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingRequirementError, match="there is no apt here"):
-        find_kernel(Path("debian:6.1"), tmp_path / "other", print, "x86_64")
+        find_kernel(Path("debian:6.1"), tmp_path / "other", print, architecture("x86_64"))
 
 
 def test_kernels_are_called_by_their_release_and_as_much_of_their_name_as_tells_them_apart(tmp_path, lists):
     one, two = put(tmp_path / "a/vmlinuz-1", bzimage()), put(tmp_path / "a/vmlinuz-2", bzimage())
     same = [put(tmp_path / name / "bzImage", bzimage("6.8.0-same")) for name in ("x", "y")]
     names = [one, tmp_path / "missing", two, *same, Path("debian:6.1"), Path("debian:5.10")]
-    ids = kernel_ids(names, tmp_path / "cache", print, "x86_64")
+    ids = kernel_ids(names, tmp_path / "cache", print, architecture("x86_64"))
     place = str(tmp_path).strip("/").replace("/", "-")
     assert ids == [
         f"{RELEASE}-vmlinuz-1", "missing", f"{RELEASE}-vmlinuz-2", f"6.8.0-same-{place}-x-bzImage", f"6.8.0-same-{place}-y-bzImage",
