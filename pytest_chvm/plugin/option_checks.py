@@ -25,6 +25,7 @@ def check_options(settings: Settings, default_artifacts: Path, progress: Progres
     """Raise InvalidConfigError, naming the option, for the first one that no VM could be started with. Kernels are fetched."""
     for kernel in settings.kernel:
         try:
+            _check("kernel", kernel, _there)
             _check("kernel", kernel, lambda name: find_kernel(name, cache_dir(settings), progress))
         except MissingRequirementError:
             # Its tests are skipped, with the reason.
@@ -49,6 +50,12 @@ def _check(name: str, value: Value | None, check: Callable[[Value], object]) -> 
         check(value)
     except InvalidConfigError as error:
         raise type(error)(f"{option.flag} ({option.variable}, {option.ini_key}): {error}") from error
+
+
+def _there(kernel: Path) -> None:
+    # A word for a kernel is a relative path.
+    if kernel.is_absolute() and not kernel.exists():
+        raise MissingRequirementError(f"{str(kernel)!r} does not exist")
 
 
 def _readable(file: Path) -> None:
