@@ -100,5 +100,5 @@ def test_without_firmware_it_says_what_to_install(monkeypatch, tmp_path, empty_s
     monkeypatch.setattr(qemu_firmware, "PLACES", (tmp_path, tmp_path / "share"))
     (tmp_path / "50-broken.json").write_text("{")
     (tmp_path / "60-gone.json").write_text('{"interface-types": ["uefi"], "mapping": {}}')
-    with pytest.raises(MissingRequirementError, match=r"needs UEFI firmware for QEMU, .*: install ovmf"):
+    with pytest.raises(MissingRequirementError, match=r"needs UEFI firmware of x86_64 for QEMU, .*: install ovmf"):
         launch(vmm="qemu", firmware="uefi", root_disk=empty_seed)

@@ -9,7 +9,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from pytest_chvm import BootFailedError, Cpus, Disk, InvalidConfigError, MissingRequirementError, UnsupportedError
-from tests.relay import CLOUD_HYPERVISOR
+from tests.relay import CLOUD_HYPERVISOR, require_binary
 
 # An NVMe controller fills its serial number up with spaces.
 BY_SERIAL = "grep -lsx '{} *' /sys/block/*/serial /sys/block/*/device/serial | cut -d/ -f4"
@@ -128,6 +128,7 @@ def test_a_machine_of_qemus_own_making(chvm_vm):
 
 
 def test_an_iommu_that_the_kernel_would_not_use_is_refused(chvm_vm):
+    require_binary()
     with pytest.raises((MissingRequirementError, UnsupportedError), match=r"CONFIG_VIRTIO_IOMMU|no usable KVM"):
         chvm_vm(vmm="cloud-hypervisor", iommu=True, network="none")
 

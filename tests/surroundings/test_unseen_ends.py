@@ -115,5 +115,5 @@ def test_a_kernel_without_its_modules_is_not_ready_and_says_what_it_lacks(chvm_v
 
 
 def test_more_devices_than_a_vm_has_room_for_are_refused_before_anything_starts(chvm_vm, tmp_path):
-    with pytest.raises(InvalidConfigError, match="a VM has room for 22"):
+    with pytest.raises(InvalidConfigError, match="a VM has room for 21"):
         chvm_vm(shared_dirs={f"d{number}": tmp_path for number in range(23)}, network="none")
