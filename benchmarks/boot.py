@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,13 @@ class Measurements:
     def median(self, what: str) -> float | None:
         """Return the median of what was measured, or None where it was not."""
         return statistics.median(self.seconds[what]) if self.seconds.get(what) else None
+
+
+def write_result(file: Path, measured: Measurements, figures: Mapping[str, float], limits: Mapping[str, object]) -> None:
+    """Write what was measured, and what was promised of it, as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    result = {"seconds": measured.seconds, "figures": figures, "limits": limits, "load_average": os.getloadavg()}
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 @dataclass

@@ -24,7 +24,6 @@ last a Debian with it, as stock cloud images are; both are made at the first run
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import select
@@ -380,9 +379,7 @@ def main() -> int:
     rounds(options, measured)
     found = figures(measured)
     report(measured, found)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"seconds": measured.seconds, "figures": found, "limits": LIMITS, "load_average": os.getloadavg()}
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    boot.write_result(options.json, measured, found, LIMITS)
     return 0
 
 

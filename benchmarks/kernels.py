@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import random
 import statistics
@@ -222,9 +221,7 @@ def main() -> int:
     rounds(options, measured)
     found = figures(measured)
     report(measured, found)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"seconds": measured.seconds, "figures": found, "limits": LIMITS, "load_average": os.getloadavg()}
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    boot.write_result(options.json, measured, found, LIMITS)
     return 0
 
 

@@ -20,8 +20,6 @@ PLACE = re.compile(r"(?<![\w.])([A-Za-z_][\w.]{0,200})\+0x([0-9a-f]{1,8})/0x([0-
 # Of these it is the instruction itself that is named, of others the one behind a call.
 EXACT = re.compile(r"\s*(?:RIP|EIP|pc) ?: |WARNING: |BUG: |.* PC is at ")
 MOST_PLACES = 64
-# Of functions, at most.
-ALIGNMENT = 64
 # A large kernel's are read in Python.
 TIMEOUT_S = 20.0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pytest_chvm.base.untouched import random_hex
 from pytest_chvm.errors import GuestCommandError, InvalidConfigError, UnsupportedError
 from pytest_chvm.guest.kernels.module_file import ModuleFile, read_module
+from pytest_chvm.machine.kernel import GuestKernel
 from pytest_chvm.machine.machine import Machine
 
 # Of what the kernel has said about a module that it did not take.
@@ -50,7 +51,7 @@ def load(machine: Machine, file: Path, parameters: Mapping[str, object], write: 
 
 
 def _check_release(machine: Machine, file: Path, module: ModuleFile) -> None:
-    release = machine.run(["uname", "-r"], input=None).stdout.strip()
+    release = GuestKernel(machine).release
     if module.release != release:
         raise InvalidConfigError(
             f"VM {machine.name!r}: the module {str(file)!r} was built for kernel {module.release}, and this VM's is {release}, "
